@@ -1,0 +1,48 @@
+# make demo    the whole job on a small real model and real text: about ten minutes on two cores
+# make test    all tests
+# make check   format, lint, types, import rules
+# make upgrade the newest versions that pyproject.toml allows into constraints.txt; then run `make test`
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format upgrade clean
+
+demo: $(STAMP)
+	$(BIN)/midiscover sweep demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch by itself first: what else is asked for may admit a newer one, and the one that is there is then left alone.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "miDiscover needs Python 3.11 or newer; set PYTHON=python3.12, say."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+upgrade:
+	rm -rf $(VENV)/upgrade
+	$(PYTHON) -m venv $(VENV)/upgrade
+	$(VENV)/upgrade/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/upgrade/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/upgrade/bin/python -m pip install --quiet '.[dev]'
+	$(VENV)/upgrade/bin/python -m pip freeze --exclude midiscover | sed 's/+cpu$$//' | grep -v '@ file' > constraints.txt
+	rm -rf $(VENV)/upgrade
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,20 @@
+"""The Ray programs, one per stage. Each runs here and on a cluster by the same line: `python -m jobs.<stage> CONFIG`.
+
+Ray reads these variables when it is imported, so they are set before any module of this package imports it.
+"""
+
+import os
+
+for _name, _value in {
+    "RAY_AUTH_MODE": "token",  # unset, driver and nodes of Ray 2.60 disagree about it
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the tracker and the store are the record
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the job at once; the store is always in a state to go on from
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default of 2 s is added to every report and to the end
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU see none; this is what Ray will do by default
+}.items():
+    os.environ.setdefault(_name, _value)

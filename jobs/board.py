@@ -1,0 +1,121 @@
+"""How workers are seen: they post events to one small actor, and a thread of the driver shows and records them.
+
+The same board serves language-model actors, Tune trials and Ray Train workers, so that progress does not depend on which
+of them does the work. The driver's thread is also the watchdog: a stage in which nothing moves is ended.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from midiscover.errors import StageError
+
+POLL_SECONDS = 0.3
+
+
+class Event(NamedTuple):
+    """One thing that happened in a worker."""
+
+    kind: str
+    """`tokens`, `pack`, `trained`, `failed` or `spliced`."""
+    key: str
+    """The pack, SAE or hook it is about."""
+    data: Any
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class BoardActor:
+    """A queue of events. Lost events cost a line of progress, never a result."""
+
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+
+    def post(self, events: list[Event]) -> None:
+        """Add events; called by workers, who do not wait."""
+        self.events.extend(events)
+
+    def drain(self) -> list[Event]:
+        """Take all events so far."""
+        taken = list(self.events)
+        self.events.clear()
+        return taken
+
+
+class Board:
+    """A worker's handle on the board. Pickles, and never blocks."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def post(self, kind: str, key: str, data: Any = None) -> None:
+        """Say that something happened."""
+        self.actor.post.remote([Event(kind, key, data)])
+
+
+@contextmanager
+def watched(stage: str, on_event: Callable[[Event], None], *, stall_seconds: float) -> Iterator[Board]:
+    """A board whose events reach `on_event` in a thread of the driver while the body runs.
+
+    StageError when no event came for `stall_seconds`. An error in `on_event` ends the stage with that error.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = BoardActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # ray adds it
+    watcher = _Watcher(stage, actor, on_event, stall_seconds)
+    watcher.start()
+    try:
+        yield Board(actor)
+    except KeyboardInterrupt:
+        if watcher.error is not None:
+            raise watcher.error from None
+        raise
+    finally:
+        watcher.finish()
+        ray.kill(actor)
+    if watcher.error is not None:
+        raise watcher.error
+
+
+class _Watcher(threading.Thread):
+    def __init__(self, stage: str, actor: Any, on_event: Callable[[Event], None], stall_seconds: float) -> None:
+        super().__init__(name=f"{stage}-watcher", daemon=True)
+        self.stage, self.actor, self.on_event, self.stall_seconds = stage, actor, on_event, stall_seconds
+        self.error: BaseException | None = None
+        self.ended = threading.Event()
+        self.moved = time.monotonic()
+
+    def run(self) -> None:
+        while not self.ended.wait(POLL_SECONDS):
+            try:
+                self._drain()
+                if time.monotonic() - self.moved > self.stall_seconds:
+                    raise StageError(
+                        f"Nothing has moved in the {self.stage} for {self.stall_seconds:g} s, so it was ended. Run the same "
+                        "command again to go on; resources.stall_seconds sets how long to wait."
+                    )
+            except Exception as error:  # handed to the main thread, which waits inside Ray
+                self.error = error
+                _thread.interrupt_main()
+                return
+
+    def finish(self) -> None:
+        """Stop polling, after the last events are handled."""
+        self.ended.set()
+        self.join()
+        if self.error is None:
+            self._drain()
+
+    def _drain(self) -> None:
+        events = ray.get(self.actor.drain.remote(), timeout=60)
+        if events:
+            self.moved = time.monotonic()
+        for event in events:
+            self.on_event(event)

@@ -1,0 +1,270 @@
+"""The harvest: corpus, then activation blocks. `python -m jobs.harvest CONFIG [--store URI] [--section.key value]`
+
+Ray Data runs language-model actors over leases of window spans. Each actor writes its own blocks and markers to the store
+and returns only which spans stand; activations never pass through Ray. A killed actor or driver costs the blocks that
+were open; a second run computes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from jobs.board import Board, Event, watched
+from jobs.progress import Bars
+from jobs.runtime import Cluster, Slots, model_slots, own_error, ray_session, run_main
+from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
+from midiscover.errors import MiDiscoverError, StageError
+from midiscover.harvest import Harvester, HarvestJob
+from midiscover.launch import Prepared, parse_job, prepare
+from midiscover.lm import LanguageModel, load_tokenizer
+from midiscover.models import ModelIdentity
+from midiscover.resolve import Resolved
+from midiscover.saes import harvest_lineage
+from midiscover.store import layout
+from midiscover.store.blocks import (
+    block_plan,
+    committed,
+    read_manifest,
+    read_tokens_manifest,
+    write_manifest,
+    write_tokens_manifest,
+)
+from midiscover.store.manifest import BlockSpan
+from midiscover.store.storage import Storage
+
+SPANS_PER_LEASE = 8
+"""Spans an actor takes at once: its writer overlaps with the model inside a lease, and a kill repeats none that stand."""
+LEASES_PER_ACTOR = 4
+"""At least so many, so that actors end together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPlace:
+    """How a language model is loaded in an actor."""
+
+    identity: ModelIdentity
+    dtype: str
+    attention: str
+    threads: int
+    gpu: bool
+
+    def load(self) -> LanguageModel:
+        """Set torch's threads (Ray has set them from the actor's CPUs) and load the model."""
+        torch.set_num_threads(self.threads)
+        device = "cuda" if self.gpu else "cpu"
+        return LanguageModel.load(self.identity, dtype=self.dtype, attention=self.attention, device=device)
+
+
+def model_place(resolved: Resolved, slots: Slots) -> ModelPlace:
+    """The model of a run on a slot."""
+    model = resolved.config.model
+    return ModelPlace(
+        identity=resolved.model, dtype=model.dtype, attention=model.attention, threads=slots.threads, gpu=slots.gpus > 0
+    )
+
+
+class HarvestActor:
+    """One language model; takes leases of spans and commits their blocks."""
+
+    def __init__(self, place: ModelPlace, job: HarvestJob, corpus_id: str, storage: Storage, board: Board) -> None:
+        self.job, self.storage = job, storage
+        model = place.load()
+        corpus = Corpus.open(storage, corpus_id)
+        self.harvester = Harvester(job, model, corpus, storage, lambda tokens: board.post("tokens", "harvest", tokens))
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """One lease in, one row per span out, as it stands."""
+        for text in batch["lease"]:
+            lease = [(BlockSpan(**item["span"]), item["hooks"]) for item in json.loads(text)]
+            # A lease that is tried again was perhaps half done by an actor that died.
+            done = {hook: committed(self.storage, self.job.harvest_id, hook) for hook in self.job.hooks}
+            todo = [(span, [hook for hook in hooks if span.index not in done[hook]]) for span, hooks in lease]
+            for span, _rows in self.harvester.run([(span, hooks) for span, hooks in todo if hooks]):
+                yield {"span": np.array([span.index])}
+
+
+def ensure_corpus(prepared: Prepared, bars: Bars) -> CorpusManifest:
+    """The corpus of a run; made on this machine's CPU if it is not committed."""
+    resolved, storage = prepared.resolved, prepared.storage
+    found = find_corpus(storage, resolved.corpus_id)
+    if found is None:
+        began = time.monotonic()
+        target = resolved.config.corpus.max_tokens or 0
+        found = build_corpus(
+            resolved.config.corpus,
+            resolved.source,
+            load_tokenizer(resolved.model),
+            storage,
+            resolved.corpus_id,
+            lineage={"model": resolved.model.name, "tokenizer": resolved.model.tokenizer_digest},
+            progress=lambda tokens: bars.update("corpus", tokens, max(target, tokens), f"{tokens:,} tokens"),
+        )
+        bars.say(f"corpus made in {time.monotonic() - began:.1f} s")
+    bars.say(
+        f"corpus {found.id}: {found.tokens['train']:,} training and {found.tokens['held_out']:,} held-out tokens of "
+        f"{resolved.source.name}; near-copies dropped: {found.dropped_near_copies}, held-out windows dropped: "
+        f"{found.dropped_held_out_windows}, 32-token runs of the held-out text left in training: "
+        f"{found.held_out_runs_in_training}"
+    )
+    return found
+
+
+def plan_of(resolved: Resolved, corpus: CorpusManifest) -> tuple[BlockSpan, ...]:
+    """How every hook of this harvest is cut into blocks."""
+    return block_plan(
+        corpus.windows["train"],
+        corpus.windows["held_out"],
+        context_size=corpus.context_size,
+        block_tokens=resolved.config.harvest.block_tokens,
+    )
+
+
+def missing_spans(resolved: Resolved, corpus: CorpusManifest, storage: Storage) -> list[tuple[BlockSpan, list[str]]]:
+    """Spans with the hooks whose block is not committed there; hooks with a manifest miss nothing."""
+    plan = plan_of(resolved, corpus)
+    done: dict[str, set[int]] = {}
+    for hook in resolved.hooks:
+        if read_manifest(storage, resolved.harvest_id, hook) is not None:
+            done[hook] = {span.index for span in plan}
+        else:
+            done[hook] = set(committed(storage, resolved.harvest_id, hook))
+    spans = [(span, [hook for hook in resolved.hooks if span.index not in done[hook]]) for span in plan]
+    return [(span, hooks) for span, hooks in spans if hooks]
+
+
+def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: Bars) -> None:
+    """Commit every missing block and then the manifest of each hook."""
+    resolved, storage = prepared.resolved, prepared.storage
+    todo = missing_spans(resolved, corpus, storage)
+    if todo:
+        slots = model_slots(cluster, resolved.config.resources)
+        counter = _TokenCounter(bars, sum(span.stop_window - span.start_window for span, _ in todo) * corpus.context_size)
+        with watched("harvest", counter.on_event, stall_seconds=resolved.config.resources.stall_seconds) as board:
+            _run_actors(resolved, storage, todo, slots, board)
+        counter.say()
+    plan, lineage = plan_of(resolved, corpus), harvest_lineage(resolved)
+    for hook in resolved.hooks:
+        if read_manifest(storage, resolved.harvest_id, hook) is None:
+            rows = committed(storage, resolved.harvest_id, hook)
+            write_manifest(storage, resolved.harvest_id, hook, plan, rows, lineage=lineage)
+    if read_tokens_manifest(storage, resolved.harvest_id) is None:
+        rows = committed(storage, resolved.harvest_id, layout.TOKENS)
+        write_tokens_manifest(storage, resolved.harvest_id, plan, rows, lineage=lineage)
+
+
+def _run_actors(
+    resolved: Resolved, storage: Storage, todo: list[tuple[BlockSpan, list[str]]], slots: Slots, board: Board
+) -> None:
+    size = max(1, min(SPANS_PER_LEASE, math.ceil(len(todo) / (slots.count * LEASES_PER_ACTOR))))
+    items = [{"span": _span_fields(span), "hooks": hooks} for span, hooks in todo]
+    leases = [json.dumps(items[i : i + size]) for i in range(0, len(items), size)]
+    job = HarvestJob(harvest_id=resolved.harvest_id, hooks=resolved.hooks, config=resolved.config.harvest)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    data = ray.data.from_items([{"lease": lease} for lease in leases], override_num_blocks=len(leases)).map_batches(
+        HarvestActor,
+        fn_constructor_kwargs={
+            "place": model_place(resolved, slots),
+            "job": job,
+            "corpus_id": resolved.corpus_id,
+            "storage": storage,
+            "board": board,
+        },
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(slots.count, len(leases))),
+        num_cpus=slots.cpus,
+        num_gpus=slots.gpus,
+    )
+    try:
+        stand = sum(1 for _ in data.iter_rows())
+    except Exception as error:
+        raise own_error(error) or StageError(f"The harvest failed: {_last_line(error)}") from error
+    if stand > len(todo):
+        raise StageError(f"The harvest reported {stand} spans where {len(todo)} were missing.")
+
+
+class _TokenCounter:
+    """Tokens of all actors as one bar."""
+
+    def __init__(self, bars: Bars, total: int) -> None:
+        self.bars, self.total = bars, total
+        self.tokens = 0
+        self.began = time.monotonic()
+        self.first: float | None = None
+        self.last = self.began
+        bars.update("harvest", 0, total, "starting the language model")
+
+    def on_event(self, event: Event) -> None:
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.tokens += event.data
+        rate = self.tokens / max(self.last - self.began, 1e-9)
+        self.bars.update("harvest", min(self.tokens, self.total), self.total, f"{self.tokens:,} tokens, {rate:,.0f}/s")
+
+    def say(self) -> None:
+        seconds = time.monotonic() - self.began
+        start = (self.first or self.last) - self.began
+        self.bars.say(
+            f"{self.tokens:,} tokens in {seconds:.1f} s, of which {start:.1f} s until the first batch was done "
+            f"({self.tokens / max(seconds, 1e-9):,.0f} tokens/s in all)"
+        )
+
+
+def _span_fields(span: BlockSpan) -> Mapping[str, Any]:
+    return {
+        "index": span.index,
+        "split": span.split,
+        "start_window": span.start_window,
+        "stop_window": span.stop_window,
+    }
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def forget(prepared: Prepared) -> None:
+    """Remove the committed blocks of this run's hooks, for --force."""
+    for hook in prepared.resolved.hooks:
+        for key in prepared.storage.list(layout.hook_folder(prepared.resolved.harvest_id, hook)):
+            prepared.storage.delete(key)
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage; returns the exit code."""
+    prepared = prepare(parse_job("harvest", argv))
+    with Bars("harvest") as bars:
+        if prepared.args.force:
+            forget(prepared)
+        corpus = ensure_corpus(prepared, bars)
+        if missing_spans(prepared.resolved, corpus, prepared.storage):
+            with ray_session() as cluster:
+                harvest(prepared, corpus, cluster, bars)
+        else:
+            bars.say("every block is committed; the model is not run")
+        for hook in prepared.resolved.hooks:
+            manifest = read_manifest(prepared.storage, prepared.resolved.harvest_id, hook)
+            if manifest is None:
+                raise MiDiscoverError(f"The harvest of '{hook}' has no manifest.")
+            bars.say(f"{hook}: {manifest.rows:,} rows x {manifest.d_in}, left out {_masked(manifest.masked)}")
+    print(f"{prepared.storage.uri}/{layout.harvest_folder(prepared.resolved.harvest_id)}")
+    return 0
+
+
+def _masked(masked: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in masked.items() if count) or "none"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,189 @@
+"""Packs of SAEs on Ray: a Tune trial per pack, whose loop runs in the trial itself or in a Ray Train TorchTrainer.
+
+Tune only schedules. A pack checkpoints itself in the store, resumes from there wherever it is started again, and commits
+each of its SAEs as trained; the driver learns of it from the board.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray import train as ray_train
+from ray import tune
+from ray.train.torch import TorchTrainer
+
+from jobs.board import Board
+from jobs.runtime import Slots, own_error
+from midiscover.errors import StageError
+from midiscover.resolve import Pack, Resolved
+from midiscover.saes import write_trained
+from midiscover.source import StoreSource
+from midiscover.store import layout
+from midiscover.store.storage import Storage
+from midiscover.train import Diverged, Member, Progress, train
+
+RETRY_FAILURES = -1
+"""Tune starts a lost trial again without limit: a lost node is nobody's mistake. A pack's own errors are counted inside
+the trial, and a stage without progress is ended by the watchdog."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackJob:
+    """What a trial needs to know; small, and the same for all packs of a sweep."""
+
+    resolved: Resolved
+    packs: tuple[Pack, ...]
+    storage: Storage
+    board: Board
+    slots: Slots
+    trainer: str
+    prepend_bos: bool
+
+
+class PackWorker:
+    """The process a pack runs in, as the training loop sees it."""
+
+    def __init__(self, job: PackJob, pack: Pack) -> None:
+        self.job, self.pack = job, pack
+        self.device = torch.device("cuda" if job.slots.gpus > 0 else "cpu")
+        self.folder = layout.pack_folder(job.resolved.sweep_id, pack.id)
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+
+    def load_checkpoint(self) -> bytes | None:
+        """The newest checkpoint of this pack in the store."""
+        keys = self._checkpoints()
+        return self.job.storage.read(keys[-1]) if keys else None
+
+    def save_checkpoint(self, step: int, data: bytes) -> None:
+        """Written by a background thread, one at a time; older ones go once the new one stands."""
+        if self.writing is not None:
+            self.writing.result()
+        self.writing = self.writer.submit(self._write, step, data)
+
+    def report(self, progress: Progress) -> None:
+        """To the board, for the driver's bars and the tracker's curves."""
+        self.job.board.post("pack", self.pack.id, progress)
+
+    def finish(self) -> None:
+        """The pack's SAEs stand, so its checkpoints go."""
+        self.close()
+        for key in self._checkpoints():
+            self.job.storage.delete(key)
+
+    def close(self) -> None:
+        """Wait for the writer."""
+        self.writer.shutdown(wait=True)
+
+    def _write(self, step: int, data: bytes) -> None:
+        old = self._checkpoints()
+        self.job.storage.write(layout.pack_checkpoint(self.job.resolved.sweep_id, self.pack.id, step), data)
+        for key in old:
+            self.job.storage.delete(key)
+
+    def _checkpoints(self) -> list[str]:
+        keys = self.job.storage.list(self.folder)
+        return sorted(keys, key=lambda key: int(key.rpartition("step-")[2].partition(".")[0]))
+
+
+def run_pack(job: PackJob, pack: Pack) -> None:
+    """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process, with or without Ray."""
+    torch.set_num_threads(job.slots.threads)
+    first = pack.saes[0].point.train
+    source = StoreSource.open(job.storage, job.resolved.harvest_id, pack.hook, first)
+    members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in pack.saes]
+    worker = PackWorker(job, pack)
+    try:
+        results = train(members, source, worker)
+        for planned, result in zip(pack.saes, results, strict=True):
+            if isinstance(result, Diverged):
+                job.board.post("failed", planned.id, result.reason)
+            else:
+                write_trained(job.storage, planned, job.resolved, result, prepend_bos=job.prepend_bos)
+                job.board.post("trained", planned.id, result.history)
+        worker.finish()
+    finally:
+        worker.close()
+
+
+def run_pack_tries(job: PackJob, pack: Pack) -> None:
+    """`run_pack`, tried again from its checkpoint after an error of its own; then reported while other packs go on."""
+    tries = job.resolved.config.resources.max_failures + 1
+    for attempt in range(1, tries + 1):
+        try:
+            run_pack(job, pack)
+            return
+        except Exception as error:
+            known = own_error(error)
+            reason = str(known) if known is not None else traceback.format_exception_only(error)[-1].strip()
+            job.board.post("retry", pack.id, f"try {attempt} of {tries}: {reason}")
+            last = reason
+    for planned in pack.saes:
+        job.board.post("failed", planned.id, last)
+
+
+def pack_trial(config: dict[str, Any], job: PackJob) -> None:
+    """A Tune trial: one pack."""
+    pack = job.packs[config["pack"]]
+    if job.trainer == "inline":
+        run_pack_tries(job, pack)
+    else:
+        _in_torch_trainer(job, pack)
+    tune.report({"pack": config["pack"]})
+
+
+def _in_torch_trainer(job: PackJob, pack: Pack) -> None:
+    """The same loop in a Ray Train worker; Train starts a lost worker again, and the pack resumes from the store."""
+    with tempfile.TemporaryDirectory(prefix="midiscover-train-") as folder:
+        TorchTrainer(
+            _train_worker,
+            train_loop_config={"job": job, "pack": pack},
+            scaling_config=ray_train.ScalingConfig(
+                num_workers=1,
+                use_gpu=job.slots.gpus > 0,
+                resources_per_worker={"CPU": job.slots.cpus} | ({"GPU": job.slots.gpus} if job.slots.gpus else {}),
+            ),
+            run_config=ray_train.RunConfig(
+                name=pack.id,
+                storage_path=folder,
+                failure_config=ray_train.FailureConfig(max_failures=RETRY_FAILURES),
+            ),
+        ).fit()
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    run_pack_tries(config["job"], config["pack"])
+
+
+def run_packs(job: PackJob) -> None:
+    """Run every pack of a job as a Tune trial, `slots.count` at a time. StageError where Tune itself fails."""
+    inline = job.trainer == "inline"
+    # A TorchTrainer's worker takes the slot's CPUs; the trial around it must not, or both wait for ever.
+    needs: dict[str, float] = {"cpu": job.slots.cpus if inline else 0.01}
+    if inline and job.slots.gpus:
+        needs["gpu"] = job.slots.gpus
+    with tempfile.TemporaryDirectory(prefix="midiscover-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(pack_trial, job=job), needs),
+            param_space={"pack": tune.grid_search(list(range(len(job.packs))))},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=job.slots.count,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=tune.RunConfig(
+                name=job.resolved.sweep_id,
+                storage_path=folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RETRY_FAILURES),
+            ),
+        )
+        results = tuner.fit()
+    errors = list(results.errors)
+    if errors:
+        raise StageError(f"{len(errors)} packs ended without a result: {str(errors[0]).strip().splitlines()[-1]}")

@@ -1,0 +1,71 @@
+"""Progress for people: bars where there is a terminal, plain lines (also for logs of a cluster) where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0
+
+
+class Bars:
+    """Named lines with a total, a position and a note. Use as a context manager."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.console = Console(stderr=True, highlight=False)
+        self.live: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.plain: dict[str, _Line] = {}
+
+    def __enter__(self) -> Bars:
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def update(self, name: str, position: float, total: float, note: str = "") -> None:
+        """Set a line's position; the first call makes the line."""
+        if self.live is not None:
+            if name not in self.tasks:
+                self.tasks[name] = self.live.add_task(name, total=total, note=note)
+            self.live.update(self.tasks[name], completed=position, total=total, note=note)
+            return
+        line = self.plain.setdefault(name, _Line())
+        done = position >= total
+        if (done and not line.done) or time.monotonic() - line.shown >= PLAIN_SECONDS:
+            line.shown, line.done = time.monotonic(), done
+            left = line.remaining(position, total)
+            print(f"{self.stage}: {name}: {100 * position / max(total, 1):3.0f} %  {note}{left}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(f"{self.stage}: {text}", soft_wrap=True)
+
+
+class _Line:
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.shown = 0.0
+        self.done = False
+
+    def remaining(self, position: float, total: float) -> str:
+        if self.done or position <= 0:
+            return ""
+        left = (time.monotonic() - self.began) * (total - position) / position
+        return f"  {left:.0f} s left"

@@ -1,0 +1,91 @@
+"""What a sweep's driver writes down while packs train: bars, the tracker, TensorBoard files, failures.
+
+A database that goes away never stops a sweep: the store is the truth, and `midiscover runs reindex` catches up.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from jobs.board import Event
+from jobs.progress import Bars
+from midiscover.errors import TrackingError
+from midiscover.ids import hook_label
+from midiscover.resolve import Pack
+from midiscover.store import layout
+from midiscover.store.storage import Storage
+from midiscover.tracking import Tracker
+from midiscover.train import Progress
+
+FLUSH_SECONDS = 5.0
+
+
+class Recorder:
+    """Handles the events of a sweep's packs."""
+
+    def __init__(self, sweep_id: str, tracker: Tracker, storage: Storage, bars: Bars, packs: Sequence[Pack]) -> None:
+        self.sweep_id, self.tracker, self.storage, self.bars = sweep_id, tracker, storage, bars
+        self.names = {pack.id: f"{hook_label(pack.hook)} x{len(pack.saes)}" for pack in packs}
+        self.failures: dict[str, str] = {}
+        self.points: dict[str, dict[str, list[float]]] = {}
+        self.flushed = time.monotonic()
+        self.tracking = True
+
+    def on_event(self, event: Event) -> None:
+        """One event of the board."""
+        match event.kind:
+            case "pack":
+                self._progress(event.key, event.data)
+            case "trained":
+                self.points.pop(event.key, None)
+                self.track(lambda tracker: tracker.record_steps(event.key, event.data))
+                self.track(lambda tracker: tracker.sae_status(event.key, "trained"))
+                self._tensorboard(event.key, event.data)
+            case "failed":
+                self.failures[event.key] = event.data
+                self.track(lambda tracker: tracker.sae_status(event.key, "failed", event.data))
+                self.bars.say(f"{event.key} failed: {event.data}")
+            case "retry":
+                self.bars.say(f"{self.names.get(event.key, event.key)}: {event.data}")
+
+    def track(self, write: Callable[[Tracker], None]) -> None:
+        """One write to the tracker; the first that fails is said, and the rest are left out."""
+        if not self.tracking:
+            return
+        try:
+            write(self.tracker)
+        except TrackingError as error:
+            self.tracking = False
+            self.bars.say(f"{error} The sweep goes on; `midiscover runs reindex` brings the tracker up to date afterwards.")
+
+    def _progress(self, pack: str, progress: Progress) -> None:
+        points = progress.latest.values()
+        l0 = "/".join(f"{point['l0']:.0f}" for point in points)
+        fvu = "/".join(f"{point['fvu']:.2f}" for point in points)
+        note = f"L0 {l0}  FVU {fvu}  {progress.tokens_per_second:,.0f} tokens/s"
+        self.bars.update(self.names.get(pack, pack), progress.step, progress.steps, note)
+        for sae, point in progress.latest.items():
+            columns = self.points.setdefault(sae, {name: [] for name in point})
+            for name, value in point.items():
+                columns[name].append(value)
+        if time.monotonic() - self.flushed >= FLUSH_SECONDS:
+            for sae, columns in self.points.items():
+                self.track(lambda tracker, sae=sae, columns=columns: tracker.record_steps(sae, columns))
+            self.points, self.flushed = {}, time.monotonic()
+
+    def _tensorboard(self, sae: str, history: Mapping[str, Sequence[float]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            with SummaryWriter(folder) as writer:
+                for name in ("loss", "mse", "sparsity", "l0", "fvu", "lr"):
+                    for step, value in zip(history["step"], history[name], strict=True):
+                        writer.add_scalar(name, value, int(step))
+            (file,) = Path(folder).glob("*tfevents*")
+            # One name, so that a sweep that is run again replaces the curve instead of adding a second one.
+            key = layout.sweep_file(self.sweep_id, f"tensorboard/{sae}/events.out.tfevents.0.midiscover")
+            self.storage.write(key, file.read_bytes())

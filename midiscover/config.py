@@ -1,0 +1,260 @@
+"""Every setting of a run, as frozen dataclasses. Standard library only: reading a config loads no torch.
+
+One YAML file holds one `RunConfig`. `configio` reads it strictly; nothing writes to a config after its birth, and
+variants come from `dataclasses.replace`. The store's address, secrets and hosts are never settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The language model whose activations are read."""
+
+    id: str = "embedded"
+    """Hub id (`microsoft/phi-2`), local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct)."""
+    revision: str | None = None
+    """Hub branch, tag or commit; resolved to a commit once. Hub ids only."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the forward pass. `auto`: bfloat16 where this machine computes in it natively, else float32."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """The text, and how it becomes token windows."""
+
+    source: str = "builtin"
+    """`builtin`, a hub data set id, a parquet, jsonl or txt file, or a folder or s3:// prefix of such files."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str | None = None
+    """Hub data set branch, tag or commit; resolved to a commit once."""
+    text_field: str = "text"
+    """Column (parquet, hub) or key (jsonl) that holds the text."""
+    max_samples: int | None = None
+    """Read at most this many documents."""
+    max_tokens: int | None = None
+    """Stop after this many tokens (training and held-out together)."""
+    context_size: int = 128
+    """Tokens in a window; documents are packed end to end."""
+    held_out: float = 0.1
+    """Share of documents kept out of training, by hash of the document."""
+    prepend_bos: bool | None = None
+    """Start each window with the tokenizer's BOS token. null: as the tokenizer itself does."""
+    seed: int = 0
+    """Chooses the held-out documents, and the order of the built-in text."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_samples is None or self.max_samples > 0, "corpus.max_samples must be a whole number above 0")
+        _require(self.max_tokens is None or self.max_tokens > 0, "corpus.max_tokens must be a whole number above 0")
+        _require(self.context_size >= 8, "corpus.context_size must be at least 8 tokens")
+        _require(0 < self.held_out < 1, "corpus.held_out must lie between 0 and 1, for example 0.1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarvestConfig:
+    """Which activations are read, and how they are cut into blocks."""
+
+    hooks: tuple[str, ...] = ()
+    """Module paths, `model.layers.16.mlp.fc2` (output) or `model.layers.16.mlp:in` (input); `{8,16}` expands."""
+    block_tokens: int = 12_288
+    """Rows of a block, the unit that is written, verified and redone; 63 MB of bfloat16 at d_in 2,560."""
+    batch_tokens: int | None = None
+    """Tokens per forward pass; halved on out-of-memory. null: 4,096 on CPU, from free memory on a GPU."""
+    mask_first: bool = True
+    """Leave the first position of each window out of training: an attention sink, whatever its token."""
+    outlier_norm: float = 10.0
+    """Leave out rows whose norm exceeds this many times the median norm of their block (attention sinks elsewhere)."""
+
+    def __post_init__(self) -> None:
+        _require(self.block_tokens > 0, "harvest.block_tokens must be above 0")
+        _require(self.batch_tokens is None or self.batch_tokens > 0, "harvest.batch_tokens must be above 0")
+        _require(self.outlier_norm > 1, "harvest.outlier_norm must be above 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WidthConfig:
+    """How many features an SAE has: `expansion_factor` times d_in, or `d_sae`."""
+
+    expansion_factor: float | None = None
+    """d_sae as a multiple of d_in; 8 where neither is given."""
+    d_sae: int | None = None
+    """Number of features; takes precedence over the expansion factor."""
+
+    def __post_init__(self) -> None:
+        _require(self.expansion_factor is None or self.expansion_factor > 0, "sae.expansion_factor must be above 0")
+        _require(self.d_sae is None or self.d_sae > 0, "sae.d_sae must be a whole number above 0")
+
+    def width(self, d_in: int) -> int:
+        """The number of features d_sae for an input of `d_in` dimensions."""
+        return self.d_sae if self.d_sae is not None else round((self.expansion_factor or 8) * d_in)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StandardConfig(WidthConfig):
+    """ReLU SAE with an L1 penalty weighted by decoder norms (Anthropic, April 2024; SAELens `standard`)."""
+
+    kind: Literal["standard"] = "standard"
+    l1_coefficient: float = 5.0
+    """Weight of sum_i f_i * norm(W_dec_i), on inputs whose mean norm is sqrt(d_in)."""
+
+    def __post_init__(self) -> None:
+        WidthConfig.__post_init__(self)
+        _require(self.l1_coefficient >= 0, "sae.l1_coefficient must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopKConfig(WidthConfig):
+    """TopK SAE with the AuxK loss against dead features (Gao et al. 2024, arXiv 2406.04093, sections 2.3 and A.2)."""
+
+    kind: Literal["topk"] = "topk"
+    k: int = 32
+    """Features kept per token."""
+    auxk_coefficient: float = 1 / 32
+    """Weight of the AuxK loss, which is divided by the residual's variance; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead features that reconstruct the residual; null: d_in / 2."""
+
+    def __post_init__(self) -> None:
+        WidthConfig.__post_init__(self)
+        _require(self.k > 0, "sae.k must be a whole number above 0")
+        _require(self.auxk_coefficient >= 0, "sae.auxk_coefficient must be 0 or above")
+        _require(self.k_aux is None or self.k_aux > 0, "sae.k_aux must be above 0")
+
+
+SaeConfig = StandardConfig | TopKConfig
+"""One architecture's settings; `kind` chooses in YAML."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The training loop, the same for every SAE of a pack."""
+
+    epochs: int = 1
+    """Passes over the training rows."""
+    batch_size: int = 4096
+    """Tokens per step."""
+    lr: float = 3e-4
+    """Peak learning rate of Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    lr_warmup: float = 0.05
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    lr_decay: float = 0.2
+    """Share of all steps, at the end, over which it falls linearly to 0."""
+    l1_warmup: float = 0.05
+    """Share of all steps over which the L1 coefficient rises linearly from 0."""
+    clip: float = 1.0
+    """Gradient norm to which each SAE is clipped by itself; 0 turns it off."""
+    dtype: Dtype = "float32"
+    """Precision of the matrix products; weights, losses and Adam stay in float32."""
+    shuffle_tokens: int = 1_000_000
+    """Rows shuffled together; the loader holds two such pools in memory, or one that is everything."""
+    dead_window: int | None = None
+    """A feature that did not fire in this many training tokens counts as dead; null: half an epoch, at most 10M."""
+    seed: int = 0
+    """Seeds the weights and the order of the rows."""
+    report_every: int = 10
+    """Steps between two points of the loss curve."""
+    checkpoint_every: float = 60.0
+    """Seconds between two checkpoints of a pack."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr", "shuffle_tokens", "report_every", "checkpoint_every"):
+            _require(getattr(self, name) > 0, f"train.{name} must be above 0")
+        _require(self.dead_window is None or self.dead_window > 0, "train.dead_window must be above 0")
+        for name in ("lr_warmup", "lr_decay", "l1_warmup"):
+            _require(0 <= getattr(self, name) <= 1, f"train.{name} is a share of the steps, between 0 and 1")
+        _require(all(0 <= b < 1 for b in self.betas), "train.betas must lie between 0 and 1")
+        _require(self.clip >= 0, "train.clip must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is measured on held-out text after training."""
+
+    max_tokens: int = 500_000
+    """Held-out rows for L0, FVU, dead features and density."""
+    ce_tokens: int = 4096
+    """Held-out tokens for cross-entropy and KL with the reconstruction spliced into the model; 0 leaves them out."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens > 0, "evaluate.max_tokens must be above 0")
+        _require(self.ce_tokens >= 0, "evaluate.ce_tokens must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig:
+    """How the work is laid over the machine. Never part of an id."""
+
+    trainer: Literal["auto", "inline", "ray_train"] = "auto"
+    """A pack's loop runs inside its Tune trial, or in a Ray Train TorchTrainer. auto: ray_train where there are GPUs."""
+    harvest_actors: int | None = None
+    """Language-model actors; null: one per GPU share, or one on CPU."""
+    gpus_per_actor: float = 1.0
+    """GPU share of a language-model actor, where there are GPUs."""
+    pack_size: int | None = None
+    """SAEs at most in a pack; null: fills the devices. 1 is the plain grid."""
+    gpus_per_pack: float = 1.0
+    """GPU share of a pack, where there are GPUs."""
+    threads: int | None = None
+    """Torch threads of an actor or pack on CPU; null: the cores divided by what runs at once."""
+    max_failures: int = 3
+    """Tries again of a pack that fails by its own error; lost nodes are retried without limit."""
+    stall_seconds: float = 1800.0
+    """A stage in which nothing has moved for so long is ended with an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("harvest_actors", "pack_size", "threads"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"resources.{name} must be a whole number above 0")
+        for name in ("gpus_per_actor", "gpus_per_pack"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"resources.{name} must be a share of one GPU, above 0 and at most 1")
+        _require(self.max_failures >= 0, "resources.max_failures must be 0 or above")
+        _require(self.stall_seconds > 0, "resources.stall_seconds must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One YAML file: a model, a text, and a grid of SAEs."""
+
+    name: str = "sweep"
+    """What people call it; becomes part of the sweep's id."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    sae: SaeConfig = field(default_factory=StandardConfig)
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Axes of the sweep besides the hooks: dotted path in `sae` or `train` -> values."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        ok = self.name and all(c.islower() or c.isdigit() or c in "-_" for c in self.name)
+        _require(bool(ok), "name may hold lower-case letters, digits, '-' and '_' only")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaePoint:
+    """One point of the grid: what makes one SAE."""
+
+    hook: str
+    sae: SaeConfig
+    train: TrainConfig

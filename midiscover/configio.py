@@ -1,0 +1,304 @@
+"""Strict YAML and flags into a `RunConfig`; the grid into its points. The only reader of settings.
+
+Flags (`--train.lr 1e-3`) are set in the YAML's tree before it is checked, so that a flag and a line of YAML are read by
+one rule and fail with one sentence. Loads neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import platform
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from midiscover.config import RunConfig, SaePoint, StandardConfig, TopKConfig, WidthConfig
+from midiscover.errors import ConfigError
+
+SAE_KINDS: dict[str, type] = {"standard": StandardConfig, "topk": TopKConfig}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number and a key may not stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """A flag's value by the rules of YAML: `1e-3` is a number, `[1, 2]` a list, `null` nothing."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value '{text}' is not readable as YAML: {_yaml_problem(error)}.") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The tree of a YAML file, unchecked. ConfigError where it is absent, broken or not a mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no config file '{path}'. Give the path of a YAML file, such as {_example()}.")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {_yaml_problem(error)}.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold settings as 'key: value', not {_kind(tree)}.")
+    return tree
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a YAML file strictly, set `overrides` (dotted path -> value) over it, and validate the whole."""
+    tree = read_yaml(path)
+    tree.setdefault("name", re.sub(r"[^a-z0-9_-]+", "-", Path(path).stem.lower()))
+    for dotted, value in (overrides or {}).items():
+        if dotted == "grid" and isinstance(tree.get("grid"), dict):
+            tree["grid"] |= value  # an axis that is given replaces that axis, and the others stand
+        else:
+            set_path(tree, dotted, value)
+    return build_config(tree)
+
+
+def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `tree["train"]["lr"]` for `train.lr`, making the sections on the way."""
+    *sections, last = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"'{dotted}' names a setting inside '{section}', which is a value and no section.")
+    tree[last] = value
+
+
+def build_config(tree: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig` from a plain tree. ConfigError names the first wrong key or value, and what would be right."""
+    config: RunConfig = _build(RunConfig, tree, "")
+    hooks = tuple(hook for text in config.harvest.hooks for hook in expand_braces(text))
+    twice = next((hook for i, hook in enumerate(hooks) if hook in hooks[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"harvest.hooks names '{twice}' twice; each hook may stand once.")
+    config = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, hooks=hooks))
+    expand_grid(config)  # a wrong path or value in the grid is an error of this file, not of a later stage
+    return resolve_dtypes(config)
+
+
+def resolve_dtypes(config: RunConfig) -> RunConfig:
+    """Replace `auto` by what this machine computes in natively, so that ids and records name a real dtype."""
+    native = "bfloat16" if native_bfloat16() else "float32"
+    model, train = config.model, config.train
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype=native)
+    if train.dtype == "auto":
+        train = dataclasses.replace(train, dtype=native)
+    return dataclasses.replace(config, model=model, train=train)
+
+
+@cache
+def native_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware: an NVIDIA driver, or the CPU's own flags."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()) is not None
+    return platform.system() == "Darwin" and platform.machine() == "arm64" and "M1" not in platform.processor()
+
+
+def expand_braces(text: str) -> list[str]:
+    """`model.layers.{8,16}.mlp` as its two paths; several braces multiply."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    options = [option.strip() for option in match[1].split(",")]
+    return [path for option in options for path in expand_braces(text[: match.start()] + option + text[match.end() :])]
+
+
+def expand_grid(config: RunConfig) -> list[SaePoint]:
+    """Every SAE of a sweep: hooks x the product of the grid's values, in a fixed order. ConfigError for a wrong path."""
+    axes = list(config.grid.items())
+    for path, _ in axes:
+        if path.split(".")[0] not in ("sae", "train") or path.count(".") != 1:
+            raise ConfigError(
+                f"grid.{path} is not a setting of an SAE; an axis is a path in 'sae' or 'train', "
+                "such as sae.l1_coefficient (the hooks of harvest.hooks are an axis by themselves)."
+            )
+    base = {"sae": _given(config.sae), "train": _given(config.train)}
+    points: list[SaePoint] = []
+    for values in itertools.product(*(axis for _, axis in axes)):
+        tree = {section: dict(settings) for section, settings in base.items()}
+        chosen = {path: value for (path, _), value in zip(axes, values, strict=True)}
+        if chosen.get("sae.kind", config.sae.kind) != config.sae.kind:
+            # Another architecture keeps the width and nothing else of the one that `sae` describes.
+            tree["sae"] = {field.name: tree["sae"][field.name] for field in dataclasses.fields(WidthConfig)}
+        for path, value in chosen.items():
+            set_path(tree, path, value)
+        sae = _build_sae(tree["sae"], "sae")
+        train = _build(type(config.train), tree["train"], "train")
+        points += [SaePoint(hook=hook, sae=sae, train=train) for hook in config.harvest.hooks]
+    if len(set(points)) < len(points):
+        raise ConfigError("The grid names the same SAE twice; each value of an axis may stand once.")
+    return sorted(points, key=lambda point: config.harvest.hooks.index(point.hook))
+
+
+def to_tree(config: Any) -> Any:
+    """A config as plain JSON data: dataclasses to dicts, tuples to lists."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_tree(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_tree(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_tree(value) for value in config]
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML that reads back to an equal one."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, width=100)
+
+
+def _given(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    """One dataclass from a mapping: unknown keys refused, each value of its declared type."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path or 'The config'} must be a section of settings, not {_kind(tree)}.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(_unknown_key(str(key), fields, path))
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        here = f"{path}.{key}" if path else str(key)
+        if cls is RunConfig and key == "sae":
+            values[key] = _build_sae(value, here)
+        elif dataclasses.is_dataclass(fields[key]):
+            values[key] = _build(typing.cast(type, fields[key]), {} if value is None else value, here)
+        else:
+            values[key] = _check(fields[key], value, here)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
+
+
+def _build_sae(tree: Any, path: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path} must be a section of settings, not {_kind(tree)}.")
+    kind = tree.get("kind", "standard")
+    if kind not in SAE_KINDS:
+        raise ConfigError(f"{path}.kind is '{kind}', which is no architecture; known are {', '.join(SAE_KINDS)}.")
+    return _build(SAE_KINDS[kind], tree, path)
+
+
+def _check(hint: Any, value: Any, path: str) -> Any:
+    """A value of the declared type, by pydantic's strict rules; lists become tuples, one string a list of hooks."""
+    if isinstance(value, str) and hint == tuple[str, ...]:
+        value = (value,)
+    if path == "grid":
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"grid must be a section of 'path: [values]', not {_kind(value)}.")
+        return {str(key): _axis(axis, f"grid.{key}") for key, axis in value.items()}
+    try:
+        return _adapter(hint).validate_python(_tuples(value))
+    except ValidationError:
+        raise ConfigError(f"{path} is {_show(value)}; it must be {_describe(hint)}.") from None
+
+
+def _axis(value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ConfigError(f"{path} is {_show(value)}; it must be a list of values, such as [1, 2, 5].")
+    return typing.cast(tuple[Any, ...], _tuples(value))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _unknown_key(key: str, known: Sequence[str] | Mapping[str, Any], path: str) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    place = f"'{path}'" if path else "the config"
+    full = f"{path}.{key}" if path else key
+    hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
+    return f"'{full}' is not a setting of {place}; {hint}"
+
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+    tuple[str, ...]: "a list of texts",
+    tuple[float, float]: "a list of two numbers",
+}
+
+
+def _describe(hint: Any) -> str:
+    if hint in _NAMES:
+        return _NAMES[hint]
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(str(option) for option in typing.get_args(hint))
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    return str(hint)
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _show(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem}, line {mark.line + 1}" if mark else str(problem)
+
+
+def _example() -> str:
+    return "jobs/configs/demo.yaml, or the name of one that ships with miDiscover, such as 'demo'"
+
+
+def find_config(name: str) -> Path:
+    """The file that CONFIG means: a path, or the bare name of a config that ships in jobs/configs."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = Path(__file__).resolve().parent.parent / "jobs" / "configs"
+    if re.fullmatch(r"[a-z0-9_-]+", name) and (shipped / f"{name}.yaml").is_file():
+        return shipped / f"{name}.yaml"
+    if path.is_dir():
+        raise ConfigError(f"'{name}' is a folder; CONFIG is a YAML file, such as {_example()}.")
+    raise ConfigError(f"There is no config file '{name}'. Give the path of a YAML file, such as {_example()}.")

@@ -1,0 +1,87 @@
+"""Where this user's caches lie, and sha256 of files that is computed once per file and not per run.
+
+A cached digest is found by absolute path, size and modification time. The cache is only ever a shortcut: it may be
+deleted at any time, and where it can't be written the digests are computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+SMALL_BYTES = 1 << 20
+"""Files below this size are hashed each time: that costs less than the look-up in a long cache."""
+
+SETTLED_SECONDS = 2
+"""A file that changed more recently is not cached: a further change could leave size and time as they are."""
+
+MAX_ENTRIES = 20_000
+
+
+def cache_dir() -> Path:
+    """The folder of caches that outlive a run: `$MIDISCOVER_HOME`, else `~/.cache/midiscover`. Not created here."""
+    home = os.environ.get("MIDISCOVER_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".cache" / "midiscover"
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes in hex, from the cache where the file has not changed. OSError as from `open`."""
+    return files_sha256([path])[0]
+
+
+def files_sha256(paths: Sequence[str | Path]) -> list[str]:
+    """`file_sha256` of many files, with one read and at most one write of the cache."""
+    cache_file = cache_dir() / "digests.json"
+    known: dict[str, str] | None = None
+    fresh: dict[str, str] = {}
+    digests = []
+    for path in paths:
+        stat = os.stat(path)
+        if stat.st_size < SMALL_BYTES:
+            digests.append(_hash(path))
+            continue
+        if known is None:
+            known = _read(cache_file)
+        key = f"{os.path.realpath(path)}\n{stat.st_size}\n{stat.st_mtime_ns}"
+        digest = known.get(key)
+        if digest is None:
+            digest = _hash(path)
+            if time.time_ns() - stat.st_mtime_ns > SETTLED_SECONDS * 1_000_000_000:
+                fresh[key] = digest
+        digests.append(digest)
+    if fresh:
+        _add(cache_file, fresh)
+    return digests
+
+
+def _hash(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(cache_file: Path) -> dict[str, str]:
+    try:
+        entries = json.loads(cache_file.read_bytes())
+    except (OSError, ValueError):  # absent, or not ours: the digests are computed again
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _add(cache_file: Path, fresh: dict[str, str]) -> None:
+    """Merge into what stands now. Of two processes that add at once one may lose its entries, never the file."""
+    entries = list((_read(cache_file) | fresh).items())[-MAX_ENTRIES:]
+    temporary = None
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, prefix=".digests-", delete=False) as file:
+            temporary = file.name
+            json.dump(dict(entries), file, indent=0)
+        os.replace(temporary, cache_file)
+    except OSError:  # a home that is read-only or full costs the shortcut, not the run
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

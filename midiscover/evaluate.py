@@ -1,0 +1,159 @@
+"""Held-out measurements of trained SAEs: from stored activations, and with the reconstruction spliced into the model.
+
+Everything is measured on text that training did not see, with the folded weights as they are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from midiscover.corpus import Corpus
+from midiscover.harvest import position_mask, row_mask
+from midiscover.lm import LanguageModel
+from midiscover.sae.base import Sae
+from midiscover.sae.metrics import MetricSums, recovered
+from midiscover.store.blocks import Mask
+
+CE_BATCH_WINDOWS = 8
+"""Windows per spliced forward pass; bounds the two [tokens, vocabulary] tables of log-probabilities."""
+
+
+def reconstruction_metrics(
+    saes: Mapping[str, Sae], batches: Iterable[Tensor], mean: Tensor
+) -> dict[str, MetricSums]:
+    """L0, FVU, explained variances, cosine, MSE, density and dead features of SAEs that read one hook.
+
+    saes: id -> folded SAE; batches: raw activations [tokens, d_in]; mean: [d_in], about which FVU measures variance.
+    """
+    sums = {name: MetricSums(sae.d_sae, mean) for name, sae in saes.items()}
+    for batch in batches:
+        for name, sae in saes.items():
+            x = batch.to(sae.W_enc.device).float()
+            with torch.no_grad():
+                features = sae.encode(x)
+                sums[name].update(x, sae.decode(features), features)
+    return sums
+
+
+@dataclass(kw_only=True, slots=True)
+class SplicedSums:
+    """Sums over predicted tokens with one replacement in place."""
+
+    ce: float = 0.0
+    kl: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class SpliceResult:
+    """Cross-entropy and KL of the model clean, with the hook's output zeroed, and with each SAE's reconstruction."""
+
+    tokens: int = 0
+    clean: float = 0.0
+    zero: SplicedSums = field(default_factory=SplicedSums)
+    saes: dict[str, SplicedSums] = field(default_factory=dict)
+
+    def metrics(self, sae_id: str) -> dict[str, float | int | None]:
+        """The ce_* and kl_* entries of record.json; in nats per token."""
+        n = max(self.tokens, 1)
+        spliced = self.saes[sae_id]
+        clean, zero, sae = self.clean / n, self.zero.ce / n, spliced.ce / n
+        kl_zero, kl_sae = self.zero.kl / n, spliced.kl / n
+        return {
+            "ce_tokens": self.tokens,
+            "ce_clean": clean,
+            "ce_zero": zero,
+            "ce_sae": sae,
+            "ce_recovered": recovered(clean, zero, sae),
+            "kl_zero": kl_zero,
+            "kl_sae": kl_sae,
+            "kl_recovered": recovered(0.0, kl_zero, kl_sae),
+        }
+
+
+def splice_metrics(
+    model: LanguageModel,
+    corpus: Corpus,
+    hook: str,
+    saes: Mapping[str, Sae],
+    *,
+    max_tokens: int,
+    mask_first: bool,
+    outlier_norm: float,
+    on_tokens: Callable[[int], None] = lambda _tokens: None,
+) -> SpliceResult:
+    """Splice each SAE's reconstruction into the model over held-out windows, up to `max_tokens` tokens.
+
+    Rows that training left out (special tokens, first position, outliers) keep their own activation, in the zeroed
+    run as well: an SAE is judged where it is meant to be used. Predictions of padding are not counted.
+    """
+    result = SpliceResult(saes={name: SplicedSums() for name in saes})
+    first = corpus.manifest.windows["train"]
+    windows = min(corpus.manifest.windows["held_out"], max(1, max_tokens // corpus.manifest.context_size))
+    special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
+    for start in range(first, first + windows, CE_BATCH_WINDOWS):
+        stop = min(start + CE_BATCH_WINDOWS, first + windows)
+        ids, doc = (torch.from_numpy(part.copy()) for part in corpus.windows(start, stop))
+        codes = position_mask(ids, doc, special, mask_first=mask_first)
+        _splice_batch(model, hook, saes, ids, codes, outlier_norm, result, on_tokens)
+    return result
+
+
+def _splice_batch(
+    model: LanguageModel,
+    hook: str,
+    saes: Mapping[str, Sae],
+    ids: Tensor,
+    codes: Tensor,
+    outlier_norm: float,
+    result: SpliceResult,
+    on_tokens: Callable[[int], None],
+) -> None:
+    device = model.device
+    tokens = ids.to(device, torch.long)
+    attention = (codes != Mask.PADDING).long().to(device)
+    targets = tokens[:, 1:]
+    counted = (attention[:, 1:] == 1) & (attention[:, :-1] == 1)
+
+    def run(replace: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        logits = model.logits(tokens, attention_mask=attention, replace=replace)[:, :-1]
+        on_tokens(tokens.numel())
+        return log_softmax(logits[counted].float(), dim=-1)
+
+    def measure(log_q: Tensor) -> SplicedSums:
+        kl = float((log_p.exp() * (log_p - log_q)).sum())
+        return SplicedSums(ce=_cross_entropy(log_q, targets[counted]), kl=kl)
+
+    log_p = run({})
+    result.tokens += int(counted.sum())
+    result.clean += _cross_entropy(log_p, targets[counted])
+    _add(result.zero, measure(run({hook: _splice(torch.zeros_like, codes, outlier_norm)})))
+    for name, sae in saes.items():
+        _add(result.saes[name], measure(run({hook: _splice(sae, codes, outlier_norm)})))
+
+
+def _splice(function: Callable[[Tensor], Tensor], codes: Tensor, outlier_norm: float) -> Callable[[Tensor], Tensor]:
+    """A replacement for the hook's [windows, context, d_in] that leaves masked rows as they are."""
+
+    def replace(value: Tensor) -> Tensor:
+        flat = value.flatten(0, 1).float()
+        mask = row_mask(codes.flatten(), flat.norm(dim=-1).cpu(), outlier_norm)
+        usable = (mask == Mask.USABLE).to(value.device)
+        with torch.no_grad():
+            out = torch.where(usable[:, None], function(flat), flat)
+        return out.to(value.dtype).view_as(value)
+
+    return replace
+
+
+def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> float:
+    return -float(log_probabilities.gather(-1, targets[:, None]).double().sum())
+
+
+def _add(sums: SplicedSums, other: SplicedSums) -> None:
+    sums.ce += other.ce
+    sums.kl += other.kl

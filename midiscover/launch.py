@@ -1,0 +1,147 @@
+"""The command line of a job: how it is read, and how it is built. Loads neither torch nor ray.
+
+`midiscover sweep CONFIG` and `python -m jobs.sweep CONFIG` read the same arguments by `parse_job`; the first then becomes
+the second, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from midiscover.config import RunConfig
+from midiscover.configio import SAE_KINDS, find_config, load_config, parse_value
+from midiscover.errors import ConfigError
+from midiscover.resolve import Resolved, resolve
+from midiscover.store.storage import Storage, open_store, store_uri
+from midiscover.tracking import Tracker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobArgs:
+    """What a job is told on its command line."""
+
+    config: str
+    store: str | None = None
+    force: bool = False
+    tags: tuple[str, ...] = ()
+    note: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A job that may start: settings, ids, store and tracker are there."""
+
+    args: JobArgs
+    resolved: Resolved
+    storage: Storage
+    tracker: Tracker
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. Try `{self.prog} --help`.")
+
+
+def job_parser(stage: str, *, prog: str | None = None) -> Parser:
+    """The arguments that every job takes; settings go by their path (`--train.lr 1e-3`)."""
+    parser = Parser(
+        prog=prog or f"python -m jobs.{stage}",
+        description=DESCRIPTIONS[stage],
+        epilog="Any setting of the YAML is a flag by its path, for example --train.lr 1e-3 or --corpus.max_tokens 50000.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships (demo, quick, ...)")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    parser.add_argument("--force", action="store_true", help="make anew what is already committed")
+    if stage == "sweep":
+        parser.add_argument("--tag", action="append", default=[], help="mark the sweep; may stand several times")
+        parser.add_argument("--note", help="a sentence kept with the sweep")
+    return parser
+
+
+DESCRIPTIONS = {
+    "harvest": "Make the corpus and the activation blocks of a config; what is committed is not made again.",
+    "sweep": "Make what is missing of corpus and activation blocks, then train, measure and report the grid of SAEs.",
+}
+
+
+def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> JobArgs:
+    """Read a job's arguments. ConfigError for anything unknown."""
+    known, rest = job_parser(stage, prog=prog).parse_known_args(list(argv))
+    return JobArgs(
+        config=known.config,
+        store=known.store,
+        force=known.force,
+        tags=tuple(getattr(known, "tag", ())),
+        note=getattr(known, "note", None),
+        overrides=parse_overrides(rest),
+    )
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--train.lr 1e-3 --grid.sae.k=[16,32]` as dotted paths and values."""
+    overrides: dict[str, Any] = {}
+    pairs = iter(arguments)
+    for argument in pairs:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not name:
+            raise ConfigError(f"'{argument}' is not expected here; a setting is given as --section.name value.")
+        if "." not in name and name != "name":
+            raise ConfigError(_unknown_flag(name))
+        if not equals:
+            try:
+                value = next(pairs)
+            except StopIteration:
+                raise ConfigError(f"--{name} needs a value after it.") from None
+        section, _, axis = name.partition(".")
+        if section == "grid":
+            # The paths of a grid have dots of their own, so they are one key.
+            overrides.setdefault("grid", {})[axis] = parse_value(value)
+        else:
+            overrides[name] = parse_value(value)
+    return overrides
+
+
+def prepare(args: JobArgs) -> Prepared:
+    """Read and check everything a job needs before any work: config, model, hooks, text, store, database."""
+    config = load_config(find_config(args.config), args.overrides)
+    # A bucket is asked before the model is looked up, a folder is made after: wrong input leaves nothing behind.
+    bucket = open_store(args.store) if "://" in store_uri(args.store) else None
+    resolved = resolve(config)
+    storage = bucket or open_store(args.store)
+    return Prepared(args=args, resolved=resolved, storage=storage, tracker=Tracker.for_store(storage))
+
+
+def run_job(stage: str, argv: Sequence[str]) -> NoReturn:
+    """Become `python -m jobs.<stage>`: its signals, output and exit code are then ours."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", f"jobs.{stage}", *argv])
+
+
+def _settings(cls: type, prefix: str = "") -> Iterator[str]:
+    for item in dataclasses.fields(cls):
+        if prefix == "" and item.name == "sae":
+            for kind in SAE_KINDS.values():
+                yield from _settings(kind, "sae.")
+        elif isinstance(item.default_factory, type) and dataclasses.is_dataclass(item.default_factory):
+            yield from _settings(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def _unknown_flag(name: str) -> str:
+    paths = {path.rpartition(".")[2]: path for path in _settings(RunConfig)}
+    near = difflib.get_close_matches(name.replace("-", "_"), list(paths), n=1, cutoff=0.6)
+    hint = f"did you mean --{paths[near[0]]}?" if near else "settings are given by their path, such as --train.lr 1e-3."
+    return f"'--{name}' is not a flag; {hint}"

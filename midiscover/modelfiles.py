@@ -1,0 +1,185 @@
+"""Model files on this machine: what a model folder must hold, downloads from a hub, conversions. Loads no torch.
+
+Knows files and commits, nothing of what is in them; `models.py` makes identities of them. What has to look inside a
+model runs in a process of its own, through `run_module`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from midiscover.errors import ModelError
+
+HUB_SECONDS = 3.0
+"""How long a hub may take to name a commit."""
+
+NAME_FILE = "midiscover_model.json"
+"""{name, source, licence} in a model folder: what the model is called in records, where its folder's name says less."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+# Weights by the two names that transformers itself loads: some hubs hold further copies in other layouts.
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. ModelError where there are none, or a listed one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"Model folder {folder} lacks {missing[0]}; it must hold config.json, a tokenizer and safetensors weights."
+        )
+    return [folder / name for name in names]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that make the tokenizer of a model folder. ModelError where there are none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise ModelError(f"Model folder {folder} holds no tokenizer; save the model's tokenizer into it.")
+    return files
+
+
+def run_module(module: str, *args: str) -> str:
+    """Run a module of this package as a process of its own; returns the last line it printed.
+
+    The child answers in JSON; `{"error": …}` becomes a ModelError here.
+    """
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *args],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or answer or f"exit code {done.returncode}").rpartition("\n")[2]
+        raise ModelError(json.loads(answer)["error"] if answer.startswith('{"error"') else f"{module} failed: {reason}")
+    return answer
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made by `make(temporary folder)` where it is not there yet; safe under several processes at once."""
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+                made = Path(temporary) / folder.name
+                make(made)
+                made.replace(folder)
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path, *, name: str, source: str, licence: str | None) -> None:
+    """Turn a GGUF file into a plain safetensors folder, in a process of its own (20 s for 135M parameters)."""
+    about = {"name": name, "source": source, "licence": licence}
+    run_module("midiscover.lm", "convert", str(gguf), str(folder), json.dumps(about))
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Replace a file of the cache, so that no reader ever sees half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as handle:
+        handle.write(data)
+    Path(handle.name).replace(file)
+
+
+class HubSilentError(Exception):
+    """The hub did not name a commit in time; says why."""
+
+
+def hub_commit(hub_id: str, revision: str | None) -> str:
+    """The commit that a hub id and revision mean now. ModelError: not on the hub. HubSilentError: no answer in time."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    answers: queue.Queue[str | Exception] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(HfApi().model_info(hub_id, revision=revision, timeout=HUB_SECONDS).sha or "")
+        except Exception as error:  # handed to the caller's thread below
+            answers.put(error)
+
+    # The client's timeout does not cover name resolution: a thread of our own that may be left behind does.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=HUB_SECONDS + 0.5)
+    except queue.Empty:
+        raise HubSilentError(f"no reply in {HUB_SECONDS + 0.5:.0f} s") from None
+    if isinstance(answer, RevisionNotFoundError):
+        raise ModelError(f"Hub model {hub_id!r} has no revision {revision!r}; give a branch, tag or commit of it.")
+    if isinstance(answer, RepositoryNotFoundError):
+        raise ModelError(f"Hub model {hub_id!r} does not exist, or needs an access token (HF_TOKEN) that may read it.")
+    if isinstance(answer, Exception):
+        raise HubSilentError(str(answer).partition("\n")[0] or type(answer).__name__) from answer
+    return answer
+
+
+def download(hub_id: str, revision: str, patterns: Sequence[str], *, into: Path | None = None) -> Path:
+    """Fetch files to the hub cache (each once per machine: the client locks) or to a folder `into`; returns the folder.
+
+    In the hub cache the folder's name is the commit.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            local_dir=into,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+            etag_timeout=HUB_SECONDS,
+        )
+    except Exception as error:  # whatever ends a download, the way out is the same
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"Model {hub_id!r} at {revision[:12]} could not be downloaded: {reason}") from error
+    return Path(folder)
+
+
+def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The folder of a hub model in the hub cache, perhaps incomplete; its name is the commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all of a folder's weights are there."""
+    try:
+        return bool(weight_files(folder))
+    except ModelError:
+        return False

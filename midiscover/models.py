@@ -1,0 +1,283 @@
+"""Which model is meant, and where it can be hooked: identity, digest, hook table. Loads no torch.
+
+`resolve_model` turns a `ModelConfig` into a `ModelIdentity`: a hub commit, or the sha256 of a folder's files. What has
+to look inside a model (the hook table, a GGUF conversion) runs in a process of its own, `python -m midiscover.lm`, and
+is kept under `cache_dir()`. Running a model is `lm.py`'s matter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from midiscover.config import ModelConfig
+from midiscover.digests import cache_dir, file_sha256, files_sha256
+from midiscover.embedded import ensure_embedded_model
+from midiscover.errors import ModelError
+from midiscover.ids import canonical_json
+from midiscover.modelfiles import (
+    MODEL_FILES,
+    NAME_FILE,
+    WEIGHT_FILES,
+    HubSilentError,
+    cached_snapshot,
+    convert_gguf,
+    download,
+    has_weights,
+    hub_commit,
+    made_once,
+    run_module,
+    tokenizer_files,
+    weight_files,
+    write_atomically,
+)
+
+__all__ = ["HookInfo", "HookTable", "ModelIdentity", "cache_dir", "hook_table", "model_folder", "resolve_model"]
+
+_TABLE_VERSION = 1
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.|:|$)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelIdentity:
+    """What a model is, independent of the machine it lies on."""
+
+    name: str
+    """For people and records: the hub id, or what the folder calls itself."""
+    digest: str
+    """Hub commit, or sha256 over the sha256 of config, weights and tokenizer files."""
+    tokenizer_digest: str
+    """sha256 over the tokenizer files alone: equal tokenizers make equal corpora."""
+    folder: str | None = None
+    """The local folder; None for hub models, whose files lie in the hub cache."""
+    hub_id: str | None = None
+    revision: str | None = None
+    """The hub commit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HookInfo:
+    """One place where activations can be read."""
+
+    path: str
+    """Module path (its output), or `path:in` (its input)."""
+    d_in: int
+    """Width of the activations read there."""
+    layer: int | None
+    flops_per_token: float
+    """Floating-point operations of a forward pass that stops here, per token, with causal attention."""
+    recommended: bool
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Size of one bfloat16 activation."""
+        return 2 * self.d_in
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HookTable:
+    """All hooks of a model in the order in which they fire, with its dimensions."""
+
+    model: str
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    context_length: int | None
+    """Longest context the model was made for, where its config says so."""
+    parameters: int
+    supports_sdpa: bool
+    """Whether `model.attention: sdpa` works; Gemma-2 needs `eager`."""
+    flops_per_token: float
+    """Of a whole forward pass with logits."""
+    hooks: Mapping[str, HookInfo]
+
+    @property
+    def recommended(self) -> tuple[str, ...]:
+        """MLP output projections at about 1/3, 1/2 and 2/3 of the depth."""
+        return tuple(path for path, info in self.hooks.items() if info.recommended)
+
+    def require_attention(self, attention: str) -> None:
+        """ModelError where the model can't run with this implementation of attention."""
+        if attention == "sdpa" and not self.supports_sdpa:
+            raise ModelError(f"{self.model} does not run with model.attention: sdpa; set it to eager.")
+
+    def require(self, hook: str) -> HookInfo:
+        """The hook's facts. ModelError names the valid layers or the nearest hooks where there is none."""
+        if hook in self.hooks:
+            return self.hooks[hook]
+        layer = layer_of(hook)
+        if layer is not None and layer >= self.n_layers and _LAYER.sub("0", hook, count=1) in self.hooks:
+            raise ModelError(
+                f"Hook {hook!r}: layer {layer} is out of range; {self.model} has layers 0 to {self.n_layers - 1}."
+            )
+        nearest = difflib.get_close_matches(hook, self.hooks, n=3, cutoff=0.5)
+        hint = f"nearest are {', '.join(nearest)}" if nearest else f"try {', '.join(self.recommended)}"
+        raise ModelError(f"{self.model} has no hook {hook!r}; {hint}.")
+
+
+def layer_of(hook: str) -> int | None:
+    """The layer number in a module path: 16 for `model.layers.16.mlp.fc2`, None for `model.norm`."""
+    match = _LAYER.search(hook)
+    return int(match.group()) if match else None
+
+
+def resolve_model(config: ModelConfig) -> ModelIdentity:
+    """Find out which model is meant, without loading it.
+
+    The first use of `embedded` and of a GGUF file makes a safetensors folder, once. Raises ModelError within 5 seconds
+    where a folder is incomplete, or the hub does not know the model or does not answer and nothing of it is cached.
+    """
+    if not config.id:
+        raise ModelError("model.id is empty; give a hub id, a folder, a .gguf file or 'embedded'.")
+    path = Path(config.id).expanduser()
+    local = config.id == "embedded" or path.exists()
+    if local and config.revision is not None:
+        raise ModelError(
+            f"model.revision is for hub models; {config.id!r} is a local one, whose files are its revision."
+        )
+    if config.id == "embedded":
+        return _local_identity(ensure_embedded_model())
+    if path.is_dir():
+        return _local_identity(path.resolve())
+    if path.is_file() and path.suffix == ".gguf":
+        return _local_identity(_converted(path.resolve()))
+    if path.is_file():
+        raise ModelError(
+            f"Model {config.id!r} is a file; give a folder with config.json and safetensors, or a .gguf file."
+        )
+    if not _HUB_ID.fullmatch(config.id) or path.suffix == ".gguf":
+        raise ModelError(
+            f"Model {config.id!r} is neither an existing folder or .gguf file nor a hub id such as 'microsoft/phi-2'."
+        )
+    return _hub_identity(config.id, config.revision)
+
+
+def model_folder(identity: ModelIdentity) -> Path:
+    """The folder with the model's files on this machine; a hub model is downloaded, once per machine."""
+    folder = config_folder(identity)
+    if identity.hub_id is not None and not has_weights(folder):
+        folder = download(identity.hub_id, identity.digest, (*MODEL_FILES, *WEIGHT_FILES))
+    weight_files(folder)
+    return folder
+
+
+def config_folder(identity: ModelIdentity) -> Path:
+    """The folder with at least the model's config and tokenizer on this machine."""
+    if identity.hub_id is not None:
+        cached = cached_snapshot(identity.hub_id, identity.digest)
+        complete = cached is not None and (cached / "config.json").is_file()
+        return cached if cached and complete else download(identity.hub_id, identity.digest, MODEL_FILES)
+    folder = Path(identity.folder or "")
+    if not folder.is_dir():
+        raise ModelError(f"The folder of model {identity.name}, {folder}, is not on this machine.")
+    return folder
+
+
+def hook_table(identity: ModelIdentity, *, context_size: int = 512) -> HookTable:
+    """All hooks of a model, from its config alone (seconds, once; then read from the cache).
+
+    `context_size` is the number of tokens in a window, on which attention's share of the FLOPs depends.
+    """
+    version = importlib.metadata.version("transformers")
+    file = cache_dir() / "hooks" / f"{identity.digest[:40]}-transformers-{version}-v{_TABLE_VERSION}.json"
+    if not file.is_file():
+        folder = config_folder(identity)
+        # A process that has torch loaded anyhow needs no other one for it (0.2 s instead of 4 s).
+        lm = sys.modules.get("midiscover.lm")
+        text = json.dumps(lm.hook_facts(folder)) if lm else run_module("midiscover.lm", "table", str(folder))
+        write_atomically(file, text.encode())
+    table = json.loads(file.read_text())
+    recommended = set(table.pop("recommended"))
+
+    def flops(linear: float, attention: float) -> float:
+        return linear + attention * context_size
+
+    return HookTable(
+        model=identity.name,
+        flops_per_token=flops(*table.pop("full")),
+        hooks={
+            path: HookInfo(
+                path=path,
+                d_in=d_in,
+                layer=layer_of(path),
+                flops_per_token=flops(*cost),
+                recommended=path in recommended,
+            )
+            for path, (d_in, *cost) in table.pop("hooks").items()
+        },
+        **table,
+    )
+
+
+def _converted(gguf: Path) -> Path:
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{gguf} is not a GGUF file: it does not begin with the letters GGUF.")
+    digest = file_sha256(gguf)
+    name = f"{gguf.stem}-dequantized"
+
+    def make(folder: Path) -> None:
+        print(f"midiscover: converting {gguf.name} to safetensors, once", file=sys.stderr)
+        convert_gguf(gguf, folder, name=name, source=f"{gguf.name} sha256 {digest}", licence=None)
+
+    return made_once(cache_dir() / "models" / f"{name}-{digest[:10]}", make)
+
+
+def _local_identity(folder: Path) -> ModelIdentity:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"Model folder {folder} holds no config.json; give a folder saved with save_pretrained.")
+    parts = {
+        "config": _config_digest(folder / "config.json"),
+        "weights": _digests(weight_files(folder)),
+        "tokenizer": _digests(tokenizer_files(folder)),
+    }
+    about = folder / NAME_FILE
+    name = json.loads(about.read_text()).get("name") if about.is_file() else None
+    return ModelIdentity(
+        name=name or folder.name,
+        digest=_sha256(parts),
+        tokenizer_digest=_sha256(parts["tokenizer"]),
+        folder=str(folder),
+    )
+
+
+def _hub_identity(hub_id: str, revision: str | None) -> ModelIdentity:
+    try:
+        hub_commit(hub_id, revision)  # within seconds, and with the reason where there is none
+        # By the name that was given: the cache then knows what it meant when the hub does not answer one day.
+        folder = download(hub_id, revision or "main", MODEL_FILES)
+    except HubSilentError as silent:
+        cached = cached_snapshot(hub_id, revision)
+        if cached is None or not has_weights(cached):
+            raise ModelError(
+                f"Model {hub_id!r}: the hub does not answer ({silent}) and no copy of it is cached here; "
+                "give a local folder in model.id, or try again with a connection."
+            ) from silent
+        folder = cached
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"Hub model {hub_id!r} holds no config.json: it is not a transformers model.")
+    commit, tokenizer = folder.name, _sha256(_digests(tokenizer_files(folder)))
+    return ModelIdentity(name=hub_id, digest=commit, tokenizer_digest=tokenizer, hub_id=hub_id, revision=commit)
+
+
+def _config_digest(file: Path) -> str:
+    # Who saved the file, and where, is no part of the model: an upgrade must not orphan what was made before.
+    config = json.loads(file.read_text())
+    return _sha256({key: config[key] for key in config.keys() - {"transformers_version", "_name_or_path"}})
+
+
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    return {file.name: digest for file, digest in zip(files, files_sha256(files), strict=True)}
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

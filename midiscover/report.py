@@ -1,0 +1,218 @@
+"""report.html of a sweep: one file that opens offline, with its charts, tables, settings and definitions.
+
+Everything is inlined, Vega once for all charts, and the page's own Content-Security-Policy forbids any request. What
+is drawn is decided in `figures`, what is counted in `summary`; the page itself is `templates/report.html.j2`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from midiscover import figures
+from midiscover.frontier import frontier_of_hooks
+from midiscover.summary import (
+    INDICATORS_CANNOT_TELL,
+    METRICS,
+    Column,
+    Row,
+    columns,
+    fixed,
+    hook_names,
+    in_order,
+    is_missing,
+    quality,
+)
+
+DASH = "\N{EN DASH}"
+"""What stands for a value that was left out."""
+
+
+def write_report(
+    rows: Sequence[Row],
+    curves: Sequence[Row],
+    densities: Sequence[Row],
+    sweep: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    failures: Mapping[str, str] | None = None,
+    *,
+    minutes: float | None = None,
+) -> bytes:
+    """The page as UTF-8 bytes.
+
+    Args:
+        rows: one per SAE; measures that were left out are None.
+        curves: training curves, one row per SAE and reported step.
+        densities: histograms of log10 firing rates, one row per SAE and bin.
+        sweep: sweep.json.
+        records: record.json of every finished SAE.
+        failures: SAE id -> why it has no record.
+        minutes: wall time of the whole run, where it is known.
+    """
+    rows, failures = in_order(rows), failures or {}
+    page = _environment().get_template("report.html.j2")
+    html = page.render(
+        sweep=sweep,
+        facts=_facts(rows, curves, sweep, records, failures, minutes),
+        headings=columns(rows),
+        table=_lines(rows),
+        hooks=hook_names([str(row.get("hook")) for row in rows]),
+        quality=quality(rows, minutes),
+        cannot_tell=INDICATORS_CANNOT_TELL,
+        charts=_charts(rows, curves, densities),
+        failures=failures,
+        settings=_yaml(sweep.get("config") or {}),
+        lineage=_yaml({key: sweep.get(key) for key in ("corpus", "harvest", "evaluation_id", "lineage")}),
+        records=[(record["id"], _record_json(record)) for record in records],
+        metrics=METRICS,
+        example=next((row["sae_id"] for row in rows), None),
+        vega=_vega(),
+    )
+    return html.encode()
+
+
+def frontier_png(rows: Sequence[Row], path: str | Path) -> None:
+    """Write frontier.png: the report's first chart, at two pixels per CSS pixel."""
+    figures.save_png(figures.frontier_chart(rows), path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    text: str
+    key: Any
+    """What the column is sorted by; None sorts last."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Charts:
+    specs: Mapping[str, Any]
+    """Name -> Vega-Lite specification without its data and its title."""
+    datasets: Mapping[str, Any]
+    """Name of a data set -> its rows; charts of the same table share one."""
+    captions: Mapping[str, Sequence[str]]
+
+
+def _charts(rows: Sequence[Row], curves: Sequence[Row], densities: Sequence[Row]) -> _Charts:
+    drawn: dict[str, figures.Chart] = {}
+    if rows:
+        drawn["frontier"] = figures.frontier_chart(rows)
+        drawn["shares"] = figures.share_chart(rows)
+    if curves:
+        drawn |= {f"curves-{measure}": figures.curve_chart(curves, measure) for measure in figures.MEASURES}
+    if densities:
+        drawn["density"] = figures.density_chart(densities)
+    specs, datasets, captions = {}, {}, {}
+    for name, chart in drawn.items():
+        spec = chart.to_dict()
+        values = spec["data"]["values"]
+        known = next((key for key, other in datasets.items() if other == values), name)
+        spec["data"] = {"name": known}
+        datasets[known] = values
+        captions[name] = spec.pop("title").get("subtitle", [])
+        specs[name] = spec
+    return _Charts(specs, datasets, captions)
+
+
+def _facts(
+    rows: Sequence[Row],
+    curves: Sequence[Row],
+    sweep: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    failures: Mapping[str, str],
+    minutes: float | None,
+) -> dict[str, str]:
+    """The few lines below the title; what is not known is left out."""
+    lineage = dict(records[0].get("lineage") or {}) if records else dict(sweep.get("lineage") or {})
+    config = sweep.get("config") or {}
+    model, corpus = lineage.get("model") or {}, lineage.get("corpus") or {}
+    revision = model.get("revision") or model.get("digest")
+    trained = max((row["tokens"] for row in curves), default=None)
+    held_out = next((record["metrics"]["tokens"] for record in records if record.get("metrics")), None)
+    planned = len(sweep.get("sae_ids") or rows)
+    facts = {
+        "Model": _joined(model.get("name") or (config.get("model") or {}).get("id"), revision and str(revision)[:12]),
+        "Corpus": _joined(corpus.get("source") or (config.get("corpus") or {}).get("source"), sweep.get("corpus")),
+        "Tokens": _joined(
+            None if trained is None else f"{fixed(trained, 0)} for training",
+            None if held_out is None else f"{fixed(held_out, 0)} held out",
+        ),
+        "SAEs": _joined(f"{len(records) or len(rows)} of {planned}", f"{len(failures)} failed" if failures else None),
+        "Run": _joined(_time(sweep.get("created")), None if is_missing(minutes) else f"{fixed(minutes, 1)} minutes"),
+        "Owner": str(sweep.get("owner") or ""),
+        "Tags": ", ".join(sweep.get("tags") or []),
+        "Note": str(sweep.get("note") or ""),
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _time(created: Any) -> str:
+    """An ISO 8601 time for people, to the minute."""
+    return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M %Z").strip() if created else ""
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    shown = columns(rows)
+    return [
+        {
+            "id": row.get("sae_id"),
+            "frontier": mark,
+            "cells": [_Cell(_dashed(column.text(row)), _sort_key(row, column)) for column in shown],
+        }
+        for row, mark in zip(rows, frontier_of_hooks(rows), strict=True)
+    ]
+
+
+def _sort_key(row: Row, column: Column) -> Any:
+    value = row.get(column.key)
+    if column.key == "hook":
+        # Text would put layer 10 before layer 9.
+        return f"{row.get('layer') if row.get('layer') is not None else 1e9:012.3f} {value}"
+    return None if is_missing(value) else value
+
+
+def _dashed(text: str) -> str:
+    return DASH if text == "-" else text
+
+
+def _record_json(record: Mapping[str, Any]) -> str:
+    """The record without its histogram, which is drawn above."""
+    metrics = {key: value for key, value in (record.get("metrics") or {}).items() if key != "density"}
+    return json.dumps({**record, "metrics": metrics}, indent=2, ensure_ascii=False)
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    # Through JSON, so that tuples become lists and nothing needs a Python tag.
+    return yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False, allow_unicode=True, width=100)
+
+
+@cache
+def _vega() -> Markup:
+    """The bundle, with what would end the script element, if it stood in one of its strings, written otherwise."""
+    return Markup(re.sub(r"<(?=/script|!--)", r"\\x3c", figures.javascript(), flags=re.IGNORECASE))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("midiscover", "templates"),
+        autoescape=select_autoescape(enabled_extensions=("j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["dashed"] = _dashed
+    return environment

@@ -1,0 +1,92 @@
+"""Held-out metrics of one SAE, accumulated batch by batch in float64. Definitions: design and README.
+
+All take raw activations and the folded SAE; sums are over every token seen, so batches may have any size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DENSITY_EDGES = [round(-6 + 0.25 * i, 2) for i in range(25)]
+"""Edges of the histogram of log10 firing rates: 10^-6 to 1."""
+INACTIVE_RATE = 1e-3
+"""A feature firing on at most this share of tokens is 'inactive' in the seed project's sense."""
+
+
+class MetricSums:
+    """Sums from which every reconstruction and sparsity metric follows; memory O(d_in + d_sae).
+
+    fvu: residual sum of squares over the sum of squared distances to the global mean.
+    explained_variance_legacy: mean over tokens of 1 - |x - x_hat|^2 / |x - mean|^2 (SAELens' older form).
+    explained_variance_residual: 1 - var(x - x_hat) / var(x), which forgives a constant error (dictionary_learning).
+    mse: squared error per element of the raw activations (the seed project's "reconstruction loss").
+    """
+
+    def __init__(self, d_sae: int, mean: Tensor) -> None:
+        """mean: [d_in], the global mean about which FVU measures variance (training rows of the harvest)."""
+        self.mean = mean.double().cpu()
+        self.d_in = self.mean.numel()
+        self.tokens = 0
+        self.fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.l0 = self.residual = self.total = self.cosine = self.legacy = 0.0
+        self.sum_x = torch.zeros_like(self.mean)
+        self.sum_error = torch.zeros_like(self.mean)
+        self.sum_sq = 0.0
+
+    @torch.no_grad()
+    def update(self, x: Tensor, x_hat: Tensor, features: Tensor) -> None:
+        """Add a batch: x, x_hat [tokens, d_in] raw, features [tokens, d_sae]."""
+        error = (x_hat.float() - x.float()).double().cpu()
+        x64 = x.double().cpu()
+        active = features > 0
+        self.tokens += len(x)
+        self.fired += active.sum(0).cpu()
+        self.l0 += float(active.sum())
+        squared, spread = error.pow(2).sum(-1), (x64 - self.mean).pow(2).sum(-1)
+        self.residual += float(squared.sum())
+        self.total += float(spread.sum())
+        self.legacy += float((1 - squared / spread.clamp(min=1e-12)).sum())
+        self.cosine += float(torch.cosine_similarity(x64, x64 + error, dim=-1).sum())
+        self.sum_x += x64.sum(0)
+        self.sum_error += error.sum(0)
+        self.sum_sq += float(x64.pow(2).sum())
+
+    def result(self) -> dict[str, Any]:
+        """The metrics of record.json that need no language model. Call once, after the last batch."""
+        n = max(self.tokens, 1)
+        variance_x = self.sum_sq / n - float((self.sum_x / n).pow(2).sum())
+        variance_error = self.residual / n - float((self.sum_error / n).pow(2).sum())
+        rate = self.fired.double() / n
+        return {
+            "tokens": self.tokens,
+            "l0": self.l0 / n,
+            "fvu": self.residual / max(self.total, 1e-12),
+            "explained_variance_legacy": self.legacy / n,
+            "explained_variance_residual": 1 - variance_error / max(variance_x, 1e-12),
+            "cosine": self.cosine / n,
+            "mse": self.residual / n / self.d_in,
+            "dead_share": float((self.fired == 0).double().mean()),
+            "inactive_share": float((rate <= INACTIVE_RATE).double().mean()),
+            "density": density(rate),
+        }
+
+    def log_sparsity(self) -> Tensor:
+        """[d_sae] float32 log10(firing rate + 1e-10), SAELens' sparsity.safetensors."""
+        return torch.log10(self.fired.double() / max(self.tokens, 1) + 1e-10).float()
+
+
+def density(rate: Tensor) -> dict[str, Any]:
+    """Histogram of log10 firing rates [d_sae]; features that never fired are counted apart."""
+    fired = rate[rate > 0].double().log10().clamp(DENSITY_EDGES[0], DENSITY_EDGES[-1])
+    counts = torch.histc(fired, bins=len(DENSITY_EDGES) - 1, min=DENSITY_EDGES[0], max=DENSITY_EDGES[-1])
+    return {"log10_edges": DENSITY_EDGES, "counts": [int(c) for c in counts], "never": int((rate == 0).sum())}
+
+
+def recovered(clean: float, ablated: float, spliced: float) -> float | None:
+    """(ablated - spliced) / (ablated - clean): 1 is lossless, 0 no better than zeros; None where ablation costs nothing."""
+    gap = ablated - clean
+    return None if not math.isfinite(gap) or abs(gap) < 1e-9 else (ablated - spliced) / gap

@@ -1,0 +1,268 @@
+"""SAEs in a store: written as SAELens v6 folders with a record, read from an id, a folder or a URI.
+
+Order of writing: weights and cfg.json, training.json (trained), evaluations/<id>.json (measured), record.json last.
+A folder without a record is work in progress; with one it is immutable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from midiscover import lineage
+from midiscover.config import StandardConfig, TopKConfig
+from midiscover.configio import to_tree
+from midiscover.errors import CorruptError, NotFoundError, UserError
+from midiscover.ids import hook_layer
+from midiscover.resolve import PlannedSae, Resolved
+from midiscover.sae.base import Sae, l1_conventions
+from midiscover.sae.registry import make_sae
+from midiscover.store import layout
+from midiscover.store.storage import Storage, open_store
+from midiscover.train import Trained
+
+RECORD_VERSION = 1
+SAELENS_VERSION = "6.54.12"
+"""The SAELens release whose format is written; the tests load our folders in it."""
+CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+
+
+def dump(value: Any) -> bytes:
+    """JSON as it stands in the store: indented, keys in the order given, no NaN."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bos: bool) -> dict[str, Any]:
+    """cfg.json of SAELens v6 for an SAE that reads a Hugging Face module.
+
+    prepend_bos: whether the corpus put a BOS token at the start of each window.
+    """
+    config, hook = resolved.config, planned.point.hook
+    return {
+        "architecture": sae.saelens_architecture,
+        "d_in": planned.d_in,
+        "d_sae": planned.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **sae.saelens_fields(),
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "model_name": resolved.model.hub_id or resolved.model.name,
+            "model_class_name": "AutoModelForCausalLM",
+            "hook_name": hook,
+            "hook_layer": hook_layer(hook),
+            "hook_head_index": None,
+            "hf_hook_name": hook,
+            "prepend_bos": prepend_bos,
+            "context_size": config.corpus.context_size,
+            "seqpos_slice": [None],
+            "dataset_path": resolved.source.name,
+            "exclude_special_tokens": True,
+            "model_from_pretrained_kwargs": {},
+            "neuronpedia_id": None,
+            "training_architecture": planned.point.sae.kind,
+            "midiscover_id": planned.id,
+        },
+    }
+
+
+def write_trained(
+    storage: Storage, planned: PlannedSae, resolved: Resolved, trained: Trained, *, prepend_bos: bool
+) -> None:
+    """Write weights and cfg.json, then training.json, which says that this SAE is trained."""
+    weights = save(trained.weights)
+    cfg = saelens_cfg(planned, resolved, trained.sae, prepend_bos=prepend_bos)
+    storage.write(layout.sae_file(planned.id, WEIGHTS), weights)
+    storage.write(layout.sae_file(planned.id, CFG), dump(cfg))
+    training = {
+        "v": RECORD_VERSION,
+        "id": planned.id,
+        "history": trained.history,
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "seconds": round(trained.seconds, 3),
+        "dead_in_window": trained.dead_in_window,
+        "normalisation": {"scale": trained.scale, "mean_norm": planned.d_in**0.5 / trained.scale},
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    storage.create(layout.training(planned.id), dump(training))
+
+
+def read_json(storage: Storage, key: str) -> dict[str, Any] | None:
+    """A JSON file of the store, or None where there is none."""
+    try:
+        return json.loads(storage.read(key))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptError(f"{key} in {storage.uri} is not readable as JSON: {error}.") from None
+
+
+def commit_record(
+    storage: Storage,
+    planned: PlannedSae,
+    resolved: Resolved,
+    *,
+    metrics: Mapping[str, Any],
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write record.json, the last file of an SAE, and return the record that stands (another writer's, if first)."""
+    training = read_json(storage, layout.training(planned.id))
+    assert training is not None, "an SAE is trained before it is committed"
+    sae, train = planned.point.sae, planned.point.train
+    conventions = None
+    if isinstance(sae, StandardConfig):
+        conventions = l1_conventions(
+            sae.l1_coefficient, scale=training["normalisation"]["scale"], d_in=planned.d_in, d_sae=planned.d_sae
+        )
+    files = {name: hashlib.sha256(storage.read(layout.sae_file(planned.id, name))).hexdigest() for name in (CFG, WEIGHTS, SPARSITY)}
+    if files[WEIGHTS] != training["weights_sha256"]:
+        raise CorruptError(f"The weights of {planned.id} are not those that were trained; remove its folder to train anew.")
+    record = {
+        "v": RECORD_VERSION,
+        "id": planned.id,
+        "created": lineage.now(),
+        "hook": planned.point.hook,
+        "layer": hook_layer(planned.point.hook),
+        "d_in": planned.d_in,
+        "d_sae": planned.d_sae,
+        "kind": sae.kind,
+        "sae": to_tree(sae),
+        "train": to_tree(train),
+        "l1": conventions,
+        "normalisation": training["normalisation"],
+        "evaluate": to_tree(resolved.config.evaluate),
+        "evaluation_id": resolved.evaluation_id,
+        "metrics": dict(metrics) | {"dead_in_window_share": training["dead_in_window"]},
+        "lineage": harvest_lineage(resolved) | {"seed": train.seed} | dict(run),
+        "files": files,
+        "seconds": training["seconds"],
+        "owner": lineage.owner(),
+    }
+    key = layout.record(planned.id)
+    if storage.create(key, dump(record)):
+        return record
+    standing = read_json(storage, key)
+    assert standing is not None
+    return standing
+
+
+def harvest_lineage(resolved: Resolved) -> dict[str, Any]:
+    """Model, corpus, code and versions, as they stand in the manifests of a harvest."""
+    model, source = resolved.model, resolved.source
+    dtype = resolved.config.model.dtype
+    return {
+        "model": {"name": model.name, "digest": model.digest, "revision": model.revision, "dtype": dtype},
+        "corpus": {"id": resolved.corpus_id, "source": source.name, "revision": source.digest},
+        "harvest": resolved.harvest_id,
+        "code": lineage.code(),
+        "versions": lineage.versions(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSae:
+    """A trained SAE, ready to use on raw activations.
+
+    >>> features = sae.encode(activations)    # [tokens, d_in] -> [tokens, d_sae]
+    >>> activations_hat = sae.decode(features)
+    """
+
+    module: Sae
+    cfg: dict[str, Any]
+    """cfg.json of SAELens."""
+    record: dict[str, Any] | None
+    """record.json; None for a folder of another origin."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features [..., d_sae] of raw activations [..., d_in]."""
+        with torch.no_grad():
+            return self.module.encode(x.to(self.module.W_enc))
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Reconstructed raw activations [..., d_in] of features [..., d_sae]."""
+        with torch.no_grad():
+            return self.module.decode(features.to(self.module.W_dec))
+
+
+def load_sae(source: str, *, store: str | None = None, device: str = "cpu") -> LoadedSae:
+    """Load an SAE by id, unique id prefix, folder, or URI of a folder with a cfg.json.
+
+    store: where ids are looked up, as in `--store`. NotFoundError where nothing or more than one fits; CorruptError
+    where the weights are not those that were committed; UserError for an architecture this version does not know.
+    """
+    if (Path(source) / CFG).is_file() or source.startswith("s3://"):
+        folder, _, name = str(source).rstrip("/").rpartition("/")
+        storage = open_store(folder or ".", create=False)
+        return _load(storage, name, device)
+    storage = open_store(store, create=False)
+    return _load(storage, layout.sae_folder(find_sae(storage, source)), device)
+
+
+def sae_ids(storage: Storage) -> list[str]:
+    """Ids of all committed SAEs of a store, sorted."""
+    suffix = "/" + layout.record("x").rpartition("/")[2]
+    keys = storage.list(layout.SAES)
+    return [key.split("/")[1] for key in keys if key.endswith(suffix)]
+
+
+def find_sae(storage: Storage, prefix: str) -> str:
+    """The one committed SAE whose id is, or begins with, `prefix`."""
+    known = sae_ids(storage)
+    fits = [prefix] if prefix in known else [name for name in known if name.startswith(prefix)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise NotFoundError(f"'{prefix}' fits {len(fits)} SAEs of {storage.uri}: {', '.join(fits[:5])}; give more of the id.")
+    listed = f"it holds {', '.join(known[:5])}{' ...' if len(known) > 5 else ''}" if known else "it holds no SAE"
+    raise NotFoundError(f"There is no SAE '{prefix}' in {storage.uri}; {listed}.")
+
+
+def load_trained(storage: Storage, sae_id: str, *, device: str = "cpu") -> Sae:
+    """The folded SAE of an id whose training is done, committed or not."""
+    return _load(storage, layout.sae_folder(sae_id), device).module
+
+
+def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
+    cfg = read_json(storage, f"{folder}/{CFG}")
+    if cfg is None:
+        raise NotFoundError(f"There is no {CFG} in {storage.uri}/{folder}; an SAE folder in SAELens' format has one.")
+    record = read_json(storage, f"{folder}/record.json")
+    data = storage.read(f"{folder}/{WEIGHTS}")
+    if record is not None and hashlib.sha256(data).hexdigest() != record["files"][WEIGHTS]:
+        raise CorruptError(f"The weights in {storage.uri}/{folder} differ from those that were committed.")
+    try:
+        weights = load(data)
+    except SafetensorError as error:
+        raise CorruptError(f"{WEIGHTS} in {storage.uri}/{folder} can't be read: {error}.") from None
+    module = make_sae(_config_of(cfg), cfg["d_in"], cfg["d_sae"])
+    module.load_state_dict(weights)
+    return LoadedSae(module=module.to(device).eval().requires_grad_(False), cfg=cfg, record=record)
+
+
+def _config_of(cfg: Mapping[str, Any]) -> StandardConfig | TopKConfig:
+    """The architecture of a cfg.json. UserError for what this version would read wrongly."""
+    if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+        raise UserError(f"normalize_activations '{cfg['normalize_activations']}' is not supported; fold it before saving.")
+    if not cfg.get("apply_b_dec_to_input", True):
+        raise UserError("An SAE with apply_b_dec_to_input false is not supported; fold b_dec into b_enc before saving.")
+    match cfg.get("architecture"):
+        case "standard":
+            return StandardConfig(d_sae=cfg["d_sae"])
+        case "topk":
+            return TopKConfig(d_sae=cfg["d_sae"], k=cfg["k"])
+        case other:
+            raise UserError(f"The architecture '{other}' is not known to this version; known are standard and topk.")

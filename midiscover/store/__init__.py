@@ -1,0 +1,1 @@
+"""Where artifacts live: storage (folder or bucket), layout (every path), blocks (activations), loader (the stream)."""

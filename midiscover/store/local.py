@@ -1,0 +1,127 @@
+"""A store in a folder. Every file appears whole: temporary file, fsync, then a rename or a hard link."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from midiscover.errors import CorruptError, StoreError
+from midiscover.store.layout import check_key
+from midiscover.store.storage import Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStorage:
+    """Objects as files below `root`, an absolute folder. Names that start with a dot are files being written."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    @property
+    def is_local(self) -> bool:
+        """Always True."""
+        return True
+
+    def local_path(self, key: str) -> Path:
+        """The file of this key, whether it is there or not."""
+        return self.root / check_key(key)
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """See `Storage.read`."""
+        with self._explained("read", key), self.local_path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def read_into(self, key: str, targets: Sequence[memoryview]) -> None:
+        """See `Storage.read_into`."""
+        expected = sum(len(target) for target in targets)
+        with self._explained("read", key), self.local_path(key).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected:
+                raise CorruptError(f"{key} in {self.uri} holds {size} bytes where {expected} were written.")
+            for target in targets:
+                done = 0
+                while done < len(target):  # one system call moves 2 GiB at most
+                    count = file.readinto(target[done:])
+                    if not count:
+                        raise CorruptError(f"{key} in {self.uri} was cut short while it was read.")
+                    done += count
+
+    def write(self, key: str, data: Bytes) -> None:
+        """See `Storage.write`."""
+        with self._explained("write", key), self._temporary(key, data) as temporary:
+            os.replace(temporary, self.local_path(key))
+
+    def create(self, key: str, data: Bytes) -> bool:
+        """See `Storage.create`. A hard link either makes the name or fails where it exists: no other call is both."""
+        with self._explained("write", key), self._temporary(key, data) as temporary:
+            try:
+                os.link(temporary, self.local_path(key))
+            except FileExistsError:
+                return self.read(key) == data
+        return True
+
+    def list(self, prefix: str) -> list[str]:
+        """See `Storage.list`."""
+        folder = self.local_path(prefix.rstrip("/")) if prefix else self.root
+        keys = []
+        for parent, _, names in os.walk(folder):
+            base = Path(parent).relative_to(self.root)
+            keys += [(base / name).as_posix() for name in names if not name.startswith(".")]
+        return sorted(keys)
+
+    def exists(self, key: str) -> bool:
+        """See `Storage.exists`."""
+        return self.local_path(key).is_file()
+
+    def version(self, key: str) -> str:
+        """See `Storage.version`: size and time of the last change."""
+        stat = self.local_path(key).stat()
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+    def delete(self, key: str) -> None:
+        """See `Storage.delete`."""
+        with self._explained("delete", key):
+            self.local_path(key).unlink(missing_ok=True)
+
+    @contextmanager
+    def _temporary(self, key: str, data: Bytes) -> Iterator[Path]:
+        """A synced file with `data` beside the place of `key`; on return its folder is synced and the file gone."""
+        path = self.local_path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name survive a power failure, not only the bytes behind it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,255 @@
+"""A store in an S3 bucket (or a compatible server), through boto3.
+
+Requests are repeated by botocore; what it does not repeat, a body that breaks off while it is read, is continued here
+with a Range request. `create` needs a server that honours `If-None-Match: *` on PUT (AWS, SeaweedFS, MinIO, Ceph).
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
+
+import boto3.session
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from midiscover.errors import CorruptError, StoreError
+from midiscover.store.layout import check_key
+from midiscover.store.storage import Bytes
+
+_ATTEMPTS = 10  # of botocore per request, and of ours per body: rides out an outage of about 10 s
+_CHECK_SECONDS = 2
+_CHUNK = 1 << 20
+_MULTIPART_ABOVE = 1 << 30  # one PUT carries 5 GiB at most, and a broken one starts again from zero
+_PART = 128 << 20
+_ABSENT = {"404", "NoSuchKey", "NotFound"}
+_STANDS = {"412", "PreconditionFailed"}
+_CONTENDED = {"409", "ConditionalRequestConflict", "OperationAborted"}
+_BROKEN_BODY = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError)
+
+
+class S3Storage:
+    """Objects of one bucket below `prefix` (`""`: all of it). Pickles as its address and connects anew."""
+
+    is_local = False
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        """Make the client; nothing is asked of the server yet."""
+        self.bucket, self.prefix = bucket, prefix
+        self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+        with self._reached():
+            self._client = _client(attempts=_ATTEMPTS, connect_seconds=5, read_seconds=60)
+
+    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str]]:
+        """The address alone: clients hold sockets and secrets."""
+        return S3Storage, (self.bucket, self.prefix)
+
+    def check(self) -> None:
+        """Ask once whether the bucket is there and lets us in; StoreError within about 2 s where not."""
+        client = None
+        try:
+            with self._reached():
+                client = _client(attempts=1, connect_seconds=_CHECK_SECONDS, read_seconds=_CHECK_SECONDS)
+                client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            raise StoreError(self._refusal(error)) from error
+        finally:
+            if client is not None:
+                client.close()
+
+    def close(self) -> None:
+        """Close idle connections; the storage stays usable."""
+        self._client.close()
+
+    def local_path(self, key: str) -> None:
+        """See `Storage.local_path`: a bucket has none."""
+        check_key(key)
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """See `Storage.read`."""
+        return b"" if length == 0 else b"".join(self._chunks(key, start, length))
+
+    def read_into(self, key: str, targets: Sequence[memoryview]) -> None:
+        """See `Storage.read_into`."""
+        expected, size = sum(len(target) for target in targets), 0
+        remaining = iter(targets)
+        target = next(remaining, memoryview(b""))
+        for chunk in self._chunks(key):
+            size += len(chunk)
+            source = memoryview(chunk) if size <= expected else memoryview(b"")
+            while source:
+                while not target:
+                    target = next(remaining)
+                count = min(len(source), len(target))
+                target[:count] = source[:count]
+                source, target = source[count:], target[count:]
+        if size != expected:
+            raise CorruptError(f"{key} in {self.uri} holds {size} bytes where {expected} were written.")
+
+    def write(self, key: str, data: Bytes) -> None:
+        """See `Storage.write`."""
+        if len(data) <= _MULTIPART_ABOVE:
+            self._put(key, data)
+            return
+        with self._explained("write", key):
+            self._client.upload_fileobj(
+                io.BytesIO(data),
+                self.bucket,
+                self._name(key),
+                ExtraArgs={"ChecksumAlgorithm": "SHA256"},
+                Config=TransferConfig(multipart_threshold=_MULTIPART_ABOVE, multipart_chunksize=_PART),
+            )
+
+    def create(self, key: str, data: Bytes) -> bool:
+        """See `Storage.create`.
+
+        A PUT whose answer was lost is repeated by botocore and then meets its own object: a 412 says only that
+        something stands there, so what stands is read and compared.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._put(key, data, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                if _code(error) not in _STANDS | _CONTENDED:
+                    raise
+            try:
+                return self.read(key) == data
+            except FileNotFoundError:  # the writer we lost against failed or took it back: the place is free again
+                _wait(attempt)
+        raise StoreError(f"{key} in {self.uri} could not be created: other writers kept getting in the way.")
+
+    def list(self, prefix: str) -> list[str]:
+        """See `Storage.list`."""
+        below = check_key(prefix.rstrip("/")) + "/" if prefix else ""
+        root = f"{self.prefix}/" if self.prefix else ""
+        with self._explained("list", prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + below)
+            names = [item["Key"].removeprefix(root) for page in pages for item in page.get("Contents", ())]
+        return sorted(name for name in names if not name.endswith("/"))
+
+    def exists(self, key: str) -> bool:
+        """See `Storage.exists`."""
+        try:
+            self.version(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def version(self, key: str) -> str:
+        """See `Storage.version`: the ETag."""
+        with self._explained("look for", key):
+            return self._client.head_object(Bucket=self.bucket, Key=self._name(key))["ETag"].strip('"')
+
+    def delete(self, key: str) -> None:
+        """See `Storage.delete`."""
+        with self._explained("delete", key):
+            self._client.delete_object(Bucket=self.bucket, Key=self._name(key))
+
+    def _name(self, key: str) -> str:
+        return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
+
+    def _put(self, key: str, data: Bytes, **condition: str) -> None:
+        with self._explained("write", key, expected=_STANDS | _CONTENDED if condition else frozenset()):
+            self._client.put_object(
+                Bucket=self.bucket, Key=self._name(key), Body=data, ChecksumAlgorithm="SHA256", **condition
+            )
+
+    def _chunks(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """The bytes of an object from `start` on, whatever breaks on the way; all of one version of it."""
+        done, size, failures = 0, None, 0
+        request: dict[str, Any] = {"Bucket": self.bucket, "Key": self._name(key)}
+        while size is None or done < size:
+            if start + done or length is not None:
+                request["Range"] = f"bytes={start + done}-{'' if length is None else start + length - 1}"
+            try:
+                with self._explained("read", key, expected={"416", "InvalidRange"}):
+                    answer = self._client.get_object(**request)
+            except ClientError:
+                return  # nothing lies at or behind `start`
+            if size is None:
+                size, request["IfMatch"] = answer["ContentLength"], answer["ETag"]
+            try:
+                while chunk := answer["Body"].read(_CHUNK):
+                    done += len(chunk)
+                    yield chunk
+            except _BROKEN_BODY as error:
+                failures += 1
+                if failures == _ATTEMPTS:
+                    raise StoreError(f"{key} in {self.uri} broke off {failures} times while it was read.") from error
+                _wait(failures)
+            finally:
+                answer["Body"].close()
+
+    @contextmanager
+    def _explained(self, verb: str, key: str, expected: Set[str] = frozenset()) -> Iterator[None]:
+        """Turn botocore's errors into ours; `expected` codes pass as ClientError."""
+        try:
+            with self._reached():
+                yield
+        except ClientError as error:
+            if _code(error) in expected:
+                raise
+            if _code(error) in _ABSENT:
+                raise FileNotFoundError(f"{self.uri}/{key}") from error
+            raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error}.") from error
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise StoreError(
+                f"There are no credentials for the store {self.uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or AWS_PROFILE."
+            ) from error
+        except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
+            raise StoreError(
+                f"The store {self.uri} does not answer: {str(error).rstrip('.')}. "
+                "AWS_ENDPOINT_URL names the server where it is not Amazon's."
+            ) from error
+
+    def _refusal(self, error: ClientError) -> str:
+        code = _code(error)
+        if code in _ABSENT | {"NoSuchBucket"}:
+            return f"There is no bucket {self.bucket!r} for the store {self.uri}: make it first, or name another."
+        if code in {"403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId"}:
+            return f"The store {self.uri} refuses these credentials: check AWS_ACCESS_KEY_ID and the bucket's policy."
+        return f"The store {self.uri} can't be used: {error}."
+
+
+def _client(*, attempts: int, connect_seconds: float, read_seconds: float) -> Any:
+    """A thread-safe client from the environment; a session of its own, since the default one is not thread-safe."""
+    return boto3.session.Session().client(
+        "s3",
+        config=Config(
+            signature_version="s3v4",
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            connect_timeout=connect_seconds,
+            read_timeout=read_seconds,
+            max_pool_connections=32,
+            response_checksum_validation="when_required",  # blocks carry a sha256; a resumed Range has no checksum
+        ),
+    )
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _wait(attempt: int) -> None:
+    """Full-jitter back-off: at most 0.1 s, 0.2 s, … 5 s."""
+    time.sleep(random.uniform(0, min(5.0, 0.1 * 2**attempt)))

@@ -1,0 +1,160 @@
+"""Rebuilds the tracker from the store: every sweep, SAE, curve, scalar, artifact, note and tag.
+
+Adds and corrects, and deletes nothing, because one database may serve several stores. The store does not say whether a
+sweep is still running: one with SAEs missing and no failures is `interrupted`, until its driver says otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from midiscover.errors import CorruptError
+from midiscover.store import layout
+from midiscover.tracking.annotations import Annotations, annotations_key, read_annotations
+
+if TYPE_CHECKING:
+    from midiscover.store.storage import Storage
+    from midiscover.tracking.tracker import Kind, SaeStatus, SweepStatus, Tracker
+
+VERSION = 1
+"""Of sweep.json, record.json and training.json: the one that this code reads."""
+
+SWEEP_FILES = ("report.html", "frontier.png")
+"""What people look at, and what the tracker lists as artifacts of a sweep."""
+
+
+class Reindexed(NamedTuple):
+    """What was read. `unreadable`: keys that are damaged or of another version, with the reason; they were skipped."""
+
+    sweeps: int
+    saes: int
+    curves: int
+    evaluations: int
+    annotations: int
+    unreadable: dict[str, str]
+
+
+def reindex(storage: Storage, tracker: Tracker) -> Reindexed:
+    """Read the whole store into the tracker; a second time changes nothing. TrackingError where the tracker fails."""
+    return _Reindex(storage, tracker).run()
+
+
+class _Reindex:
+    """One pass. What is damaged is noted in `unreadable` and passed over; what the tracker refuses ends the pass."""
+
+    def __init__(self, storage: Storage, tracker: Tracker) -> None:
+        self.storage = storage
+        self.tracker = tracker
+        self.counts = dict.fromkeys(("sweeps", "saes", "curves", "evaluations", "annotations"), 0)
+        self.unreadable: dict[str, str] = {}
+
+    def run(self) -> Reindexed:
+        """Sweeps first: what they planned has to be there before curves and failures are put to it."""
+        sweep_files = _by_folder(self.storage.list(layout.SWEEPS))
+        sae_files = _by_folder(self.storage.list(layout.SAES))
+        sweeps = {name: self._start(name) for name, files in sweep_files.items() if "sweep.json" in files}
+        failures = {name: self._failures(name) for name in sweeps if "failures.json" in sweep_files[name]}
+        done = {name for name, files in sae_files.items() if "record.json" in files and self._record(name, files)}
+        planned = {sae for sweep in sweeps.values() for sae in sweep.get("sae_ids", ())}
+        trained = {
+            name
+            for name, files in sae_files.items()
+            if "training.json" in files and name in planned | done and self._curve(name)
+        }
+        for name in sorted(sae_files.keys() & (planned | done)):
+            self._annotate("sae", name, Annotations(None, []))
+        reasons = {sae: reason for of_sweep in failures.values() for sae, reason in of_sweep.items()}
+        for sae in sorted(planned - done):
+            status: SaeStatus = "failed" if sae in reasons else "trained" if sae in trained else "planned"
+            self.tracker.sae_status(sae, status, reasons.get(sae))
+        for name, sweep in sweeps.items():
+            if sweep:
+                self._files(name, sweep_files[name])
+                self.tracker.finish_sweep(name, _sweep_status(sweep["sae_ids"], done, failures.get(name, {})))
+        return Reindexed(**self.counts, unreadable=self.unreadable)
+
+    def _start(self, name: str) -> dict[str, Any]:
+        """The sweep.json, now in the tracker; empty where it can't be read."""
+        sweep = self._take(layout.sweep_record(name), self.tracker.start_sweep)
+        if sweep:
+            self.counts["sweeps"] += 1
+            self._annotate("sweep", name, Annotations(sweep.get("note"), sweep.get("tags", [])))
+        return sweep
+
+    def _failures(self, name: str) -> dict[str, str]:
+        return self._take(layout.sweep_file(name, "failures.json"), lambda _: None, versioned=False)
+
+    def _record(self, name: str, files: set[str]) -> bool:
+        record = self._take(layout.record(name), self.tracker.record_sae)
+        if not record:
+            return False
+        self.counts["saes"] += 1
+        for file in sorted(files):
+            folder, _, evaluation_id = file.removesuffix(".json").rpartition("/")
+            if folder == "evaluations" and evaluation_id != record["evaluation_id"]:
+                self._evaluation(name, evaluation_id)
+        return True
+
+    def _evaluation(self, name: str, evaluation_id: str) -> None:
+        def take(document: dict[str, Any]) -> None:
+            self.tracker.record_metrics(name, evaluation_id, document["metrics"])
+
+        if self._take(layout.evaluation(name, evaluation_id), take):
+            self.counts["evaluations"] += 1
+
+    def _curve(self, name: str) -> bool:
+        def take(document: dict[str, Any]) -> None:
+            self.tracker.record_steps(name, document["history"])
+
+        found = bool(self._take(layout.training(name), take))
+        self.counts["curves"] += found
+        return found
+
+    def _annotate(self, kind: Kind, name: str, born_with: Annotations) -> None:
+        try:
+            found = read_annotations(self.storage, kind, name)
+        except CorruptError as error:
+            self.unreadable[annotations_key(kind, name)] = str(error)
+            found = None
+        self.counts["annotations"] += found is not None
+        self.tracker.set_annotations(kind, name, found or born_with)
+
+    def _files(self, name: str, files: set[str]) -> None:
+        for file in sorted(files.intersection(SWEEP_FILES)):
+            key = layout.sweep_file(name, file)
+            data = self.storage.read(key)
+            self.tracker.add_artifact("sweep", name, file, key, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
+    def _take(self, key: str, use: Callable[[dict[str, Any]], None], *, versioned: bool = True) -> dict[str, Any]:
+        """Read a JSON object and use it. Empty, with the reason in `unreadable`, where it is not what it should be."""
+        try:
+            document = json.loads(self.storage.read(key))
+            if not isinstance(document, dict):
+                raise ValueError("not a JSON object")
+            if versioned and document.get("v") != VERSION:
+                raise ValueError(f"of version {document.get('v')}, this miDiscover reads {VERSION}")
+            use(document)
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+            self.unreadable[key] = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            return {}
+        return document
+
+
+def _sweep_status(sae_ids: Iterable[str], done: set[str], failures: dict[str, str]) -> SweepStatus:
+    missing = set(sae_ids) - done
+    if not missing:
+        return "done"
+    return "failed" if missing & failures.keys() else "interrupted"
+
+
+def _by_folder(keys: Iterable[str]) -> dict[str, set[str]]:
+    """`saes/<id>/cfg.json` -> {id: {"cfg.json"}}."""
+    folders: dict[str, set[str]] = {}
+    for key in keys:
+        _, name, file = key.split("/", 2) if key.count("/") > 1 else ("", "", "")
+        if name:
+            folders.setdefault(name, set()).add(file)
+    return folders

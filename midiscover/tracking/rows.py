@@ -1,0 +1,164 @@
+"""JSON documents of the store (sweep.json, record.json, training.json) as rows of the tables. No database, no files.
+
+Numbers that are not finite become None, text that no database takes is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from math import isfinite
+from typing import Any, TypedDict
+
+from midiscover.errors import TrackingError
+from midiscover.store import layout
+
+Row = dict[str, Any]
+
+
+class PlannedRow(TypedDict, total=False):
+    """An SAE of a sweep as the grid knows it, before training. Only `sae_id` is required."""
+
+    sae_id: str
+    hook: str
+    layer: int | None
+    kind: str
+    d_in: int
+    d_sae: int
+    l1: float | None
+    k: int | None
+    seed: int
+    settings: Mapping[str, Any]
+
+
+PLANNED_COLUMNS = ("hook", "layer", "kind", "d_in", "d_sae", "l1", "k", "seed", "settings")
+
+
+def sweep_row(sweep: Mapping[str, Any]) -> Row:
+    """The row of a sweep.json."""
+    return {
+        "id": sweep["id"],
+        "name": sweep["name"],
+        "created_at": parse_time(sweep["created"]),
+        "owner": sweep.get("owner"),
+        "note": sweep.get("note"),
+        "config": finite(sweep.get("config")),
+        "evaluation_id": sweep.get("evaluation_id"),
+        "corpus_id": sweep.get("corpus"),
+        "harvest_id": sweep.get("harvest"),
+        "lineage": finite(sweep.get("lineage")),
+    }
+
+
+def planned_row(planned: Mapping[str, Any], owner: str | None) -> Row:
+    """The row of an SAE that is only planned; a key that is no column is a mistake of the caller."""
+    unknown = planned.keys() - {"sae_id", *PLANNED_COLUMNS}
+    if unknown:
+        raise ValueError(
+            f"a planned SAE has no {', '.join(sorted(unknown))}; it has sae_id, {', '.join(PLANNED_COLUMNS)}"
+        )
+    row = {name: finite(planned.get(name)) for name in PLANNED_COLUMNS}
+    return row | {"id": planned["sae_id"], "owner": owner, "status": "planned"}
+
+
+def recorded_row(record: Mapping[str, Any]) -> Row:
+    """The row of an SAE with its record.json."""
+    lineage = record.get("lineage") or {}
+    model, code, corpus = (lineage.get(name) or {} for name in ("model", "code", "corpus"))
+    return {
+        "id": record["id"],
+        "hook": record["hook"],
+        "layer": record.get("layer"),
+        "kind": record["kind"],
+        "d_in": record["d_in"],
+        "d_sae": record["d_sae"],
+        "l1": (record.get("l1") or {}).get("coefficient"),
+        "k": record["sae"].get("k"),
+        "seed": lineage.get("seed"),
+        "settings": finite({"sae": record["sae"], "train": record["train"]}),
+        "status": "done",
+        "reason": None,
+        "record": finite(record),
+        "created_at": parse_time(record["created"]),
+        "seconds": finite(record.get("seconds")),
+        "owner": record.get("owner"),
+        "evaluation_id": record["evaluation_id"],
+        "model_name": model.get("name"),
+        "model_digest": model.get("digest"),
+        "model_revision": model.get("revision"),
+        "corpus_id": corpus.get("id"),
+        "harvest_id": lineage.get("harvest"),
+        "code_version": code.get("version"),
+        "code_commit": code.get("commit"),
+    }
+
+
+def metric_rows(sae_id: str, evaluation_id: str, metrics: Mapping[str, Any]) -> list[Row]:
+    """One row per scalar; None (not measured) and nested values (the density histogram) stay in the record."""
+    key = {"sae_id": sae_id, "evaluation_id": evaluation_id}
+    return [
+        key | {"name": name, "value": finite(float(value))}
+        for name, value in sorted(metrics.items())
+        if _is_number(value)
+    ]
+
+
+def file_rows(sae_id: str, files: Mapping[str, str]) -> list[Row]:
+    """One row per file that a record names with its sha256; the uri is the key in the store."""
+    return [
+        {
+            "owner_kind": "sae",
+            "owner_id": sae_id,
+            "name": name,
+            "uri": layout.sae_file(sae_id, name),
+            "sha256": sha256,
+            "bytes": None,
+        }
+        for name, sha256 in sorted(files.items())
+    ]
+
+
+def step_rows(sae_id: str, history: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """The rows of a curve given by columns of equal length, one of them `step`; sorted by key. None is left out."""
+    if len({len(column) for column in history.values()}) > 1 or "step" not in history:
+        raise ValueError("a history is columns of equal length, one of them `step`")
+    rows = [
+        {"sae_id": sae_id, "step": int(step), "name": name, "value": finite(float(value))}
+        for name, column in history.items()
+        if name != "step"
+        for step, value in zip(history["step"], column, strict=True)
+        if value is not None
+    ]
+    return sorted(rows, key=lambda row: (row["step"], row["name"]))
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that is not finite replaced by None, at any depth; tuples become lists."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def parse_time(text: str) -> datetime:
+    """An ISO 8601 time, in UTC; one without a zone is taken to be UTC already."""
+    time = datetime.fromisoformat(text)
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def checked_text(what: str, text: str) -> str:
+    """`text` itself. TrackingError where a database would refuse it: a NUL, half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TrackingError(f"{what} holds half a character (a lone surrogate); write it as plain Unicode.") from None
+    if "\0" in text:
+        raise TrackingError(f"{what} holds a NUL character, which no database stores; leave it out.")
+    return text
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,178 @@
+"""kill -9 of a language-model actor, of a pack's worker and of the driver, at random moments.
+
+The final SAEs equal those of an undisturbed run bit for bit, and what was committed before the kill is not made again.
+Each test shows that its kill happened while there was work left.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.jobs_cli import command, environment, midiscover
+from tests.runs import blocks, weights, write_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrange(10**6)))
+SLOW = {
+    # Work enough that a kill falls into it: small blocks, small batches, a checkpoint after every report.
+    "harvest": {"hooks": "model.layers.{0,1}.mlp.down_proj", "block_tokens": 256, "batch_tokens": 32},
+    "train": {"epochs": 12, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_run(folder, **SLOW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    done = midiscover("sweep", str(folder / "run.yaml"), "--store", str(folder / "undisturbed"))
+    assert done.code == 0, done.err
+    return folder / "undisturbed"
+
+
+@pytest.fixture
+def moment() -> random.Random:
+    print(f"MIDISCOVER_TEST_SEED={SEED}")
+    return random.Random(SEED)
+
+
+def start(folder: Path, store: Path) -> subprocess.Popen[bytes]:
+    """The sweep as a process of its own, in its own session."""
+    return subprocess.Popen(
+        command("sweep", str(folder / "run.yaml"), "--store", str(store)),
+        env=environment(),
+        stdout=(store.parent / f"{store.name}.out").open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], what: str, seconds: float = 120) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert driver.poll() is None, f"the driver ended before {what}"
+        assert time.monotonic() < ends, f"no {what} within {seconds} s"
+        time.sleep(0.05)
+
+
+def markers(store: Path) -> int:
+    return len(list(store.glob("activations/*/model*/block-*.json")))
+
+
+def checkpoints(store: Path) -> list[Path]:
+    return list(store.glob("sweeps/*/packs/*/step-*.safetensors"))
+
+
+def ray_worker(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
+    """The busiest Ray worker below the driver whose title names one of these."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if any(title in " ".join(process.cmdline()) for title in titles):
+                found.append((process.cpu_times().user, process.pid))
+        except psutil.NoSuchProcess:
+            continue
+    assert found, f"no process called {' or '.join(titles)}"
+    return psutil.Process(max(found)[1])
+
+
+def kill_worker(driver: subprocess.Popen[bytes], *titles: str) -> None:
+    victim = ray_worker(driver, titles)
+    victim.kill()
+    victim.wait(10)
+    assert not psutil.pid_exists(victim.pid) or victim.status() == psutil.STATUS_ZOMBIE
+    assert driver.poll() is None, "the driver was still at work when its worker was killed"
+
+
+def kill_driver(driver: subprocess.Popen[bytes]) -> None:
+    """The driver and then what it started: a Ray whose driver is gone ends by itself, but not at once."""
+    children = psutil.Process(driver.pid).children(recursive=True)
+    assert driver.poll() is None, "the driver was still at work when it was killed"
+    os.kill(driver.pid, signal.SIGKILL)
+    assert driver.wait(10) == -signal.SIGKILL
+    for child in children:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(children, timeout=10)
+
+
+def finish(driver: subprocess.Popen[bytes], store: Path) -> None:
+    code = driver.wait(240)
+    assert code == 0, (store.parent / f"{store.name}.out").read_text()[-3000:]
+
+
+def test_a_killed_language_model_actor(folder: Path, undisturbed: Path, moment: random.Random) -> None:
+    store = folder / "lm-actor"
+    driver = start(folder, store)
+    total = len(blocks(str(undisturbed)))
+    wait_for(lambda: markers(store) >= moment.randint(1, 6), driver, "committed blocks")
+    kill_worker(driver, "HarvestActor", "MapWorker")
+    kept = blocks(str(store))
+    stamps = {path: (store / path).stat().st_mtime_ns for path in kept}
+    assert len(kept) < total, "blocks were left to be made when the actor was killed"
+    finish(driver, store)
+    assert blocks(str(store)) == blocks(str(undisturbed))
+    assert {path: (store / path).stat().st_mtime_ns for path in kept} == stamps
+    assert weights(str(store)) == weights(str(undisturbed))
+
+
+def test_a_killed_pack(folder: Path, undisturbed: Path, moment: random.Random) -> None:
+    store = folder / "pack"
+    driver = start(folder, store)
+    wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
+    time.sleep(moment.uniform(0, 0.5))
+    newest = max(int(path.stem.removeprefix("step-")) for path in checkpoints(store))
+    kill_worker(driver, "pack_trial")
+    assert newest > 0
+    finish(driver, store)
+    assert weights(str(store)) == weights(str(undisturbed))
+
+
+@pytest.mark.parametrize("when", ["harvest", "train"])
+def test_a_killed_driver(folder: Path, undisturbed: Path, moment: random.Random, when: str) -> None:
+    store = folder / f"driver-{when}"
+    driver = start(folder, store)
+    if when == "harvest":
+        wait_for(lambda: markers(store) >= moment.randint(1, 6), driver, "committed blocks")
+    else:
+        wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
+        time.sleep(moment.uniform(0, 0.5))
+    kill_driver(driver)
+    kept = [path for path in store.rglob("*") if path.is_file() and path.name.endswith((".json", ".safetensors"))]
+    kept = [path for path in kept if "packs" not in path.parts and "sweeps" not in path.parts]
+    stamps = {path: path.stat().st_mtime_ns for path in kept}
+    committed = {path: stamp for path, stamp in stamps.items() if "saes" not in path.parts or _trained(path)}
+    assert len(weights(str(store))) < 4, "SAEs were left to be made when the driver was killed"
+    finish(start(folder, store), store)
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed
+    assert blocks(str(store)) == blocks(str(undisturbed))
+    assert weights(str(store)) == weights(str(undisturbed))
+
+
+def _trained(path: Path) -> bool:
+    return (path.parent / "training.json").exists()
+
+
+def test_ctrl_c_leaves_a_state_that_the_next_run_continues(folder: Path, undisturbed: Path) -> None:
+    store = folder / "interrupted"
+    driver = start(folder, store)
+    wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.wait(60) == 130
+    assert "run the same command again" in (folder / "interrupted.out").read_text()
+    finish(start(folder, store), store)
+    assert weights(str(store)) == weights(str(undisturbed))

@@ -1,0 +1,69 @@
+"""A whole small run: a random model, text of its own, a grid of four SAEs; and what two runs must share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import yaml
+
+from midiscover.store.storage import Storage, open_store
+from tests.tiny import Kind, make_tiny_model
+
+HOOKS = {
+    "llama": "model.layers.{0,1}.mlp.down_proj",
+    "phi": "model.layers.{0,1}.mlp.fc2",
+}
+
+
+def write_text(path: Path, documents: int = 400) -> Path:
+    """A jsonl file of sentences that differ."""
+    words = ["river", "stone", "lamp", "engine", "garden", "theory", "window", "signal", "harbour", "number"]
+    lines = []
+    for i in range(documents):
+        sentence = " ".join(words[(i * 7 + j * j + j * i) % len(words)] for j in range(40 + i % 17))
+        lines.append(json.dumps({"text": f"Entry {i}: {sentence}. It follows that {i * i} is not {i + 1}."}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def write_run(folder: Path, *, kind: Kind = "llama", **changes: object) -> Path:
+    """A config whose sweep takes seconds; `changes` replace whole sections of its YAML. Returns its path."""
+    model = folder / f"model-{kind}"
+    if not model.exists():
+        make_tiny_model(kind, model)
+    text = folder / "text.jsonl"
+    if not text.exists():
+        write_text(text)
+    tree: dict[str, object] = {
+        "name": "tiny",
+        "model": {"id": str(model), "dtype": "float32"},
+        "corpus": {"source": str(text), "context_size": 32},
+        "harvest": {"hooks": HOOKS[kind], "block_tokens": 1024},
+        "sae": {"expansion_factor": 4},
+        "grid": {"sae.l1_coefficient": [0.5, 2]},
+        "train": {"epochs": 2, "batch_size": 128, "lr": 1e-3},
+        "evaluate": {"ce_tokens": 256},
+        "resources": {"threads": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def weights(store: str | Storage) -> dict[str, str]:
+    """SAE id -> sha256 of its weights, of every committed SAE."""
+    storage = open_store(store, create=False) if isinstance(store, str) else store
+    records = [key for key in storage.list("saes") if key.endswith("/record.json")]
+    return {
+        key.split("/")[1]: hashlib.sha256(storage.read(key.replace("record.json", "sae_weights.safetensors"))).hexdigest()
+        for key in records
+    }
+
+
+def blocks(store: str | Storage) -> dict[str, str]:
+    """Block file -> sha256, of every activation block."""
+    storage = open_store(store, create=False) if isinstance(store, str) else store
+    keys = [key for key in storage.list("activations") if key.endswith(".safetensors")]
+    return {key: hashlib.sha256(storage.read(key)).hexdigest() for key in keys}

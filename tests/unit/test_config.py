@@ -1,0 +1,156 @@
+"""Settings: every mistake gets one sentence that names it, and what is read is what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from midiscover.config import RunConfig, StandardConfig, TopKConfig
+from midiscover.configio import (
+    build_config,
+    expand_braces,
+    expand_grid,
+    find_config,
+    load_config,
+    native_bfloat16,
+    parse_value,
+    to_yaml,
+)
+from midiscover.errors import ConfigError
+from midiscover.launch import parse_job, parse_overrides
+
+HOOKS = {"hooks": ["a.0.b", "a.1.b"]}
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"modl": 1}, "'modl' is not a setting of the config; did you mean 'model'?"),
+    ({"train": {"lrr": 1}}, "'train.lrr' is not a setting of 'train'; did you mean 'lr'?"),
+    ({"train": {"lr": "fast"}}, "train.lr is 'fast'; it must be a number."),
+    ({"train": {"lr": -1.0}}, "train.lr must be above 0."),
+    ({"train": {"lr": float("nan")}}, "train.lr is nan; it must be a number."),
+    ({"train": {"epochs": 2.5}}, "train.epochs is 2.5; it must be a whole number."),
+    ({"train": {"epochs": "3"}}, "train.epochs is '3'; it must be a whole number."),
+    ({"train": {"dtype": "float16"}}, "train.dtype is 'float16'; it must be one of auto, bfloat16, float32."),
+    ({"train": 3}, "train must be a section of settings, not a number."),
+    ({"sae": {"l1_coefficient": True}}, "sae.l1_coefficient is True; it must be a number."),
+    ({"sae": {"l1_coefficient": -3}}, "sae.l1_coefficient must be 0 or above."),
+    ({"sae": {"d_sae": 0}}, "sae.d_sae must be a whole number above 0."),
+    ({"sae": {"kind": "gated"}}, "sae.kind is 'gated', which is no architecture; known are standard, topk."),
+    ({"sae": {"kind": "topk", "l1": 3}}, "'sae.l1' is not a setting of 'sae'"),
+    ({"corpus": {"held_out": 0}}, "corpus.held_out must lie between 0 and 1"),
+    ({"corpus": {"max_samples": 0}}, "corpus.max_samples must be a whole number above 0."),
+    ({"harvest": {"hooks": 3}}, "harvest.hooks is 3; it must be a list of texts."),
+    ({"harvest": {"hooks": ["a", "{a,b}"]}}, "harvest.hooks names 'a' twice"),
+    ({"harvest": HOOKS, "grid": {"sae.l1": [1]}}, "'sae.l1' is not a setting of 'sae'"),
+    ({"harvest": HOOKS, "grid": {"corpus.seed": [1]}}, "grid.corpus.seed is not a setting of an SAE"),
+    ({"harvest": HOOKS, "grid": {"sae.l1_coefficient": 3}}, "grid.sae.l1_coefficient is 3; it must be a list"),
+    ({"harvest": HOOKS, "grid": {"sae.l1_coefficient": ["x"]}}, "sae.l1_coefficient is 'x'; it must be a number."),
+    ({"harvest": HOOKS, "grid": {"sae.l1_coefficient": [1, 1]}}, "names the same SAE twice"),
+    ({"name": "My Sweep"}, "name may hold lower-case letters"),
+    ({"resources": {"gpus_per_pack": 2.0}}, "resources.gpus_per_pack must be a share of one GPU"),
+]
+
+
+@pytest.mark.parametrize(("tree", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
+def test_every_mistake_is_named(tree: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config(tree)
+    assert sentence in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("a: [1", "not readable as YAML"), ("- 1", "must hold settings"), ("name: a\nname: b", "stands twice, line 1")],
+)
+def test_broken_files(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_a_config_reads_back_as_it_was_written() -> None:
+    config = build_config(
+        {
+            "name": "x",
+            "harvest": {"hooks": "model.layers.{1,2}.mlp"},
+            "sae": {"kind": "topk", "k": 8},
+            "grid": {"sae.k": [4, 8], "train.seed": [0, 1]},
+        }
+    )
+    assert build_config(yaml.safe_load(to_yaml(config))) == config
+    assert isinstance(config.sae, TopKConfig)
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert parse_value("1e-3") == 0.001
+    assert parse_value("[1E5, -2e+3, .5e1]") == [1e5, -2e3, 5.0]
+    assert parse_value("1e-3x") == "1e-3x"
+    assert parse_value("null") is None
+    assert isinstance(build_config({"train": {"lr": 1}}).train.lr, (int, float))
+
+
+def test_the_grid_is_the_product_with_hooks_first() -> None:
+    config = build_config(
+        {"harvest": HOOKS, "grid": {"sae.l1_coefficient": [1, 2], "train.seed": [0, 7]}, "train": {"lr": 0.5}}
+    )
+    points = expand_grid(config)
+    seen = [(p.hook, p.sae.l1_coefficient, p.train.seed) for p in points if isinstance(p.sae, StandardConfig)]
+    assert seen == [(h, l1, s) for h in HOOKS["hooks"] for l1 in (1, 2) for s in (0, 7)]
+    assert all(p.train.lr == 0.5 for p in points)
+
+
+def test_a_grid_may_change_the_architecture() -> None:
+    config = build_config({"harvest": HOOKS, "sae": {"expansion_factor": 2}, "grid": {"sae.kind": ["standard", "topk"]}})
+    assert [p.sae.kind for p in expand_grid(config)] == ["standard", "topk"] * 2
+    assert all(p.sae.expansion_factor == 2 for p in expand_grid(config))
+
+
+def test_braces() -> None:
+    assert expand_braces("l.{8, 16}.{a,b}") == ["l.8.a", "l.8.b", "l.16.a", "l.16.b"]
+    assert expand_braces("plain") == ["plain"]
+
+
+def test_auto_names_a_real_dtype() -> None:
+    config = build_config({"train": {"dtype": "auto"}, "model": {"dtype": "auto"}})
+    expected = "bfloat16" if native_bfloat16() else "float32"
+    assert (config.train.dtype, config.model.dtype) == (expected, expected)
+
+
+def test_nothing_can_write_to_a_config() -> None:
+    with pytest.raises(AttributeError):
+        RunConfig().train.lr = 1  # type: ignore[misc]  # that is the point
+
+
+def test_flags_go_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("train: {lr: 1e-3}\ngrid: {sae.l1_coefficient: [1], train.seed: [0, 1]}\nharvest: {hooks: a.0.b}")
+    args = parse_job("sweep", [str(path), "--train.lr", "5e-4", "--grid.sae.l1_coefficient=[3, 4]", "--store", "s"])
+    config = load_config(path, args.overrides)
+    assert (config.name, config.train.lr, args.store) == ("my", 5e-4, "s")
+    assert config.grid == {"sae.l1_coefficient": (3, 4), "train.seed": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--epochs", "3"], "did you mean --train.epochs?"),
+        (["--l1-coefficient", "3"], "did you mean --sae.l1_coefficient?"),
+        (["--train.lr"], "--train.lr needs a value"),
+        (["stray"], "'stray' is not expected here"),
+        (["--train.lr", "[1"], "not readable as YAML"),
+    ],
+)
+def test_wrong_flags(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides(arguments)
+    assert sentence in str(caught.value)
+
+
+def test_configs_are_found_by_path_and_by_name(tmp_path: Path) -> None:
+    assert find_config("demo").name == "demo.yaml"
+    for wrong in ("no-such", str(tmp_path)):
+        with pytest.raises(ConfigError, match=wrong.rpartition("/")[2]):
+            find_config(wrong)

@@ -1,0 +1,215 @@
+"""Charts: that they hold the table, are legible to more people than their author, and do not depend on the run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from midiscover import figures, palette
+from midiscover.figures import curve_chart, density_chart, frontier_chart, share_chart
+from midiscover.scales import log_ticks
+from tests.unit.plain_tables import plain_tables
+
+
+def all_charts() -> dict[str, figures.Chart]:
+    rows, curves, densities = plain_tables()
+    return {
+        "frontier": frontier_chart(rows),
+        "loss": curve_chart(curves, "loss"),
+        "l0": curve_chart(curves, "l0"),
+        "density": density_chart(densities),
+        "shares": share_chart(rows),
+    }
+
+
+def parts(spec: Any) -> list[dict[str, Any]]:
+    """Every mapping inside a specification, the data apart."""
+    if isinstance(spec, list):
+        return [found for item in spec for found in parts(item)]
+    if not isinstance(spec, dict):
+        return []
+    return [spec, *(found for key, value in spec.items() if key not in ("data", "config") for found in parts(value))]
+
+
+def test_equal_tables_give_equal_json_in_this_process_and_in_another() -> None:
+    first = {name: chart.to_json() for name, chart in all_charts().items()}
+    assert {name: chart.to_json() for name, chart in all_charts().items()} == first
+    code = (
+        "import json; from tests.unit.test_figures import all_charts; "
+        "print(json.dumps({name: chart.to_json() for name, chart in all_charts().items()}))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(other.stdout) == first
+
+
+def test_import_loads_neither_torch_nor_pandas() -> None:
+    code = (
+        "import sys, midiscover.figures, midiscover.report, midiscover.tables; "
+        "print({'torch', 'pandas', 'ray'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", ["frontier", "loss", "l0", "density", "shares"])
+def test_axes_have_titles_and_nothing_is_fetched(name: str) -> None:
+    spec = all_charts()[name].to_dict()
+    axes = [part[axis] for part in parts(spec) for axis in ("x", "y") if "field" in str(part.get(axis, ""))]
+    assert axes
+    # A category axis needs no title: its labels are names.
+    assert all(axis["title"] for axis in axes if axis["type"] == "quantitative")
+    assert not any("url" in part for part in parts(spec))
+    assert list(spec["data"]) == ["values"]
+
+
+def test_frontier_holds_every_measured_sae_and_marks_the_beaten() -> None:
+    rows, _, _ = plain_tables()
+    rows[0] = rows[0] | {"l0": None, "fvu": None}
+    beaten = rows[1] | {"sae_id": "beaten", "fvu": rows[1]["fvu"] + 0.1, "ce_recovered": None}
+    spec = frontier_chart([*rows, beaten]).to_dict()
+    points = {value["sae"]: value for value in spec["data"]["values"]}
+    assert set(points) == {row["sae_id"] for row in rows[1:]} | {"beaten"}
+    assert [name for name, point in points.items() if not point["frontier"]] == ["beaten"]
+    assert points["beaten"]["ce_text"] == "-"
+    assert any("Hollow" in line for line in spec["title"]["subtitle"])
+    (low, high) = next(part["x"]["scale"]["domain"] for part in parts(spec) if "domain" in str(part.get("x", "")))
+    assert all(low < point["l0"] < high for point in points.values())
+
+
+def test_notes_name_each_setting_at_most_once_and_never_touch() -> None:
+    rows, _, _ = plain_tables(layers=range(12))
+    notes = [value["note"] for value in frontier_chart(rows).to_dict()["data"]["values"] if value["note"]]
+    assert len(notes) == len(set(notes)) > 0
+    same_place = [rows[0] | {"sparsity_label": f"l1 {i}", "fvu": 0.5 + i * 1e-4} for i in range(4)]
+    notes = [value["note"] for value in frontier_chart([*same_place, rows[-1]]).to_dict()["data"]["values"]]
+    assert sorted(notes) == ["", "", "", "l1 20", "l1 3"]
+
+
+def test_long_curves_are_thinned_and_keep_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "CURVE_POINTS", 100)
+    curve = [
+        {
+            "sae_id": sae,
+            "hook": "h",
+            "label": "l1 3",
+            "step": i,
+            "tokens": i,
+            "loss": 1 / (i + 1),
+            "mse": None,
+            "l0": float("nan"),
+            "fvu": 1.0,
+        }
+        for sae in ("a", "b")
+        for i in range(2000)
+    ]
+    values = curve_chart(curve).to_dict()["data"]["values"]
+    assert len(values) <= figures.CURVE_POINTS + 4
+    for sae in (0, 1):
+        tokens = [value["tokens"] for value in values if value["sae"] == sae]
+        assert (tokens[0], tokens[-1]) == (0, 1999)
+    assert {(value["mse"], value["l0"]) for value in values} == {(None, None)}
+
+
+@pytest.mark.parametrize(("values", "kind"), [([1.0, 10.0], None), ([1.0, 100.0], "log"), ([0.0, 100.0], None)])
+def test_log_axis_only_where_it_helps(values: list[float], kind: str | None) -> None:
+    curve = [
+        {
+            "sae_id": "a",
+            "hook": "h",
+            "label": "l1 3",
+            "step": i,
+            "tokens": i,
+            "loss": value,
+            "mse": 1.0,
+            "l0": 1.0,
+            "fvu": 1.0,
+        }
+        for i, value in enumerate(values)
+    ]
+    scale = next(
+        part["y"]["scale"] for part in parts(curve_chart(curve).to_dict()) if "field" in str(part.get("y", ""))
+    )
+    assert scale.get("type") == kind
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (18, 190, [20, 30, 50, 70, 100]),
+        (0.9, 150, [1, 2, 5, 10, 20, 50, 100]),
+        (1e-3, 1e3, [10.0**i for i in range(-3, 4)]),
+    ],
+)
+def test_log_ticks_are_round_and_few(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == ticks
+
+
+def test_empty_and_single_tables_draw() -> None:
+    rows, curves, densities = plain_tables(layers=[15], l1s=[5])
+    unmeasured = [row | {"l0": None, "fvu": None, "dead_share": None, "inactive_share": None} for row in rows]
+    for chart in (frontier_chart(rows), curve_chart(curves), density_chart(densities), share_chart(rows)):
+        assert figures.png(chart, scale=1).startswith(b"\x89PNG")
+    for chart in (
+        frontier_chart([]),
+        frontier_chart(unmeasured),
+        share_chart(unmeasured),
+        curve_chart([]),
+        density_chart([]),
+    ):
+        assert figures.svg(chart).startswith("<svg")
+
+
+@pytest.mark.parametrize("name", ["frontier", "loss", "density", "shares"])
+def test_images_fit_into_800_pixels(name: str, tmp_path: Path) -> None:
+    chart = all_charts()[name]
+    figures.save_png(chart, tmp_path / "chart.png", scale=2)
+    figures.save_svg(chart, tmp_path / "chart.svg")
+    width, height = struct.unpack(">II", (tmp_path / "chart.png").read_bytes()[16:24])
+    assert width / 2 <= 800
+    assert height / 2 <= 800
+    svg = (tmp_path / "chart.svg").read_text(encoding="utf-8")
+    assert f'width="{width // 2}"' in svg
+    assert "layer 10" in svg
+
+
+def linear(colour: str) -> np.ndarray:
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def luminance(colour: str) -> float:
+    return float(linear(colour) @ [0.2126, 0.7152, 0.0722])
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear sRGB, D65."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = np.clip(to_xyz @ rgb / [0.9505, 1.0, 1.089], 1e-6, None)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("ground", [palette.LIGHT_GROUND, palette.DARK_GROUND])
+def test_data_colours_stand_out_from_both_grounds(ground: str) -> None:
+    for colour in {*palette.HOOKS, *palette.ramp(25)}:
+        dark, light = sorted([luminance(colour), luminance(ground)])
+        assert (light + 0.05) / (dark + 0.05) >= 3, colour
+
+
+# Full protanopia and deuteranopia, Machado, Oliveira and Fernandes (2009), table 1, on linear sRGB.
+PROTAN = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+DEUTAN = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+
+
+@pytest.mark.parametrize("sight", [np.eye(3).tolist(), PROTAN, DEUTAN], ids=["full", "protan", "deutan"])
+@pytest.mark.parametrize("colours", [palette.HOOKS[:5], palette.ramp(3)], ids=["hooks", "settings"])
+def test_colours_stay_apart_for_colour_blind_eyes(sight: list[list[float]], colours: list[str]) -> None:
+    seen = [lab(np.clip(np.array(sight) @ linear(colour), 0, 1)) for colour in colours]
+    assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2)) > 25

@@ -1,0 +1,102 @@
+"""Ids change with what changes the numbers, and with nothing else; golden values hold them still across releases."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from midiscover import ids
+from midiscover.config import (
+    CorpusConfig,
+    EvaluateConfig,
+    HarvestConfig,
+    ModelConfig,
+    SaePoint,
+    StandardConfig,
+    TopKConfig,
+    TrainConfig,
+)
+
+POINT = SaePoint(hook="model.layers.16.mlp.fc2", sae=StandardConfig(l1_coefficient=3), train=TrainConfig())
+
+
+def corpus(config: CorpusConfig, **changes: str) -> str:
+    return ids.corpus_id(config, **({"source_digest": "s", "tokenizer_digest": "t"} | changes))
+
+
+def harvest(model: ModelConfig, config: HarvestConfig) -> str:
+    return ids.harvest_id(model, config, model_digest="m", corpus="c")
+
+
+def sae(point: SaePoint) -> str:
+    return ids.sae_id(point, harvest="h", d_in=2560)
+
+
+def test_golden_ids() -> None:
+    """A release that changes one of these would find none of its users' results again: raise a version on purpose."""
+    assert corpus(CorpusConfig()) == "c.41ef2e7d37"
+    assert harvest(ModelConfig(), HarvestConfig()) == "h.41ef2e7d37"
+    assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.41ef2e7d37"
+    topk = dataclasses.replace(POINT, sae=TopKConfig(k=64, d_sae=100))
+    assert sae(topk) == "l16.mlp-fc2.topk-100.k-64.41ef2e7d37"
+    assert ids.evaluation_id(EvaluateConfig()) == "e.41ef2e7d37"
+    assert ids.sweep_id("demo", ["a", "b"], "e") == "demo.41ef2e7d37"
+    assert ids.pack_id(["a", "b"]) == "p.41ef2e7d37"
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_every_training_setting_but_reports_and_checkpoints_makes_another_sae(name: str) -> None:
+    other: dict[str, Any] = {"betas": (0.5, 0.9), "dtype": "bfloat16", "dead_window": 7}
+    value = other.get(name, getattr(POINT.train, name) + 1 if name not in other else None) if name not in (
+        "lr_warmup",
+        "lr_decay",
+        "l1_warmup",
+    ) else 0.5
+    changed = dataclasses.replace(POINT, train=dataclasses.replace(POINT.train, **{name: value}))
+    assert (sae(changed) == sae(POINT)) == (name in ("report_every", "checkpoint_every"))
+
+
+def test_equal_widths_are_one_sae_however_they_are_written() -> None:
+    by_width = dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3, d_sae=20480))
+    by_factor = dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3, expansion_factor=8))
+    assert sae(by_width) == sae(by_factor) == sae(POINT)
+
+
+def test_hooks_and_batches_are_no_part_of_a_harvest() -> None:
+    base = harvest(ModelConfig(), HarvestConfig())
+    assert harvest(ModelConfig(), HarvestConfig(hooks=("x", "y"), batch_tokens=64)) == base
+    assert harvest(ModelConfig(dtype="float32"), HarvestConfig()) != base
+    assert harvest(ModelConfig(), HarvestConfig(block_tokens=64)) != base
+
+
+def test_a_corpus_is_its_text_its_tokenizer_and_its_cutting() -> None:
+    base = corpus(CorpusConfig())
+    assert corpus(CorpusConfig(source="another/path")) == base  # the digest counts, not where the text lies
+    assert corpus(CorpusConfig(), source_digest="z") != base
+    assert corpus(CorpusConfig(), tokenizer_digest="z") != base
+    for change in ({"context_size": 64}, {"max_tokens": 5}, {"held_out": 0.2}, {"seed": 1}, {"split": "test"}):
+        assert corpus(CorpusConfig(**change)) != base  # type: ignore[arg-type]  # each is of its field's type
+
+
+def test_sweeps_and_packs_do_not_depend_on_the_order() -> None:
+    assert ids.sweep_id("n", ["a", "b"], "e") == ids.sweep_id("n", ["b", "a"], "e") != ids.sweep_id("n", ["a"], "e")
+    assert ids.pack_id(["a", "b"]) == ids.pack_id(["b", "a"])
+
+
+def test_labels_of_hooks() -> None:
+    assert ids.hook_label("model.layers.16.mlp.fc2") == "l16.mlp-fc2"
+    assert ids.hook_label("transformer.h.3.mlp:in") == "l3.mlp-in"
+    assert ids.hook_label("model.layers.7") == "l7.block"
+    assert ids.hook_label("model.embed_tokens") == "model-embed_tokens"
+    assert (ids.hook_layer("model.layers.16.mlp.fc2"), ids.hook_layer("model.norm")) == (16, None)
+
+
+def test_canonical_json_is_stable_and_refuses_what_has_no_stable_form() -> None:
+    assert ids.canonical_json({"b": [1, 2.5], "a": "ü"}) == '{"a":"\\u00fc","b":[1,2.5]}'
+    with pytest.raises(ValueError, match="JSON"):
+        ids.canonical_json({"x": math.nan})
+    with pytest.raises(TypeError):
+        ids.canonical_json({"x": object()})

@@ -1,0 +1,214 @@
+"""Folders as stores, keys, and what is said of addresses that can't be used. Buckets: tests/integration/test_s3.py."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from midiscover.errors import CorruptError, StoreError
+from midiscover.store import layout, s3
+from midiscover.store.local import LocalStorage
+from midiscover.store.storage import open_store
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path)
+
+
+def test_read_gives_what_write_put(storage: LocalStorage) -> None:
+    storage.write("a/b.bin", bytearray(b"0123456789"))
+    assert storage.read("a/b.bin") == b"0123456789"
+    assert storage.read("a/b.bin", 3) == b"3456789"
+    assert storage.read("a/b.bin", 3, 2) == b"34"
+    assert storage.read("a/b.bin", 8, 5) == b"89"
+    assert storage.read("a/b.bin", 20, 5) == b""
+    storage.write("a/b.bin", b"new")
+    assert storage.read("a/b.bin") == b"new"
+    assert storage.local_path("a/b.bin").read_bytes() == b"new"
+
+
+def test_read_into_fills_all_targets(storage: LocalStorage) -> None:
+    storage.write("x", b"0123456789")
+    parts = [bytearray(3), bytearray(0), bytearray(7)]
+    storage.read_into("x", [memoryview(part) for part in parts])
+    assert parts == [b"012", b"", b"3456789"]
+    for size in (9, 11):
+        with pytest.raises(CorruptError, match=f"holds 10 bytes where {size}"):
+            storage.read_into("x", [memoryview(bytearray(size))])
+
+
+def test_absent_objects(storage: LocalStorage) -> None:
+    assert not storage.exists("a/b")
+    storage.delete("a/b")
+    for reading in (storage.read, storage.version, lambda key: storage.read_into(key, [])):
+        with pytest.raises(FileNotFoundError):
+            reading("a/b")
+
+
+def test_create_keeps_the_first(storage: LocalStorage) -> None:
+    assert storage.create("a/manifest.json", b"ours")
+    assert storage.create("a/manifest.json", b"ours"), "the same bytes again are no conflict"
+    assert not storage.create("a/manifest.json", b"theirs")
+    assert storage.read("a/manifest.json") == b"ours"
+
+
+def test_create_has_one_winner_of_many(storage: LocalStorage) -> None:
+    start = threading.Barrier(8)
+    won: list[int] = []
+
+    def create(number: int) -> None:
+        start.wait()
+        if storage.create("winner", str(number).encode() * 1000):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read("winner") == str(won[0]).encode() * 1000
+
+
+def test_list_is_by_folder_sorted_and_without_half_written_files(storage: LocalStorage) -> None:
+    for key in ("a/2", "a/1/x", "ab/1", "a-b", "top"):
+        storage.write(key, b"")
+    (storage.root / "a" / ".2.0f0f").write_bytes(b"half")
+    assert storage.list("a") == ["a/1/x", "a/2"] == storage.list("a/")
+    assert storage.list("") == ["a-b", "a/1/x", "a/2", "ab/1", "top"]
+    assert storage.list("none") == []
+
+
+def test_failed_write_leaves_nothing(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write("a/b", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"Can't write a/b in the store .*: No space left on device"):
+        storage.write("a/b", b"new")
+    assert storage.read("a/b") == b"old"
+    assert os.listdir(storage.root / "a") == ["b"]
+
+
+def test_version_changes_with_the_object(storage: LocalStorage) -> None:
+    storage.write("x", b"1")
+    before = storage.version("x")
+    assert storage.version("x") == before
+    storage.write("x", b"22")
+    assert storage.version("x") != before
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", "a/.b", "a\\b", "a\nb", "a\0b"])
+def test_keys_that_would_leave_the_store_are_refused(storage: LocalStorage, key: str) -> None:
+    for action in (storage.read, storage.exists, storage.delete, lambda key: storage.write(key, b"")):
+        with pytest.raises(StoreError, match="can't be a name in a store"):
+            action(key)
+    assert list(storage.root.iterdir()) == []
+
+
+def test_every_layout_key_is_valid_and_distinct() -> None:
+    hook = "model.layers.1.mlp:in"
+    sha = "0f" * 32
+    keys = [
+        layout.model_file("m", "config.json"),
+        layout.corpus_file("c.1", "shard-0.npy"),
+        layout.corpus_manifest("c.1"),
+        layout.block_file("h.1", hook, layout.block_name(3, sha)),
+        layout.block_marker("h.1", hook, 3),
+        layout.hook_manifest("h.1", hook),
+        layout.hook_manifest("h.1", layout.TOKENS),
+        layout.sae_file("l1.mlp.standard-8.l1-3.0f", "cfg.json"),
+        layout.training("s"),
+        layout.evaluation("s", "e.1"),
+        layout.record("s"),
+        layout.sweep_record("w"),
+        layout.sweep_file("w", "report.html"),
+        layout.pack_checkpoint("w", "p.1", 100),
+        layout.PROMOTED,
+        layout.TRACKER,
+    ]
+    assert [layout.check_key(key) for key in keys] == keys
+    assert len(set(keys)) == len(keys)
+    assert keys[3] == "activations/h.1/model.layers.1.mlp@in/block-00003-0f0f0f0f0f0f.safetensors"
+
+
+def test_storages_pickle(storage: LocalStorage) -> None:
+    assert pickle.loads(pickle.dumps(storage)) == storage
+
+
+def test_open_store_looks_at_argument_environment_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MIDISCOVER_STORE", raising=False)
+    assert open_store().uri == str(tmp_path / "midiscover-store")
+    monkeypatch.setenv("MIDISCOVER_STORE", "from-env")
+    assert open_store().uri == str(tmp_path / "from-env")
+    assert open_store("given/deep").uri == str(tmp_path / "given" / "deep")
+    assert open_store("given").is_local
+    assert (tmp_path / "given" / "deep").is_dir()
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file"):
+        open_store(str(tmp_path / "file"))
+    with pytest.raises(StoreError, match="can't be made: Not a directory"):
+        open_store(str(tmp_path / "file" / "below"))
+    with pytest.raises(StoreError, match="There is no store at"):
+        open_store(str(tmp_path / "absent"), create=False)
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///prefix"])
+def test_s3_without_bucket(address: str) -> None:
+    with pytest.raises(StoreError, match="names no bucket: give s3://bucket"):
+        open_store(address)
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(StoreError, match="unknown scheme 'gs'"):
+        open_store("gs://bucket/prefix")
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No credentials from anywhere, and none asked of a cloud's metadata service."""
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    return monkeypatch
+
+
+def test_s3_without_credentials(bare_environment: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match="no credentials for the store s3://bucket: set AWS_ACCESS_KEY_ID"):
+        open_store("s3://bucket")
+
+
+def test_s3_endpoint_that_refuses_hangs_or_is_no_url(bare_environment: pytest.MonkeyPatch) -> None:
+    bare_environment.setenv("AWS_ACCESS_KEY_ID", "key")
+    bare_environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert s3._CHECK_SECONDS <= 2
+    bare_environment.setattr(s3, "_CHECK_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound but not listening: refuses
+        for endpoint in (_url(closed), _url(silent), "no url"):
+            bare_environment.setenv("AWS_ENDPOINT_URL", endpoint)
+            began = time.monotonic()
+            with pytest.raises(StoreError, match="The store s3://bucket/p does not answer"):
+                open_store("s3://bucket/p/")
+            assert time.monotonic() - began < 2
+
+
+def _url(listener: socket.socket) -> str:
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,0 +1,205 @@
+"""The loop: resumed equals uninterrupted, packs do not change their members, schedules follow their formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from midiscover.config import StandardConfig, TopKConfig, TrainConfig
+from midiscover.errors import CorruptError
+from midiscover.sae.checkpoint import pack_state, unpack_state
+from midiscover.sae.registry import make_sae
+from midiscover.train import Diverged, Member, Progress, Trained, dead_window, l1_scale, lr_scale, train
+
+D_IN, ROWS, BATCH = 10, 160, 16
+TRAIN = TrainConfig(batch_size=BATCH, epochs=3, lr=1e-2, report_every=4, checkpoint_every=1e-9, dead_window=40)
+
+
+class MemorySource:
+    """Fixed rows, shuffled by epoch."""
+
+    def __init__(self, rows: Tensor, epochs: int = 3) -> None:
+        self.rows, self.epochs = rows, epochs
+        self.mean = rows.mean(0)
+        self.scale = math.sqrt(D_IN) / float((rows - self.mean).norm(dim=1).mean())
+        self.variance = float((rows - self.mean).pow(2).sum(1).mean())
+        self.rows_per_epoch, self.batch_size = len(rows), BATCH
+
+    def __len__(self) -> int:
+        return self.rows_per_epoch * self.epochs // BATCH
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        orders = [torch.randperm(ROWS, generator=torch.Generator().manual_seed(e)) for e in range(self.epochs)]
+        order = torch.cat(orders)
+        for step in range(start, len(self)):
+            yield self.rows[order[step * BATCH : (step + 1) * BATCH]].bfloat16()
+
+
+class MemoryWorker:
+    """Keeps checkpoints in memory; can be made to stop at a step."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, stop_at: int | None = None, data: bytes | None = None) -> None:
+        self.stop_at, self.data = stop_at, data
+        self.reports: list[Progress] = []
+
+    def load_checkpoint(self) -> bytes | None:
+        return self.data
+
+    def save_checkpoint(self, step: int, data: bytes) -> None:
+        self.data = data
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+
+    def report(self, progress: Progress) -> None:
+        self.reports.append(progress)
+
+
+@pytest.fixture
+def source() -> MemorySource:
+    g = torch.Generator().manual_seed(0)
+    atoms = torch.randn(24, D_IN, generator=g)
+    codes = torch.relu(torch.randn(ROWS, 24, generator=g) - 1)
+    return MemorySource(codes @ atoms + 5)
+
+
+def members() -> list[Member]:
+    return [
+        Member(id="a", config=StandardConfig(l1_coefficient=0.3), train=TRAIN, d_sae=32),
+        Member(id="b", config=TopKConfig(k=4), train=TRAIN, d_sae=32),
+        Member(id="c", config=StandardConfig(l1_coefficient=3), train=dataclasses.replace(TRAIN, lr=1e-3), d_sae=16),
+    ]
+
+
+def trained(results: list[Trained | Diverged]) -> list[Trained]:
+    assert all(isinstance(result, Trained) for result in results)
+    return [result for result in results if isinstance(result, Trained)]
+
+
+def assert_equal(one: Trained, two: Trained) -> None:
+    assert one.weights.keys() == two.weights.keys()
+    for name in one.weights:
+        assert torch.equal(one.weights[name], two.weights[name]), name
+    assert one.history == two.history
+    assert one.dead_in_window == two.dead_in_window
+
+
+@pytest.mark.parametrize("stop", [1, 7, 13, 29])
+def test_a_resumed_pack_equals_the_uninterrupted_one_bit_for_bit(source: MemorySource, stop: int) -> None:
+    whole = trained(train(members(), source, MemoryWorker()))
+    first = MemoryWorker(stop_at=stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(members(), source, first)
+    resumed = MemoryWorker(data=first.data)
+    again = trained(train(members(), source, resumed))
+    assert min(report.step for report in resumed.reports) > stop  # nothing before the checkpoint was done again
+    for one, two in zip(whole, again, strict=True):
+        assert_equal(one, two)
+
+
+def test_an_sae_does_not_depend_on_who_shares_its_pack(source: MemorySource) -> None:
+    together = trained(train(members(), source, MemoryWorker()))
+    for member, one in zip(members(), together, strict=True):
+        (alone,) = trained(train([member], source, MemoryWorker()))
+        assert_equal(alone, one)
+
+
+def test_a_checkpoint_of_the_whole_pack_serves_the_part_that_is_missing(source: MemorySource) -> None:
+    whole = trained(train(members(), source, MemoryWorker()))
+    first = MemoryWorker(stop_at=20)
+    with pytest.raises(KeyboardInterrupt):
+        train(members(), source, first)
+    resumed = MemoryWorker(data=first.data)
+    (rest,) = trained(train(members()[1:2], source, resumed))
+    assert_equal(rest, whole[1])
+    assert min(report.step for report in resumed.reports) > 20
+
+
+def test_training_equals_a_plain_loop(source: MemorySource) -> None:
+    """Adam by its formula, gradients by autograd of the naive loss, schedules written out."""
+    (ours,) = trained(train(members()[:1], source, MemoryWorker()))
+    sae = make_sae(StandardConfig(), D_IN, 32)
+    sae.initialise_(0)
+    params = list(sae.parameters())
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    steps = len(source)
+    for step, raw in enumerate(source.batches(0)):
+        x = (raw.float() - source.mean) * source.scale
+        f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+        error = ((f @ sae.W_dec + sae.b_dec - x) ** 2).sum(1).mean()
+        ramp = min(1, step / round(0.05 * steps))
+        loss = error + 0.3 * ramp * (f * sae.W_dec.norm(dim=1)).sum(1).mean()
+        grads = torch.autograd.grad(loss, params)
+        norm = torch.sqrt(sum(((g**2).sum() for g in grads), torch.zeros(())))
+        lr = 1e-2 * min((step + 1) / round(0.05 * steps), 1, (steps - step) / round(0.2 * steps))
+        with torch.no_grad():
+            for p, g, (m, v) in zip(params, grads, moments, strict=True):
+                g = g * min(1, 1 / float(norm))
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                unbiased = m / (1 - 0.9 ** (step + 1))
+                p -= lr * unbiased / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    expected = sae.fold(source.mean, source.scale)
+    for name, value in expected.items():
+        assert torch.allclose(ours.weights[name], value, atol=2e-3), name
+    assert ours.history["fvu"][-1] < 0.5 * ours.history["fvu"][0]
+
+
+def test_a_diverging_sae_is_named_and_the_others_go_on(source: MemorySource) -> None:
+    wild = Member(id="wild", config=StandardConfig(), train=dataclasses.replace(TRAIN, lr=1e30, clip=0), d_sae=16)
+    first, second = train([wild, members()[0]], source, MemoryWorker())
+    assert isinstance(first, Diverged)
+    assert "lower train.lr" in first.reason
+    (alone,) = trained(train(members()[:1], source, MemoryWorker()))
+    assert isinstance(second, Trained)
+    assert_equal(second, alone)
+
+
+def test_schedules_follow_their_formulas() -> None:
+    config = TrainConfig(lr_warmup=0.1, lr_decay=0.2, l1_warmup=0.5)
+    rates = [lr_scale(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80:] == pytest.approx([(100 - i) / 20 for i in range(80, 100)])
+    assert [l1_scale(step, 100, config) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+    none = TrainConfig(lr_warmup=0, lr_decay=0, l1_warmup=0)
+    assert {lr_scale(step, 10, none) for step in range(10)} == {l1_scale(step, 10, none) for step in range(10)} == {1.0}
+
+
+def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemorySource) -> None:
+    still = dataclasses.replace(TRAIN, lr=1e-30, dead_window=40)  # the weights stay what they were
+    (result,) = trained(train([Member(id="s", config=TopKConfig(k=1), train=still, d_sae=64)], source, MemoryWorker()))
+    sae = make_sae(TopKConfig(k=1), D_IN, 64)
+    sae.initialise_(0)
+    last = torch.cat([(raw.float() - source.mean) * source.scale for raw in source.batches(len(source) - 3)])
+    silent = ~(sae.encode(last) > 0).any(0)  # 40 tokens without firing are reached after three batches of 16
+    assert 0 < silent.sum() < 64
+    assert result.dead_in_window == pytest.approx(float(silent.double().mean()))
+    assert dead_window(TrainConfig(), 1000) == 500
+    assert dead_window(TrainConfig(), 10**9) == 10_000_000
+    assert dead_window(TRAIN, 10**9) == 40
+
+
+def test_bfloat16_products_train_to_nearly_the_same_loss(source: MemorySource) -> None:
+    half = dataclasses.replace(members()[0], train=dataclasses.replace(TRAIN, dtype="bfloat16"))
+    (low,) = trained(train([half], source, MemoryWorker()))
+    (full,) = trained(train(members()[:1], source, MemoryWorker()))
+    assert low.history["fvu"][-1] == pytest.approx(full.history["fvu"][-1], rel=0.1)
+    assert low.weights["W_enc"].dtype == torch.float32
+
+
+def test_checkpoints_hold_tensors_and_fields_and_refuse_other_bytes() -> None:
+    tensors = {"x": torch.arange(5), "y": torch.randn(2, 3)}
+    found, fields = unpack_state(pack_state(tensors, {"step": 3, "nan": math.nan}))
+    assert fields["step"] == 3
+    assert math.isnan(fields["nan"])
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    for broken in (b"", b"no such file", pack_state(tensors, {})[:-1]):
+        with pytest.raises(CorruptError):
+            unpack_state(broken)

@@ -1,0 +1,232 @@
+"""Opening a database: addresses, migrations, two at once, versions, and messages that keep the password."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect, text
+
+from midiscover.errors import TrackingError
+from midiscover.store.storage import Storage
+from midiscover.tracking.engine import HEAD, VARIABLE, Database, alembic_config, migrate, parse_url
+from midiscover.tracking.tables import metadata
+from midiscover.tracking.tracker import Tracker
+from tests.unit.tracking import samples
+
+TABLES = {*metadata.tables, "alembic_version"}
+
+
+@pytest.fixture
+def database(address: str):
+    """A database without tables."""
+    found = Database(parse_url(address))
+    yield found
+    found.close()
+
+
+def tables_of(address: str) -> set[str]:
+    engine = create_engine(parse_url(address))
+    found = set(inspect(engine).get_table_names())
+    engine.dispose()
+    return found
+
+
+def test_migrations_build_exactly_the_tables_of_the_code(database: Database) -> None:
+    migrate(database)
+
+    def differences(connection) -> list:
+        options = {"compare_type": True, "compare_server_default": True}
+        return compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+
+    assert database.read(differences) == []
+
+
+def test_head_is_the_newest_revision(database: Database) -> None:
+    assert database.read(lambda c: ScriptDirectory.from_config(alembic_config(c)).get_current_head()) == HEAD
+
+
+def test_down_and_up_again(database: Database, address: str) -> None:
+    migrate(database)
+    database.write(lambda connection: command.downgrade(alembic_config(connection), "base"))
+    assert tables_of(address) == {"alembic_version"}
+    migrate(database)
+    assert tables_of(address) == TABLES
+
+
+def test_a_migration_that_breaks_off_leaves_nothing(
+    database: Database, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = command.upgrade
+
+    def broken(*arguments: Any) -> None:
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "upgrade", broken)
+        with pytest.raises(KeyboardInterrupt):
+            migrate(database)
+    assert tables_of(address) == set()
+    migrate(database)
+    assert tables_of(address) == TABLES
+
+
+def test_processes_that_open_an_empty_database_at_once(address: str) -> None:
+    code = (
+        "import sys, alembic.command, psycopg\n"
+        "from midiscover.tracking.tracker import Tracker\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "Tracker.open(sys.argv[1]).close()"
+    )
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, address], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ends = [process.communicate(timeout=30)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], ends
+    assert tables_of(address) == TABLES
+
+
+def test_threads_that_open_an_empty_database_at_once(address: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: Tracker.open(address).close(), range(16)))
+    assert tables_of(address) == TABLES
+
+
+def test_a_database_of_a_newer_version_is_left_alone(database: Database, address: str) -> None:
+    migrate(database)
+    database.write(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")))
+    with pytest.raises(TrackingError, match=f"newer miDiscover.*9999.*{HEAD}"):
+        Tracker.open(address)
+
+
+def test_opening_a_current_database_needs_no_alembic_and_nothing_needs_torch(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path / 'tracker.db'}"
+    Tracker.open(address).close()
+    code = (
+        "import sys, midiscover.tracking.reindex\n"
+        "from midiscover.tracking.tracker import Tracker\n"
+        f"Tracker.open({address!r}).close()\n"
+        "print(sorted({'torch', 'ray', 'alembic', 'psycopg', 'boto3'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_local_store_has_its_own_sqlite(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with Tracker.for_store(storage) as tracker:
+        tracker.start_sweep(samples.sweep())
+    with sqlite3.connect(Path(storage.uri) / "tracker.db") as raw:
+        assert raw.execute("SELECT name FROM sweeps").fetchall() == [("demo",)]
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    raw.close()
+
+
+def test_the_variable_goes_before_the_store(address: str, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, address)
+    with Tracker.for_store(storage) as tracker:
+        tracker.start_sweep(samples.sweep())
+    assert len(samples.dump(address)["sweeps"]) == 1
+    assert storage.list("") == []
+
+
+def test_a_bucket_without_a_database_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    bucket = cast(Storage, SimpleNamespace(uri="s3://bucket/prefix", local_path=lambda key: None))
+    with pytest.raises(TrackingError, match=rf"s3://bucket/prefix .*{VARIABLE}=postgresql\+psycopg://user") as caught:
+        Tracker.for_store(bucket)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "given", ["postgres://u:p@h/d", "postgresql://u:p@h/d", "postgresql+psycopg://u:p@h/d"], ids=lambda url: url[:12]
+)
+def test_names_of_postgresql(given: str) -> None:
+    assert parse_url(given).render_as_string(hide_password=False) == "postgresql+psycopg://u:p@h/d"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "mysql://user:sesame@host/db",
+        "postgresql+asyncpg://user:sesame@host/db",
+        "postgresql://user:sesame:1:2@host:port/db",
+        "user:sesame@host",
+        "postgresql://user:sesame@127.0.0.1:1/db",
+        "postgresql://user@127.0.0.1:1/db?password=sesame",
+        "postgresql://user:sesame@no-such-host.invalid/db",
+        "postgresql://user:sesame@127.0.0.1:1/db?nonsense=sesame",
+        "sqlite:////no/such/folder/tracker.db",
+    ],
+)
+def test_a_bad_address_is_one_sentence_without_the_password(given: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(TrackingError) as caught:
+        Tracker.open(given)
+    assert time.monotonic() - started < 5
+    message = str(caught.value)
+    assert "sesame" not in message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+def test_a_server_that_accepts_and_stays_silent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="does not answer"):
+            Tracker.open(f"postgresql://user:sesame@127.0.0.1:{silent.getsockname()[1]}/db")
+        assert time.monotonic() - started < 5
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "tracker.db"
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(TrackingError, match=r"tracker\.db refused: file is not a database"):
+        Tracker.open(f"sqlite:///{path}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX file names")
+def test_odd_folder_names(tmp_path: Path) -> None:
+    from midiscover.store.storage import open_store
+
+    storage = open_store(str(tmp_path / "100% of it?#&=é"))
+    with Tracker.for_store(storage) as tracker:
+        assert tracker.list_runs() == []
+    assert (Path(storage.uri) / "tracker.db").is_file()
+
+
+def test_a_writer_waits_for_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "tracker.db"
+    with Tracker.open(f"sqlite:///{path}") as tracker:
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+        timer.start()
+        tracker.start_sweep(samples.sweep())
+        timer.join()
+        other.close()
+        assert len(tracker.list_runs()) == 1

@@ -1,0 +1,119 @@
+"""The database rebuilt from the store equals the one that the run itself wrote."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from midiscover.store import layout
+from midiscover.store.storage import Storage
+from midiscover.tracking.annotations import annotations_key
+from midiscover.tracking.reindex import reindex
+from midiscover.tracking.tracker import Tracker
+from tests.unit.tracking import samples
+
+
+@pytest.fixture
+def told(tracker: Tracker, storage: Storage) -> Tracker:
+    """A store with two sweeps, and the tracker as their drivers left it.
+
+    One sweep is done; the other shares two SAEs with it, has one that failed, one that is trained but not measured and
+    one that was never begun. A person annotated both, and one of the SAEs.
+    """
+    whole, part = samples.sweep(), samples.sweep("part", (8.0, 20.0, 50.0), evaluation_id="e.other", note=None, tags=[])
+    for sweep in (whole, part):
+        samples.put(storage, layout.sweep_record(sweep["id"]), sweep)
+        tracker.start_sweep(sweep)
+    for number, planned in enumerate(whole["saes"]):
+        record = samples.record(planned, l0=10.0 + number, fvu=0.5 - number / 20)
+        samples.put_sae(storage, record)
+        tracker.record_steps(record["id"], samples.history())
+        tracker.record_sae(record)
+    report = b"<html>report</html>"
+    key = layout.sweep_file(whole["id"], "report.html")
+    storage.write(key, report)
+    digest = hashlib.sha256(report).hexdigest()
+    tracker.add_artifact("sweep", whole["id"], "report.html", key, sha256=digest, size=len(report))
+    tracker.finish_sweep(whole["id"], "done")
+
+    shared, trained, failed = part["saes"][0], part["saes"][1], part["saes"][2]
+    again = samples.metrics(33.0, 0.33)
+    samples.put(storage, layout.evaluation(shared["sae_id"], "e.other"), {"v": 1, "metrics": again})
+    tracker.record_metrics(shared["sae_id"], "e.other", again)
+    samples.put(
+        storage, layout.training(trained["sae_id"]), {"v": 1, "id": trained["sae_id"], "history": samples.history()}
+    )
+    tracker.record_steps(trained["sae_id"], samples.history())
+    tracker.sae_status(trained["sae_id"], "trained")
+    samples.put(storage, layout.sweep_file(part["id"], "failures.json"), {failed["sae_id"]: "out of memory"})
+    tracker.sae_status(failed["sae_id"], "failed", "out of memory")
+    tracker.finish_sweep(part["id"], "failed")
+
+    tracker.annotate(whole["id"], "the one for the paper", add_tags=["paper"], remove_tags=["small"])
+    tracker.annotate(whole["sae_ids"][0], "monosemantic", add_tags=["nice"])
+    tracker.annotate(failed["sae_id"], "try with less")
+    return tracker
+
+
+def test_rebuilt_equals_the_original(told: Tracker, storage: Storage, address: str, tmp_path: Path) -> None:
+    before = samples.dump(address)
+    assert all(before.values()), "the sample fills every table"
+    fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
+    with Tracker.open(fresh) as rebuilt:
+        counts = reindex(storage, rebuilt)
+        assert counts == (2, 6, 7, 1, 3, {})
+        assert samples.dump(fresh) == before
+        assert rebuilt.compare("demo") == told.compare("demo")
+        assert rebuilt.steps(samples.sweep()["sae_ids"][0]) == told.steps(samples.sweep()["sae_ids"][0])
+
+
+def test_reindexing_a_current_database_changes_nothing(told: Tracker, storage: Storage, address: str) -> None:
+    before = samples.dump(address)
+    assert reindex(storage, told) == reindex(storage, told)
+    assert samples.dump(address) == before
+
+
+def test_what_the_database_missed_is_filled_in(tracker: Tracker, storage: Storage) -> None:
+    """A driver that was killed: its last words in the database are older than what it committed to the store."""
+    sweep = samples.sweep()
+    samples.put(storage, layout.sweep_record(sweep["id"]), sweep)
+    tracker.start_sweep(sweep)
+    tracker.sae_status(sweep["sae_ids"][0], "training")
+    tracker.sae_status(sweep["sae_ids"][1], "training")
+    samples.put_sae(storage, samples.record(sweep["saes"][0]))
+    reindex(storage, tracker)
+    shown = tracker.show(sweep["id"])
+    assert shown["status"] == "interrupted"
+    assert [sae["status"] for sae in shown["saes"]] == ["done", *["planned"] * 5]
+    assert len(tracker.compare("demo")) == 1
+
+
+def test_an_sae_without_a_sweep_is_found(tracker: Tracker, storage: Storage) -> None:
+    planned = samples.plan(samples.HOOKS[0], 1.0)
+    samples.put_sae(storage, samples.record(planned))
+    assert reindex(storage, tracker).saes == 1
+    assert tracker.steps(planned["sae_id"])["step"] == samples.history()["step"]
+
+
+def test_damaged_files_are_named_and_passed_over(told: Tracker, storage: Storage, tmp_path: Path) -> None:
+    sweep = samples.sweep()
+    bad = {
+        layout.record(sweep["sae_ids"][0]): b'{"v": 1, "id": ',
+        layout.record(sweep["sae_ids"][1]): b'{"v": 2}',
+        layout.record(sweep["sae_ids"][2]): b"[]",
+        layout.record(sweep["sae_ids"][3]): b'{"v": 1, "id": "x"}',
+        layout.training(sweep["sae_ids"][4]): b'{"v": 1, "history": {"step": [1], "loss": []}}',
+        annotations_key("sweep", sweep["id"]): b"\xff",
+        layout.sweep_record("half"): b'{"v": 1, "id": "half"}',
+    }
+    for key, data in bad.items():
+        storage.write(key, data)
+    with Tracker.open(f"sqlite:///{tmp_path / 'fresh.db'}") as rebuilt:
+        counts = reindex(storage, rebuilt)
+        assert counts.unreadable.keys() == bad.keys()
+        assert "version 2" in counts.unreadable[layout.record(sweep["sae_ids"][1])]
+        assert (counts.sweeps, counts.saes) == (2, 2)
+        assert len(rebuilt.compare("demo")) == 2
+        assert rebuilt.show(sweep["id"])["tags"] == ["first", "small"]

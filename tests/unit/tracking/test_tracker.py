@@ -1,0 +1,255 @@
+"""What a run writes comes out again: sweeps, SAEs, curves, comparisons, notes and tags."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import pytest
+
+from midiscover.errors import NotFoundError, StoreError, TrackingError
+from midiscover.store import layout
+from midiscover.store.storage import Storage
+from midiscover.tracking.annotations import Annotations, read_annotations
+from midiscover.tracking.tracker import Tracker
+from tests.unit.tracking import samples
+
+
+@pytest.fixture
+def demo(tracker: Tracker) -> dict:
+    """A sweep of six SAEs that has started."""
+    sweep = samples.sweep()
+    tracker.start_sweep(sweep)
+    return sweep
+
+
+def test_a_run_from_start_to_end(tracker: Tracker, demo: dict) -> None:
+    first, second, *rest = demo["saes"]
+    assert {sae["status"] for sae in tracker.show(demo["id"])["saes"]} == {"planned"}
+    tracker.sae_status(first["sae_id"], "training")
+    tracker.record_steps(first["sae_id"], samples.history())
+    tracker.sae_status(first["sae_id"], "trained")
+    tracker.record_sae(samples.record(first, l0=20.0, fvu=0.3))
+    tracker.sae_status(second["sae_id"], "failed", "loss is not finite at step 7")
+    for planned in rest:
+        tracker.record_sae(samples.record(planned))
+    tracker.finish_sweep(demo["id"], "failed")
+
+    shown = tracker.show(demo["id"])
+    assert shown["type"] == "sweep"
+    assert [sae["id"] for sae in shown["saes"]] == demo["sae_ids"]
+    assert (shown["status"], shown["owner"], shown["note"]) == ("failed", "ada", "a first look")
+    assert (shown["tags"], shown["config"], shown["lineage"]) == (["first", "small"], demo["config"], demo["lineage"])
+    assert (shown["corpus_id"], shown["harvest_id"]) == (demo["corpus"], demo["harvest"])
+    assert shown["saes"][1]["reason"] == "loss is not finite at step 7"
+    [listed] = tracker.list_runs()
+    assert (listed["saes"], listed["done"], listed["failed"], listed["status"]) == (6, 5, 1, "failed")
+    assert listed["started_at"] <= listed["ended_at"]
+    json.dumps([shown, listed, tracker.compare(demo["id"])])
+
+
+def test_an_sae_shows_its_record(tracker: Tracker, demo: dict) -> None:
+    planned = demo["saes"][2]
+    tracker.record_sae(samples.record(planned, l0=7.5))
+    shown = tracker.show(planned["sae_id"])
+    assert (shown["type"], shown["status"], shown["sweeps"]) == ("sae", "done", [demo["id"]])
+    assert (shown["l1"], shown["k"], shown["seed"], shown["seconds"]) == (planned["l1"], None, 0, 12.5)
+    assert (shown["model_name"], shown["model_revision"], shown["harvest_id"]) == ("tiny", None, "h.2222222222")
+    assert (shown["code_version"], shown["code_commit"]) == ("0.1.0", "abc123")
+    assert shown["created_at"] == "2026-11-23T18:00:00+00:00"  # UTC, given as 19:00+01:00
+    assert shown["metrics"]["l0"] == 7.5
+    assert "ce_recovered" not in shown["metrics"]
+    assert shown["metrics"]["kl_recovered"] is None
+    assert shown["record"]["metrics"]["density"]["counts"] == [60, 3]
+    assert shown["artifacts"][0]["uri"] == layout.sae_file(planned["sae_id"], "cfg.json")
+
+
+def test_steps_come_back_as_they_went_in(tracker: Tracker, demo: dict) -> None:
+    name = demo["sae_ids"][0]
+    given = samples.history()
+    tracker.record_steps(name, given)
+    assert tracker.steps(name) == {**given, "loss": [*given["loss"][:-1], None]}
+    # A run that resumed at step 30 tells its curve from there on, and this time ends earlier.
+    tracker.record_steps(name, {"step": [30, 40], "loss": [7.0, 8.0]})
+    found = tracker.steps(name)
+    assert found["step"] == [10, 20, 30, 40]
+    assert found["loss"] == [1 / 10, 1 / 20, 7.0, 8.0]
+    assert found["l0"] == [10 / 3, 20 / 3, None, None]
+    tracker.record_steps(name, {"step": [], "loss": []})
+    assert tracker.steps(name) == found
+
+
+def test_a_history_with_ragged_columns_is_a_mistake(tracker: Tracker, demo: dict) -> None:
+    with pytest.raises(ValueError, match="equal length"):
+        tracker.record_steps(demo["sae_ids"][0], {"step": [1, 2], "loss": [0.5]})
+
+
+def test_a_sweep_that_starts_again_forgets_nothing(tracker: Tracker, demo: dict) -> None:
+    _, trained, failed = demo["sae_ids"][:3]
+    tracker.record_sae(samples.record(demo["saes"][0]))
+    tracker.sae_status(trained, "trained")
+    tracker.sae_status(failed, "failed", "out of memory")
+    tracker.annotate(demo["id"], "keep this", remove_tags=["small"])
+    tracker.finish_sweep(demo["id"], "interrupted")
+    tracker.start_sweep(demo)
+    shown = tracker.show(demo["id"])
+    assert [sae["status"] for sae in shown["saes"]][:4] == ["done", "trained", "planned", "planned"]
+    assert shown["saes"][2]["reason"] is None
+    assert (shown["status"], shown["ended_at"], shown["note"], shown["tags"]) == (
+        "running",
+        None,
+        "keep this",
+        ["first"],
+    )
+
+
+def test_an_sae_that_is_made_anew_is_not_compared_meanwhile(tracker: Tracker, demo: dict) -> None:
+    name = demo["sae_ids"][0]
+    tracker.record_sae(samples.record(demo["saes"][0], l0=20.0))
+    tracker.sae_status(name, "training")
+    assert tracker.compare("demo") == []
+    tracker.record_sae(samples.record(demo["saes"][0], l0=21.0))
+    assert [row["l0"] for row in tracker.compare("demo")] == [21.0]
+
+
+def test_writes_about_what_was_never_started_say_so(tracker: Tracker) -> None:
+    for write in (
+        lambda: tracker.sae_status("nobody", "training"),
+        lambda: tracker.record_steps("nobody", samples.history()),
+        lambda: tracker.record_metrics("nobody", "e.1", {"l0": 1.0}),
+        lambda: tracker.finish_sweep("nobody", "done"),
+    ):
+        with pytest.raises(TrackingError, match=r"nobody.*reindex"):
+            write()
+
+
+def test_a_plan_with_an_unknown_key_is_a_mistake(tracker: Tracker) -> None:
+    sweep = samples.sweep()
+    with pytest.raises(ValueError, match="width"):
+        tracker.start_sweep(sweep, [sweep["saes"][0] | {"width": 3}])
+    with pytest.raises(ValueError, match="stranger"):
+        tracker.start_sweep(sweep, [{"sae_id": "stranger"}])
+    assert tracker.list_runs() == []
+
+
+def test_compare_marks_the_frontier_of_each_hook(tracker: Tracker, demo: dict) -> None:
+    points = [(150.0, 0.1), (60.0, 0.2), (70.0, 0.3), (5.0, 0.9), (5.0, 0.95), (4.0, 0.9)]
+    for planned, (l0, fvu) in zip(demo["saes"], points, strict=True):
+        tracker.record_sae(samples.record(planned, l0=l0, fvu=fvu))
+    rows = tracker.compare("demo")
+    assert [row["sae_id"] for row in rows] == demo["sae_ids"]
+    assert [(row["l0"], row["fvu"]) for row in rows] == points
+    assert [row["frontier"] for row in rows] == [True, True, False, False, False, True]
+    wanted = "sae_id hook layer kind l1 k d_in d_sae seed l0 fvu mse cosine ce_recovered kl_recovered dead_share"
+    assert {*wanted.split(), "inactive_share", "seconds", "sparsity_label"} <= rows[0].keys()
+    assert [row["sparsity_label"] for row in rows[:3]] == ["l1 1", "l1 3", "l1 8"]
+    assert rows[0]["ce_recovered"] is None
+
+
+def test_compare_reads_the_evaluation_of_its_sweep(tracker: Tracker, demo: dict) -> None:
+    """The same SAEs measured in two ways are two sweeps, and neither shows the other's numbers."""
+    longer = samples.sweep("longer", evaluation_id="e.longer")
+    tracker.start_sweep(longer)
+    planned = demo["saes"][0]
+    tracker.record_sae(samples.record(planned, l0=20.0))
+    assert tracker.compare(longer["id"]) == []
+    tracker.record_metrics(planned["sae_id"], "e.longer", samples.metrics(21.0, 0.31))
+    assert [row["l0"] for row in tracker.compare(demo["id"])] == [20.0]
+    assert [row["l0"] for row in tracker.compare(longer["id"])] == [21.0]
+    assert tracker.show(planned["sae_id"])["evaluations"].keys() == {samples.EVALUATION, "e.longer"}
+
+
+def test_a_topk_sae_is_named_by_its_k(tracker: Tracker) -> None:
+    planned = samples.plan(samples.HOOKS[0], 1.0) | {"kind": "topk", "l1": None, "k": 32}
+    tracker.start_sweep(samples.sweep(sae_ids=[planned["sae_id"]], saes=[planned]))
+    tracker.record_sae(samples.record(planned, kind="topk", l1=None, sae={"kind": "topk", "k": 32}))
+    [row] = tracker.compare("demo")
+    assert (row["sparsity_label"], row["k"], row["l1"]) == ("k 32", 32, None)
+
+
+def test_runs_are_listed_newest_first(tracker: Tracker) -> None:
+    for name, hour in (("noon", "12:00:00+00:00"), ("late", "23:30:00+00:00"), ("early", "13:00:00+14:00")):
+        tracker.start_sweep(samples.sweep(name, created=f"2026-11-23T{hour}"))
+    assert [run["name"] for run in tracker.list_runs()] == ["late", "noon", "early"]
+    started = datetime.fromisoformat(tracker.list_runs()[0]["started_at"])
+    assert abs((datetime.now(UTC) - started).total_seconds()) < 60
+
+
+def test_ids_may_be_short_as_long_as_they_are_unique(tracker: Tracker, demo: dict) -> None:
+    assert tracker.show("de")["id"] == demo["id"]
+    tracker.start_sweep(samples.sweep("demo-2", (1.0,), id="demo.0000000006x"))
+    assert tracker.show(demo["id"])["id"] == demo["id"]  # a whole id wins over its being the start of another
+    with pytest.raises(NotFoundError, match=r"'de' is the start of demo\.0000000006, demo\.0000000006x"):
+        tracker.show("de")
+    with pytest.raises(NotFoundError, match="and 1 more"):
+        tracker.show("l")
+    with pytest.raises(NotFoundError, match=r"No sweep 'dmeo\.0000000006'; the nearest: demo\.0000000006"):
+        tracker.compare("dmeo.0000000006")
+    for stranger in ("DEMO", "%", "d_mo", "l1' OR '1'='1"):
+        with pytest.raises(NotFoundError, match="No sweep or SAE"):
+            tracker.show(stranger)
+
+
+def test_an_empty_tracker_names_the_way_out(tracker: Tracker) -> None:
+    with pytest.raises(NotFoundError, match=r"empty.*reindex"):
+        tracker.show("demo")
+    assert tracker.list_runs() == []
+
+
+def test_annotations_stand_in_the_tracker_and_in_the_store(tracker: Tracker, storage: Storage, demo: dict) -> None:
+    note = 'it\'s "good"; -- DROP TABLE saes;\n日本 🙂'
+    answer = tracker.annotate("demo", note, add_tags=["paper", "first"], remove_tags=["small", "absent"])
+    assert answer == Annotations(note, ["first", "paper"]) == read_annotations(storage, "sweep", demo["id"])
+    shown = tracker.show(demo["id"])
+    assert (shown["note"], shown["tags"]) == (note, ["first", "paper"])
+    assert tracker.annotate("demo", add_tags=["x"]).note == note
+    assert tracker.annotate("demo", "").note is None
+    tracker.annotate(demo["sae_ids"][0], "best so far")
+    assert read_annotations(storage, "sae", demo["sae_ids"][0]) == Annotations("best so far", [])
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "half \ud83d"])
+def test_text_that_no_database_takes_is_refused(tracker: Tracker, demo: dict, bad: str) -> None:
+    with pytest.raises(TrackingError, match="The note holds"):
+        tracker.annotate("demo", bad)
+    with pytest.raises(TrackingError, match="A tag holds"):
+        tracker.annotate("demo", add_tags=[bad])
+
+
+def test_a_store_that_fails_takes_the_annotation_back(
+    tracker: Tracker, storage: Storage, demo: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(type(storage), "write", full)
+    with pytest.raises(StoreError):
+        tracker.annotate("demo", "lost", add_tags=["lost"])
+    shown = tracker.show("demo")
+    assert (shown["note"], shown["tags"]) == ("a first look", ["first", "small"])
+
+
+def test_artifacts_of_a_sweep(tracker: Tracker, demo: dict) -> None:
+    for digest in ("0" * 64, "1" * 64):
+        tracker.add_artifact("sweep", demo["id"], "report.html", "sweeps/x/report.html", sha256=digest, size=2**40)
+    assert tracker.show("demo")["artifacts"] == [
+        {"name": "report.html", "uri": "sweeps/x/report.html", "sha256": "1" * 64, "bytes": 2**40}
+    ]
+
+
+def test_many_writers_at_once(tracker: Tracker, address: str, demo: dict) -> None:
+    """Two trackers, eight threads, all of them writing the same rows: nothing is lost, doubled or refused."""
+    with Tracker.open(address) as other, ThreadPoolExecutor(8) as pool:
+        work = [(each, planned) for planned in demo["saes"] for each in (tracker, other, tracker)]
+
+        def write(job: tuple[Tracker, dict]) -> None:
+            job[0].record_steps(job[1]["sae_id"], samples.history(20))
+            job[0].record_sae(samples.record(job[1]))
+            job[0].start_sweep(demo)
+
+        list(pool.map(write, work))
+    found = samples.dump(address)
+    assert {row["status"] for row in found["saes"]} == {"done"}
+    assert len(found["steps"]) == 6 * 20 * 3
+    assert len(found["sweep_saes"]) == 6
