@@ -173,7 +173,7 @@ def build_corpus(
     corpus_id: str,
     *,
     lineage: dict[str, Any],
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> CorpusManifest:
     """Make the corpus, or return it where it is finished already.
 

@@ -27,6 +27,8 @@ BATCH_CHARACTERS = 1 << 18
 
 
 class Document(NamedTuple):
+    """A document that is part of the corpus."""
+
     part: str
     split: Split
     characters: int

@@ -72,7 +72,8 @@ def resolve(config: RunConfig) -> Resolved:
     if not config.harvest.hooks:
         raise ConfigError("harvest.hooks is empty; name at least one module path (`midiscover inspect MODEL` lists them).")
     model = resolve_model(config.model)
-    table = hook_table(model)
+    table = hook_table(model, context_size=config.corpus.context_size)
+    table.require_attention(config.model.attention)
     hooks = {hook: table.require(hook).d_in for hook in config.harvest.hooks}
     source = resolve_source(config.corpus)
     corpus = ids.corpus_id(config.corpus, source_digest=source.digest, tokenizer_digest=model.tokenizer_digest)

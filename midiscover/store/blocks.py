@@ -99,8 +99,8 @@ def commit_block(
 
     acts: [rows, d_in] bfloat16; norm: [rows] float32; mask: [rows] uint8, values of `Mask`. On any device.
     """
-    assert acts.dtype == torch.bfloat16 and norm.dtype == torch.float32 and mask.dtype == torch.uint8
-    assert acts.dim() == 2 and norm.shape == mask.shape == acts.shape[:1]
+    assert (acts.dtype, norm.dtype, mask.dtype) == (torch.bfloat16, torch.float32, torch.uint8)
+    assert norm.shape == mask.shape == acts.shape[:-1], "acts are [rows, d_in], norm and mask [rows]"
     usable = mask == Mask.USABLE
     counts = torch.bincount(mask.long().cpu(), minlength=len(Mask)).tolist()
     masked = {code.name.lower(): counts[code] for code in Mask if code and counts[code]}

@@ -1,4 +1,4 @@
-"""Buckets as stores, against a real server: what folders do in tests/unit/test_storage.py, and what only a network can."""
+"""Buckets as stores, against a real server: what test_storage.py asks of folders, and what only a network can do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_storages_pickle_without_secrets(storage: S3Storage, server: S3Server) -
     storage.write("x", b"1")
     data = pickle.dumps(storage)
     assert server.environment["AWS_SECRET_ACCESS_KEY"].encode() not in data
-    copy = pickle.loads(data)
+    copy = pickle.loads(data)  # noqa: S301  bytes of this test
     assert copy.uri == storage.uri
     assert copy.read("x") == b"1"
     copy.close()
@@ -158,7 +159,7 @@ def test_harvest_and_stream_are_those_of_a_folder(storage: S3Storage, tmp_path_f
     assert manifest == expected == read_manifest(storage, HARVEST, HOOK)
     assert committed(storage, HARVEST, HOOK) == committed(folder, HARVEST, HOOK)
     for shuffle_tokens in (60, 10_000):
-        settings = {"batch_size": 7, "epochs": 2, "seed": 1, "shuffle_tokens": shuffle_tokens}
+        settings: Any = {"batch_size": 7, "epochs": 2, "seed": 1, "shuffle_tokens": shuffle_tokens}
         ours = torch.stack(list(ActivationStream(storage, manifest, **settings)))
         assert torch.equal(ours, torch.stack(list(ActivationStream(folder, expected, **settings))))
     row = manifest.blocks[0]
@@ -187,7 +188,7 @@ def test_bodies_that_break_off_for_ever_end_in_an_error(proxied: tuple[S3Storage
     storage, proxy = proxied
     storage.write("x", bytes(100_000))
     proxy.cut_bodies = 1000
-    with pytest.raises(StoreError, match="x in s3://.* broke off 10 times while it was read"):
+    with pytest.raises(StoreError, match=r"x in s3://.* broke off 10 times while it was read"):
         storage.read("x")
     assert proxy.broken == 10
 

@@ -148,9 +148,10 @@ def test_non_finite_activations_end_the_harvest_with_their_place(
     original = model.activations
 
     def broken(ids: Tensor, hooks: list[str], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        out = original(ids, hooks, attention_mask)
-        for value in out.values():
-            value[:, 3] = float("nan")
+        out = {hook: value.clone() for hook, value in original(ids, hooks, attention_mask).items()}
+        with torch.inference_mode():
+            for value in out.values():
+                value[:, 3] = float("nan")
         return out
 
     monkeypatch.setattr(model, "activations", broken)

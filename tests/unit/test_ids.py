@@ -37,14 +37,14 @@ def sae(point: SaePoint) -> str:
 
 def test_golden_ids() -> None:
     """A release that changes one of these would find none of its users' results again: raise a version on purpose."""
-    assert corpus(CorpusConfig()) == "c.41ef2e7d37"
-    assert harvest(ModelConfig(), HarvestConfig()) == "h.41ef2e7d37"
-    assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.41ef2e7d37"
+    assert corpus(CorpusConfig()) == "c.82aa0a3fe1"
+    assert harvest(ModelConfig(), HarvestConfig()) == "h.226560a9d1"
+    assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.4c4be2bc02"
     topk = dataclasses.replace(POINT, sae=TopKConfig(k=64, d_sae=100))
-    assert sae(topk) == "l16.mlp-fc2.topk-100.k-64.41ef2e7d37"
-    assert ids.evaluation_id(EvaluateConfig()) == "e.41ef2e7d37"
-    assert ids.sweep_id("demo", ["a", "b"], "e") == "demo.41ef2e7d37"
-    assert ids.pack_id(["a", "b"]) == "p.41ef2e7d37"
+    assert sae(topk) == "l16.mlp-fc2.topk-100.k-64.c9430183c0"
+    assert ids.evaluation_id(EvaluateConfig()) == "e.d038cc4312"
+    assert ids.sweep_id("demo", ["a", "b"], "e") == "demo.7643c66837"
+    assert ids.pack_id(["a", "b"]) == "p.ed7a4e17ac"
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def naive_stream(harvest: Harvest, *, batch_size: int, epochs: int, seed: int, s
 @pytest.mark.parametrize("shuffle_tokens", [1, 24, 60, 160, 10_000])
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 130])
 def test_stream_is_the_naive_one(harvest: Harvest, batch_size: int, shuffle_tokens: int) -> None:
-    settings = {"batch_size": batch_size, "epochs": 3, "seed": 5, "shuffle_tokens": shuffle_tokens}
+    settings: Any = {"batch_size": batch_size, "epochs": 3, "seed": 5, "shuffle_tokens": shuffle_tokens}
     stream = ActivationStream(harvest[0], harvest[1], **settings)
     batches = list(stream)
     assert len(batches) == len(stream)
@@ -53,7 +54,7 @@ def test_stream_is_the_naive_one(harvest: Harvest, batch_size: int, shuffle_toke
 
 @pytest.mark.parametrize("shuffle_tokens", [60, 10_000])
 def test_each_usable_row_appears_once_per_epoch(harvest: Harvest, shuffle_tokens: int) -> None:
-    storage, manifest, acts, mask = harvest
+    storage, manifest, _, mask = harvest
     usable = (mask[: 20 * 8] == 0).nonzero().flatten()
     stream = ActivationStream(storage, manifest, batch_size=1, epochs=2, shuffle_tokens=shuffle_tokens)
     seen = row_numbers(torch.cat(list(stream))).view(2, -1)
@@ -66,7 +67,7 @@ def test_each_usable_row_appears_once_per_epoch(harvest: Harvest, shuffle_tokens
 @pytest.mark.parametrize("shuffle_tokens", [24, 60, 10_000])
 def test_resumed_at_any_batch_equals_uninterrupted(harvest: Harvest, shuffle_tokens: int) -> None:
     storage, manifest, _, _ = harvest
-    settings = {"batch_size": 11, "epochs": 2, "seed": 3, "shuffle_tokens": shuffle_tokens}
+    settings: Any = {"batch_size": 11, "epochs": 2, "seed": 3, "shuffle_tokens": shuffle_tokens}
     whole = list(ActivationStream(storage, manifest, **settings))
     for start in range(len(whole) + 1):
         rest = list(ActivationStream(storage, manifest, **settings, start=start))
@@ -76,7 +77,7 @@ def test_resumed_at_any_batch_equals_uninterrupted(harvest: Harvest, shuffle_tok
 
 def test_order_depends_on_the_seed_alone(harvest: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, manifest, _, _ = harvest
-    settings = {"batch_size": 10, "epochs": 2, "shuffle_tokens": 60}
+    settings: Any = {"batch_size": 10, "epochs": 2, "shuffle_tokens": 60}
     expected = torch.stack(list(ActivationStream(storage, manifest, **settings, seed=1)))
     assert not torch.equal(expected, torch.stack(list(ActivationStream(storage, manifest, **settings, seed=2))))
     real = loader.read_block_into
@@ -151,7 +152,7 @@ def test_an_error_while_reading_reaches_the_consumer(tmp_path: Path) -> None:
     path.write_bytes(data)
     before = threading.active_count()
     for shuffle_tokens in (24, 10_000):
-        with pytest.raises(CorruptError, match="Block 4 .* is damaged"):
+        with pytest.raises(CorruptError, match=r"Block 4 .* is damaged"):
             list(ActivationStream(storage, manifest, batch_size=4, shuffle_tokens=shuffle_tokens))
     assert threading.active_count() == before
 
@@ -218,7 +219,7 @@ def test_same_window_mates_by_hand() -> None:
 def test_shuffle_quality_reaches_the_ideal_of_its_pool(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     manifest, _, _ = write_harvest(storage, train_windows=600, context_size=16, block_tokens=240, d_in=4)
-    settings = {"batch_size": 128, "shuffle_tokens": 2400, "seed": 1}
+    settings: Any = {"batch_size": 128, "shuffle_tokens": 2400, "seed": 1}
     quality = shuffle_quality(manifest, **settings)
     assert quality.mates == pytest.approx(quality.ideal_pool, rel=0.1)
     assert quality.ideal_all == pytest.approx(quality.ideal_pool / 4, rel=0.1)
