@@ -8,6 +8,7 @@ import os
 for _name, _value in {
     "RAY_AUTH_MODE": "token",  # unset, driver and nodes of Ray 2.60 disagree about it
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ warnings of normal events go to our users' terminals
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the tracker and the store are the record

@@ -1,7 +1,7 @@
 """How workers are seen: they post events to one small actor, and a thread of the driver shows and records them.
 
-The same board serves language-model actors, Tune trials and Ray Train workers, so that progress does not depend on which
-of them does the work. The driver's thread is also the watchdog: a stage in which nothing moves is ended.
+The same board serves language-model actors, Tune trials and Ray Train workers, so that progress does not depend on
+which of them does the work. The driver's thread is also the watchdog: a stage in which nothing moves is ended.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class _Watcher(threading.Thread):
                 self._drain()
                 if time.monotonic() - self.moved > self.stall_seconds:
                     raise StageError(
-                        f"Nothing has moved in the {self.stage} for {self.stall_seconds:g} s, so it was ended. Run the same "
-                        "command again to go on; resources.stall_seconds sets how long to wait."
+                        f"Nothing has moved in the {self.stage} for {self.stall_seconds:g} s, so it was ended. Run the "
+                        "same command again to go on; resources.stall_seconds sets how long to wait."
                     )
             except Exception as error:  # handed to the main thread, which waits inside Ray
                 self.error = error

@@ -1,8 +1,8 @@
 """The harvest: corpus, then activation blocks. `python -m jobs.harvest CONFIG [--store URI] [--section.key value]`
 
-Ray Data runs language-model actors over leases of window spans. Each actor writes its own blocks and markers to the store
-and returns only which spans stand; activations never pass through Ray. A killed actor or driver costs the blocks that
-were open; a second run computes nothing.
+Ray Data runs language-model actors over leases of window spans. Each actor writes its own blocks and markers to the
+store and returns only which spans stand; activations never pass through Ray. A killed actor or driver costs the blocks
+that were open; a second run computes nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from midiscover.store.manifest import BlockSpan
 from midiscover.store.storage import Storage
 
 SPANS_PER_LEASE = 8
-"""Spans an actor takes at once: its writer overlaps with the model inside a lease, and a kill repeats none that stand."""
+"""Spans an actor takes at once. Its writer overlaps with the model inside a lease,
+ and a kill repeats no block that stands."""
 LEASES_PER_ACTOR = 4
 """At least so many, so that actors end together."""
 
@@ -149,7 +150,9 @@ def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: 
     todo = missing_spans(resolved, corpus, storage)
     if todo:
         slots = model_slots(cluster, resolved.config.resources)
-        counter = _TokenCounter(bars, sum(span.stop_window - span.start_window for span, _ in todo) * corpus.context_size)
+        counter = _TokenCounter(
+            bars, sum(span.stop_window - span.start_window for span, _ in todo) * corpus.context_size
+        )
         with watched("harvest", counter.on_event, stall_seconds=resolved.config.resources.stall_seconds) as board:
             _run_actors(resolved, storage, todo, slots, board)
         counter.say()
@@ -237,7 +240,10 @@ def _last_line(error: BaseException) -> str:
 def forget(prepared: Prepared) -> None:
     """Remove the committed blocks of this run's hooks, for --force."""
     for hook in prepared.resolved.hooks:
-        for key in prepared.storage.list(layout.hook_folder(prepared.resolved.harvest_id, hook)):
+        # What makes others believe in a file goes before the file: manifest, then markers, then blocks.
+        prepared.storage.delete(layout.hook_manifest(prepared.resolved.harvest_id, hook))
+        keys = prepared.storage.list(layout.hook_folder(prepared.resolved.harvest_id, hook))
+        for key in sorted(keys, key=lambda key: not key.endswith(".json")):
             prepared.storage.delete(key)
 
 

@@ -1,7 +1,7 @@
 """Packs of SAEs on Ray: a Tune trial per pack, whose loop runs in the trial itself or in a Ray Train TorchTrainer.
 
-Tune only schedules. A pack checkpoints itself in the store, resumes from there wherever it is started again, and commits
-each of its SAEs as trained; the driver learns of it from the board.
+Tune only schedules. A pack checkpoints itself in the store, resumes from there wherever it is started again, and
+commits each of its SAEs as trained; the driver learns of it from the board.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PackWorker:
 
 
 def run_pack(job: PackJob, pack: Pack) -> None:
-    """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process, with or without Ray."""
+    """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process."""
     torch.set_num_threads(job.slots.threads)
     first = pack.saes[0].point.train
     source = StoreSource.open(job.storage, job.resolved.harvest_id, pack.hook, first)

@@ -35,7 +35,9 @@ class Bars:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live is not None:
             self.live.stop()
 
@@ -51,7 +53,11 @@ class Bars:
         if (done and not line.done) or time.monotonic() - line.shown >= PLAIN_SECONDS:
             line.shown, line.done = time.monotonic(), done
             left = line.remaining(position, total)
-            print(f"{self.stage}: {name}: {100 * position / max(total, 1):3.0f} %  {note}{left}", file=sys.stderr, flush=True)
+            print(
+                f"{self.stage}: {name}: {100 * position / max(total, 1):3.0f} %  {note}{left}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -65,7 +71,7 @@ class _Line:
         self.done = False
 
     def remaining(self, position: float, total: float) -> str:
-        if self.done or position <= 0:
-            return ""
+        if self.done or position < 0.02 * total:
+            return ""  # too early to tell
         left = (time.monotonic() - self.began) * (total - position) / position
         return f"  {left:.0f} s left"

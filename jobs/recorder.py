@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tensorboardX import SummaryWriter
 
@@ -62,7 +61,9 @@ class Recorder:
             write(self.tracker)
         except TrackingError as error:
             self.tracking = False
-            self.bars.say(f"{error} The sweep goes on; `midiscover runs reindex` brings the tracker up to date afterwards.")
+            self.bars.say(
+                f"{error} The sweep goes on; `midiscover runs reindex` brings the tracker up to date afterwards."
+            )
 
     def _progress(self, pack: str, progress: Progress) -> None:
         points = progress.latest.values()

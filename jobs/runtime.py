@@ -53,17 +53,19 @@ def ray_session() -> Iterator[Cluster]:
     address = os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(
-            address="local",
-            num_cpus=max(cores(), LOCAL_LOGICAL_CPUS),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with _silent_start():
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init(
+                address="local",
+                num_cpus=max(cores(), LOCAL_LOGICAL_CPUS),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
     try:
         have = ray.cluster_resources()
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
@@ -71,6 +73,20 @@ def ray_session() -> Iterator[Cluster]:
         yield Cluster(local=not address, cpus=cpus, gpus=int(have.get("GPU", 0)), nodes=nodes)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent_start() -> Iterator[None]:
+    """Keep Ray's C++ start-up lines from the terminal; what goes wrong comes as an exception all the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def cores() -> int:
@@ -82,35 +98,35 @@ def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:
     """Language-model actors: one per GPU share, or one per node on CPU with all its cores."""
     if cluster.gpus:
         count = resources.harvest_actors or max(1, int(cluster.gpus / resources.gpus_per_actor))
-        return _checked("harvest", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_actor, threads=1))
+        return _checked("harvest", Slots(count=count, cpus=1, gpus=resources.gpus_per_actor, threads=1))
     count = resources.harvest_actors or cluster.nodes
     threads = resources.threads or max(1, cluster.cpus // count)
     # One logical CPU less than the cores: a stage of actors that hold every CPU can't start its own tasks.
     cpus = 1 if cluster.local else max(1, min(threads, cluster.cpus // count - 1))
-    return _checked("harvest", cluster, Slots(count=count, cpus=cpus, gpus=0, threads=threads))
+    return _checked("harvest", Slots(count=count, cpus=cpus, gpus=0, threads=threads))
 
 
 def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slots:
     """Packs at once. On CPU the number that leaves no core idle at the end: 3 equal packs on 2 cores run one by one."""
     if cluster.gpus:
         count = max(1, min(packs, int(cluster.gpus / resources.gpus_per_pack)))
-        return _checked("sweep", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1))
+        return _checked("sweep", Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1))
     most = min(packs, cluster.cpus if resources.threads is None else max(1, cluster.cpus // resources.threads))
     count = min(range(1, most + 1), key=lambda n: (math.ceil(packs / n) * n / packs, -n))
     threads = resources.threads or max(1, cluster.cpus // count)
     cpus = 1 if cluster.local else max(1, min(threads, cluster.cpus // count - 1))
-    return _checked("sweep", cluster, Slots(count=count, cpus=cpus, gpus=0, threads=threads))
+    return _checked("sweep", Slots(count=count, cpus=cpus, gpus=0, threads=threads))
 
 
-def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
+def _checked(stage: str, slots: Slots) -> Slots:
     """Refuse what would wait for ever: Ray schedules nothing that does not fit, and says nothing."""
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     need_cpus = slots.count * slots.cpus + 1
     if need_cpus > cpus or slots.count * slots.gpus > gpus:
         raise StageError(
-            f"The {stage} needs {need_cpus:g} CPUs and {slots.count * slots.gpus:g} GPUs at once, and Ray has {cpus:g} and "
-            f"{gpus:g}. Add nodes, or lower resources.harvest_actors, resources.threads or the GPU shares."
+            f"The {stage} needs {need_cpus:g} CPUs and {slots.count * slots.gpus:g} GPUs at once, and Ray has {cpus:g} "
+            f"and {gpus:g}. Add nodes, or lower resources.harvest_actors, resources.threads or the GPU shares."
         )
     return slots
 

@@ -1,7 +1,7 @@
 """The sweep: what is missing of corpus and harvest, then the grid of SAEs. `python -m jobs.sweep CONFIG [--store URI]`
 
-Reads top to bottom: corpus, activation blocks, packs of SAEs under Tune, held-out evaluation, records, report. Every step
-finds its committed results and does only the rest, so that the same line continues a sweep that was interrupted.
+Reads top to bottom: corpus, activation blocks, packs of SAEs under Tune, held-out evaluation, records, report. Every
+step finds its committed results and does only the rest, so the same line continues a sweep that was interrupted.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class SweepRun:
     def _check_held_out(self, corpus: CorpusManifest) -> None:
         if corpus.windows["held_out"] == 0:
             raise CorpusError(
-                f"The corpus {corpus.id} has no held-out window, so nothing can be measured; raise corpus.held_out or give "
-                "more text."
+                f"The corpus {corpus.id} has no held-out window, so nothing can be measured; raise corpus.held_out or "
+                "give more text."
             )
 
     def _untrained(self) -> list[PlannedSae]:
@@ -201,7 +201,9 @@ class SweepRun:
             self.storage.write(key, data)
             facts = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             self.recorder.track(
-                lambda tracker, name=name, key=key, facts=facts: tracker.add_artifact("sweep", self.id, name, key, **facts)
+                lambda tracker, name=name, key=key, facts=facts: tracker.add_artifact(
+                    "sweep", self.id, name, key, **facts
+                )
             )
 
     def _finish(self) -> Results:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+
 import midiscover
 from midiscover import tables
 from midiscover.config import ModelConfig
@@ -149,7 +151,10 @@ def _inspect(argv: Sequence[str]) -> None:
     hooks = [_hook_row(hook) for hook in table.hooks.values() if known.all or _shown(hook, table)]
     tables.show(tables.hooks_table(hooks))
     if not known.all:
-        print(f"Layers 0 to {table.n_layers - 1} are alike; --all lists all {len(table.hooks)} hooks. 'path:in' reads an input.")
+        print(
+            f"Layers 0 to {table.n_layers - 1} are alike; --all lists all {len(table.hooks)} hooks. "
+            "'path:in' reads an input."
+        )
 
 
 def _about_model(table: HookTable) -> str:
@@ -218,7 +223,9 @@ def _runs(argv: Sequence[str]) -> None:
         tables.show(show_result(result))
 
 
-def _run_action(known: argparse.Namespace, tracker: Tracker, storage: Any) -> tuple[Any, Callable[[Any], None]]:
+def _run_action(
+    known: argparse.Namespace, tracker: Tracker, storage: Any
+) -> tuple[Any, Callable[[Any], RenderableType]]:
     match known.action:
         case "list":
             return tracker.list_runs(), tables.runs_table

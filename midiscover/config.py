@@ -203,7 +203,7 @@ class ResourcesConfig:
     """How the work is laid over the machine. Never part of an id."""
 
     trainer: Literal["auto", "inline", "ray_train"] = "auto"
-    """A pack's loop runs inside its Tune trial, or in a Ray Train TorchTrainer. auto: ray_train where there are GPUs."""
+    """A pack's loop runs inside its Tune trial, or in a TorchTrainer. auto: ray_train where there are GPUs."""
     harvest_actors: int | None = None
     """Language-model actors; null: one per GPU share, or one on CPU."""
     gpus_per_actor: float = 1.0

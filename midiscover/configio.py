@@ -135,7 +135,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def expand_grid(config: RunConfig) -> list[SaePoint]:
-    """Every SAE of a sweep: hooks x the product of the grid's values, in a fixed order. ConfigError for a wrong path."""
+    """Every SAE of a sweep: hooks x the grid's values, in a fixed order. ConfigError for a wrong path."""
     axes = list(config.grid.items())
     for path, _ in axes:
         if path.split(".")[0] not in ("sae", "train") or path.count(".") != 1:

@@ -1,16 +1,16 @@
 """Every exception that miDiscover raises on purpose.
 
-    MiDiscoverError             one or two sentences for a person; the command line prints them
-    ├── UserError               the input is wrong: names it, what is wrong, what would be right (exit code 2)
-    │   ├── ConfigError         YAML or flags
-    │   ├── ModelError          a language model, a hook, a tokenizer
-    │   ├── CorpusError         a text source
-    │   ├── StoreError          a store that can't be reached, read or written as configured
-    │   ├── TrackingError       the tracking database
-    │   └── NotFoundError       an id that names nothing
-    ├── ConflictError           two writers committed different bytes under one name (exit code 1)
-    ├── CorruptError            stored bytes do not match their manifest (exit code 1)
-    └── StageError              a stage could not finish although its input was right (exit code 1)
+MiDiscoverError             one or two sentences for a person; the command line prints them
+├── UserError               the input is wrong: names it, what is wrong, what would be right (exit code 2)
+│   ├── ConfigError         YAML or flags
+│   ├── ModelError          a language model, a hook, a tokenizer
+│   ├── CorpusError         a text source
+│   ├── StoreError          a store that can't be reached, read or written as configured
+│   ├── TrackingError       the tracking database
+│   └── NotFoundError       an id that names nothing
+├── ConflictError           two writers committed different bytes under one name (exit code 1)
+├── CorruptError            stored bytes do not match their manifest (exit code 1)
+└── StageError              a stage could not finish although its input was right (exit code 1)
 """
 
 

@@ -23,9 +23,7 @@ CE_BATCH_WINDOWS = 8
 """Windows per spliced forward pass; bounds the two [tokens, vocabulary] tables of log-probabilities."""
 
 
-def reconstruction_metrics(
-    saes: Mapping[str, Sae], batches: Iterable[Tensor], mean: Tensor
-) -> dict[str, MetricSums]:
+def reconstruction_metrics(saes: Mapping[str, Sae], batches: Iterable[Tensor], mean: Tensor) -> dict[str, MetricSums]:
     """L0, FVU, explained variances, cosine, MSE, density and dead features of SAEs that read one hook.
 
     saes: id -> folded SAE; batches: raw activations [tokens, d_in]; mean: [d_in], about which FVU measures variance.

@@ -118,9 +118,7 @@ class Harvester:
         codes = position_mask(ids, doc, self.special, mask_first=self.job.config.mask_first).flatten()
         return _Computed(ids, codes, acts, norms)
 
-    def _forward(
-        self, ids: Tensor, doc: Tensor, start: int, acts: dict[str, Tensor], norms: dict[str, Tensor]
-    ) -> int:
+    def _forward(self, ids: Tensor, doc: Tensor, start: int, acts: dict[str, Tensor], norms: dict[str, Tensor]) -> int:
         """One pass over the windows from `start`; returns where the next begins. Halves the batch when memory ends."""
         stop = min(start + self.batch_windows, len(ids))
         batch = ids[start:stop].to(self.model.device, torch.long)
@@ -157,7 +155,7 @@ class Harvester:
             window, position = divmod(int(bad[0]), self.context_size)
             raise StageError(
                 f"{len(bad)} of {len(mask)} activations of '{hook}' are not finite, first at position {position} of "
-                f"window {span.start_window + window}. Harvest with model.dtype float32, or bfloat16 with sdpa attention."
+                f"window {span.start_window + window}. Harvest with model.dtype float32, or with sdpa attention."
             )
 
     def _batch_tokens(self) -> int:
@@ -166,7 +164,7 @@ class Harvester:
         if self.model.device.type != "cuda":
             return CPU_BATCH_TOKENS
         free, _ = torch.cuda.mem_get_info(self.model.device)
-        # Live at once per token: about 32 vectors of d_in (attention, MLP, residual) in bfloat16, and the hooks' outputs.
+        # Live at once per token: about 32 vectors of d_in (attention, MLP, residual) in bfloat16, and the outputs.
         per_token = 2 * 32 * max(self.job.hooks.values()) + 4 * sum(self.job.hooks.values())
         return max(self.context_size, min(GPU_BATCH_TOKENS, int(0.6 * free) // per_token))
 

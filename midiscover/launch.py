@@ -1,7 +1,7 @@
 """The command line of a job: how it is read, and how it is built. Loads neither torch nor ray.
 
-`midiscover sweep CONFIG` and `python -m jobs.sweep CONFIG` read the same arguments by `parse_job`; the first then becomes
-the second, in the same process.
+`midiscover sweep CONFIG` and `python -m jobs.sweep CONFIG` read the same arguments by `parse_job`; the first then
+becomes the second, in the same process.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ def job_parser(stage: str, *, prog: str | None = None) -> Parser:
     parser = Parser(
         prog=prog or f"python -m jobs.{stage}",
         description=DESCRIPTIONS[stage],
-        epilog="Any setting of the YAML is a flag by its path, for example --train.lr 1e-3 or --corpus.max_tokens 50000.",
+        epilog="Any setting of the YAML is a flag by its path, for example --train.lr 1e-3.",
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships (demo, quick, ...)")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, or the name of one that ships (demo, quick, ...)"
+    )
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
     parser.add_argument("--force", action="store_true", help="make anew what is already committed")
     if stage == "sweep":

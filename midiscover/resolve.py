@@ -70,7 +70,9 @@ class Pack:
 def resolve(config: RunConfig) -> Resolved:
     """Look up model, hooks and text, and name everything. UserError within seconds where one is not there."""
     if not config.harvest.hooks:
-        raise ConfigError("harvest.hooks is empty; name at least one module path (`midiscover inspect MODEL` lists them).")
+        raise ConfigError(
+            "harvest.hooks is empty; name at least one module path (`midiscover inspect MODEL` lists them)."
+        )
     model = resolve_model(config.model)
     table = hook_table(model, context_size=config.corpus.context_size)
     table.require_attention(config.model.attention)

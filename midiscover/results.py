@@ -39,7 +39,12 @@ def sae_results(storage: Storage, planned: Sequence[PlannedSae], evaluation_id: 
             continue
         sparsity = sparsity_label(p.point.sae)
         label = {"sae_id": p.id, "hook": p.point.hook, "label": sparsity}
-        rows.append(p.row() | {"sparsity_label": sparsity} | {name: metrics[name] for name in ROW_METRICS} | {"seconds": record["seconds"]})
+        rows.append(
+            p.row()
+            | {"sparsity_label": sparsity}
+            | {name: metrics[name] for name in ROW_METRICS}
+            | {"seconds": record["seconds"]}
+        )
         curves += _curves(label, training["history"])
         densities += _densities(label, metrics["density"])
         records.append(record)

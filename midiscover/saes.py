@@ -128,9 +128,14 @@ def commit_record(
         conventions = l1_conventions(
             sae.l1_coefficient, scale=training["normalisation"]["scale"], d_in=planned.d_in, d_sae=planned.d_sae
         )
-    files = {name: hashlib.sha256(storage.read(layout.sae_file(planned.id, name))).hexdigest() for name in (CFG, WEIGHTS, SPARSITY)}
+    files = {
+        name: hashlib.sha256(storage.read(layout.sae_file(planned.id, name))).hexdigest()
+        for name in (CFG, WEIGHTS, SPARSITY)
+    }
     if files[WEIGHTS] != training["weights_sha256"]:
-        raise CorruptError(f"The weights of {planned.id} are not those that were trained; remove its folder to train anew.")
+        raise CorruptError(
+            f"The weights of {planned.id} are not those that were trained; remove its folder to train anew."
+        )
     record = {
         "v": RECORD_VERSION,
         "id": planned.id,
@@ -226,7 +231,9 @@ def find_sae(storage: Storage, prefix: str) -> str:
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise NotFoundError(f"'{prefix}' fits {len(fits)} SAEs of {storage.uri}: {', '.join(fits[:5])}; give more of the id.")
+        raise NotFoundError(
+            f"'{prefix}' fits {len(fits)} SAEs of {storage.uri}: {', '.join(fits[:5])}; give more of the id."
+        )
     listed = f"it holds {', '.join(known[:5])}{' ...' if len(known) > 5 else ''}" if known else "it holds no SAE"
     raise NotFoundError(f"There is no SAE '{prefix}' in {storage.uri}; {listed}.")
 
@@ -256,7 +263,9 @@ def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
 def _config_of(cfg: Mapping[str, Any]) -> StandardConfig | TopKConfig:
     """The architecture of a cfg.json. UserError for what this version would read wrongly."""
     if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
-        raise UserError(f"normalize_activations '{cfg['normalize_activations']}' is not supported; fold it before saving.")
+        raise UserError(
+            f"normalize_activations '{cfg['normalize_activations']}' is not supported; fold it before saving."
+        )
     if not cfg.get("apply_b_dec_to_input", True):
         raise UserError("An SAE with apply_b_dec_to_input false is not supported; fold b_dec into b_enc before saving.")
     match cfg.get("architecture"):

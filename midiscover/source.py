@@ -38,7 +38,9 @@ class StoreSource:
         """The source of a harvested hook. NotFoundError where its manifest is not committed."""
         manifest = read_manifest(storage, harvest_id, hook)
         if manifest is None:
-            raise NotFoundError(f"'{hook}' is not harvested in {storage.uri} under {harvest_id}; run the harvest first.")
+            raise NotFoundError(
+                f"'{hook}' is not harvested in {storage.uri} under {harvest_id}; run the harvest first."
+            )
         return cls(storage, manifest, train)
 
     def __len__(self) -> int:

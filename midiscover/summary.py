@@ -30,7 +30,7 @@ METRICS = {
     "SAEs of one hook.",
     "dead": "Share of features that never fire on the held-out tokens.",
     "inactive": "Share of features that fire on at most 0.1% of the held-out tokens, dead ones included.",
-    "seconds": "Time of the SAE's own training steps in seconds; reading the activations, shared by its pack, is not in it.",
+    "seconds": "Time of the SAE's own training steps, in seconds; the reading of activations is its pack's.",
     "frontier": "An SAE is on the frontier of its hook where no other SAE of that hook has an L0 and an FVU that are "
     "both as low, and one of them lower.",
 }

@@ -1,1 +1,1 @@
-"""The Ray Serve application. This release of miDiscover has none yet: SAEs are trained, measured and loaded in Python."""
+"""The Ray Serve application. This release has none yet: SAEs are trained, measured and loaded in Python."""

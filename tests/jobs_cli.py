@@ -34,7 +34,9 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "midiscover.cli", *arguments]
 
 
-def midiscover(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 280) -> Done:
+def midiscover(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 280
+) -> Done:
     """Run the command to its end."""
     began = time.monotonic()
     done = subprocess.run(

@@ -57,7 +57,9 @@ def weights(store: str | Storage) -> dict[str, str]:
     storage = open_store(store, create=False) if isinstance(store, str) else store
     records = [key for key in storage.list("saes") if key.endswith("/record.json")]
     return {
-        key.split("/")[1]: hashlib.sha256(storage.read(key.replace("record.json", "sae_weights.safetensors"))).hexdigest()
+        key.split("/")[1]: hashlib.sha256(
+            storage.read(key.replace("record.json", "sae_weights.safetensors"))
+        ).hexdigest()
         for key in records
     }
 

@@ -87,6 +87,6 @@ def density(rate: Tensor) -> dict[str, Any]:
 
 
 def recovered(clean: float, ablated: float, spliced: float) -> float | None:
-    """(ablated - spliced) / (ablated - clean): 1 is lossless, 0 no better than zeros; None where ablation costs nothing."""
+    """(ablated - spliced) / (ablated - clean): 1 is lossless, 0 no better than zeros; None where zeros cost nothing."""
     gap = ablated - clean
     return None if not math.isfinite(gap) or abs(gap) < 1e-9 else (ablated - spliced) / gap

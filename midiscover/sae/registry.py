@@ -16,5 +16,7 @@ def make_sae(config: Any, d_in: int, d_sae: int) -> Sae:
     """An SAE of the architecture that `config.kind` names, with zero weights. UserError for an unknown kind."""
     cls = ARCHITECTURES.get(config.kind)
     if cls is None:
-        raise UserError(f"'{config.kind}' is no architecture that this version knows; known are {', '.join(ARCHITECTURES)}.")
+        raise UserError(
+            f"'{config.kind}' is no architecture that this version knows; known are {', '.join(ARCHITECTURES)}."
+        )
     return cls(config, d_in, d_sae)

@@ -50,7 +50,7 @@ class TopKSae(Sae):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        grad = self.W_dec.grad
+        grad: Tensor | None = self.W_dec.grad
         assert grad is not None
         grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
 

@@ -64,7 +64,11 @@ def test_wrong_input(folder: Path, name: str) -> None:
     (folder / "made").mkdir(exist_ok=True)
     before = sorted(folder.rglob("*"))
     arguments = [*arguments, "--store", "new"] if arguments[0] == "sweep" and "--store" not in arguments else arguments
-    env = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/none"}
+    env = {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/nonexistent",
+        "AWS_SHARED_CREDENTIALS_FILE": "/none",
+    }
     done = midiscover(*arguments, cwd=folder, env=env)
     assert done.code == 2, done
     assert sentence in done.err
@@ -73,7 +77,9 @@ def test_wrong_input(folder: Path, name: str) -> None:
     assert done.out == ""
     assert done.seconds < SECONDS
     left = [path for path in sorted(folder.rglob("*")) if path not in before]
-    assert [path for path in left if path.name not in ("tracker.db", "tracker.db-shm", "tracker.db-wal", "tracker.db.lock")] == []
+    assert [
+        path for path in left if path.name not in ("tracker.db", "tracker.db-shm", "tracker.db-wal", "tracker.db.lock")
+    ] == []
 
 
 def test_a_database_that_does_not_answer(folder: Path) -> None:

@@ -103,7 +103,9 @@ def test_the_grid_is_the_product_with_hooks_first() -> None:
 
 
 def test_a_grid_may_change_the_architecture() -> None:
-    config = build_config({"harvest": HOOKS, "sae": {"expansion_factor": 2}, "grid": {"sae.kind": ["standard", "topk"]}})
+    config = build_config(
+        {"harvest": HOOKS, "sae": {"expansion_factor": 2}, "grid": {"sae.kind": ["standard", "topk"]}}
+    )
     assert [p.sae.kind for p in expand_grid(config)] == ["standard", "topk"] * 2
     assert all(p.sae.expansion_factor == 2 for p in expand_grid(config))
 

@@ -107,7 +107,14 @@ def test_splicing_equals_a_plain_loop_over_windows(model: LanguageModel, corpus:
 def test_the_token_budget_is_kept(model: LanguageModel, corpus: Corpus) -> None:
     seen: list[int] = []
     splice_metrics(
-        model, corpus, HOOK, {"s": random_sae()}, max_tokens=3 * CONTEXT, mask_first=True, outlier_norm=10, on_tokens=seen.append
+        model,
+        corpus,
+        HOOK,
+        {"s": random_sae()},
+        max_tokens=3 * CONTEXT,
+        mask_first=True,
+        outlier_norm=10,
+        on_tokens=seen.append,
     )
     assert sum(seen) == 3 * CONTEXT * 3  # clean, zero, one SAE
 

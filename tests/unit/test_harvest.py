@@ -71,7 +71,7 @@ def calls(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         return original(ids, hooks, attention_mask)
 
     monkeypatch.setattr(model, "activations", counted)
-    yield seen
+    return seen
 
 
 def test_blocks_hold_what_a_plain_forward_pass_gives(model: LanguageModel, corpus: Corpus, storage: Storage) -> None:

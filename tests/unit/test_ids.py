@@ -50,11 +50,16 @@ def test_golden_ids() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
 def test_every_training_setting_but_reports_and_checkpoints_makes_another_sae(name: str) -> None:
     other: dict[str, Any] = {"betas": (0.5, 0.9), "dtype": "bfloat16", "dead_window": 7}
-    value = other.get(name, getattr(POINT.train, name) + 1 if name not in other else None) if name not in (
-        "lr_warmup",
-        "lr_decay",
-        "l1_warmup",
-    ) else 0.5
+    value = (
+        other.get(name, getattr(POINT.train, name) + 1 if name not in other else None)
+        if name
+        not in (
+            "lr_warmup",
+            "lr_decay",
+            "l1_warmup",
+        )
+        else 0.5
+    )
     changed = dataclasses.replace(POINT, train=dataclasses.replace(POINT.train, **{name: value}))
     assert (sae(changed) == sae(POINT)) == (name in ("report_every", "checkpoint_every"))
 

@@ -1,4 +1,4 @@
-"""Every architecture against the formulas it states, in float64, and under folding. New ones are picked up by themselves."""
+"""Every architecture against the formulas it states, in float64, and under folding; new ones are picked up."""
 
 from __future__ import annotations
 
