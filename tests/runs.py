@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import yaml
@@ -21,8 +22,9 @@ def write_text(path: Path, documents: int = 400) -> Path:
     """A jsonl file of sentences that differ."""
     words = ["river", "stone", "lamp", "engine", "garden", "theory", "window", "signal", "harbour", "number"]
     lines = []
+    chance = random.Random(0)
     for i in range(documents):
-        sentence = " ".join(words[(i * 7 + j * j + j * i) % len(words)] for j in range(40 + i % 17))
+        sentence = " ".join(chance.choices(words, k=40 + i % 17))
         lines.append(json.dumps({"text": f"Entry {i}: {sentence}. It follows that {i * i} is not {i + 1}."}))
     path.write_text("\n".join(lines))
     return path
@@ -39,7 +41,7 @@ def write_run(folder: Path, *, kind: Kind = "llama", **changes: object) -> Path:
     tree: dict[str, object] = {
         "name": "tiny",
         "model": {"id": str(model), "dtype": "float32"},
-        "corpus": {"source": str(text), "context_size": 32},
+        "corpus": {"source": str(text), "context_size": 32, "max_tokens": 24_000},
         "harvest": {"hooks": HOOKS[kind], "block_tokens": 1024},
         "sae": {"expansion_factor": 4},
         "grid": {"sae.l1_coefficient": [0.5, 2]},

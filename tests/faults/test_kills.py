@@ -20,13 +20,13 @@ import pytest
 from tests.jobs_cli import command, environment, midiscover
 from tests.runs import blocks, weights, write_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrange(10**6)))
 SLOW = {
     # Work enough that a kill falls into it: small blocks, small batches, a checkpoint after every report.
     "harvest": {"hooks": "model.layers.{0,1}.mlp.down_proj", "block_tokens": 256, "batch_tokens": 32},
-    "train": {"epochs": 12, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5},
+    "train": {"epochs": 4, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5},
 }
 
 
@@ -52,13 +52,14 @@ def moment() -> random.Random:
 
 def start(folder: Path, store: Path) -> subprocess.Popen[bytes]:
     """The sweep as a process of its own, in its own session."""
-    return subprocess.Popen(
-        command("sweep", str(folder / "run.yaml"), "--store", str(store)),
-        env=environment(),
-        stdout=(store.parent / f"{store.name}.out").open("ab"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (store.parent / f"{store.name}.out").open("ab") as out:
+        return subprocess.Popen(
+            command("sweep", str(folder / "run.yaml"), "--store", str(store)),
+            env=environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], what: str, seconds: float = 120) -> None:

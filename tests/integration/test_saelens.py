@@ -1,0 +1,264 @@
+"""Our SAE folders in the real SAELens: it loads them, computes what we compute, and finds where they belong.
+
+`MIDISCOVER_TEST_SAE_FOLDERS=store/saes/a:store/saes/b python -m pytest tests/integration/test_saelens.py` checks those
+folders as well. SAELens lives in an environment of its own, made at the first run (torch and 200 packages).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from midiscover import load_sae
+from midiscover.config import ModelConfig
+from midiscover.configio import load_config
+from midiscover.evaluate import reconstruction_metrics
+from midiscover.lm import LanguageModel
+from midiscover.models import resolve_model
+from midiscover.resolve import PlannedSae, Resolved, resolve
+from midiscover.saes import SAELENS_VERSION, SPARSITY, commit_record, write_trained
+from midiscover.store import layout
+from midiscover.store.storage import Storage, open_store
+from midiscover.train import Member, Progress, Trained, train
+from tests.runs import write_run
+from tests.tiny import make_tiny_model
+from tests.venvs import cached_venv, checked
+
+# The first run on a machine downloads torch once more; what was made is kept.
+pytestmark = [pytest.mark.saelens, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+D_IN, ROWS, BATCH, CONTEXT = 64, 512, 64, 32
+TOLERANCE = 1e-5
+"""Largest difference to SAELens, times the largest entry where that exceeds 1: float32 has 7 digits, not 7 decimals."""
+SCALES = (1.0, 40.0)
+"""Of raw activations: norms of about 10, and of several hundred as in the middle of a real model."""
+GIVEN = [folder for folder in os.environ.get("MIDISCOVER_TEST_SAE_FOLDERS", "").split(":") if folder]
+CLASSES = {"standard": "StandardSAE", "topk": "TopKSAE"}
+MADE = [(kind, scale) for kind in CLASSES for scale in SCALES]
+NAMES = [f"{kind}, activations x {scale:g}" for kind, scale in MADE] + [Path(folder).name for folder in GIVEN]
+
+
+class MemorySource:
+    """Rows of sparse structure about a mean far from zero, in order."""
+
+    rows_per_epoch, batch_size = ROWS, BATCH
+
+    def __init__(self, scale: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        atoms = torch.randn(4 * D_IN, D_IN, generator=generator) / math.sqrt(D_IN)
+        codes = torch.relu(torch.randn(ROWS, 4 * D_IN, generator=generator) - 1.5)
+        self.rows = scale * (4 * codes @ atoms + torch.randn(D_IN, generator=generator))
+        self.mean = self.rows.mean(0)
+        self.scale = math.sqrt(D_IN) / float((self.rows - self.mean).norm(dim=1).mean())
+        self.variance = float((self.rows - self.mean).pow(2).sum(1).mean())
+
+    def __len__(self) -> int:
+        return 4 * ROWS // BATCH
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        for step in range(start, len(self)):
+            yield self.rows.roll(-step * BATCH, 0)[:BATCH]
+
+
+class SilentWorker:
+    """Neither checkpoints nor progress."""
+
+    device = torch.device("cpu")
+
+    def load_checkpoint(self) -> None:
+        return None
+
+    def save_checkpoint(self, step: int, data: bytes) -> None:
+        return None
+
+    def report(self, progress: Progress) -> None:
+        return None
+
+
+class Answer(NamedTuple):
+    """An SAE folder, ours and theirs of it."""
+
+    folder: Path
+    given: dict[str, Tensor]
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Answers(NamedTuple):
+    """All that one process of SAELens said."""
+
+    version: str
+    saes: list[Answer]
+    acts: Tensor
+    """[b, t, d_in] at the hook of the first SAE."""
+    ids: Tensor
+    changed: list[str]
+    """Files of SAE folders that are new, gone or different after SAELens had them."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("lm") / "model-llama", d_model=D_IN)
+
+
+@pytest.fixture(scope="module")
+def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One SAE of each kind and scale, trained a little and written as a sweep writes it; then those that are given."""
+    storage = open_store(str(tmp_path_factory.mktemp("store")))
+    made = []
+    for kind, scale in MADE:
+        sparsity = {"l1_coefficient": 0.5} if kind == "standard" else {"k": 8}
+        run = write_run(model.parent, sae={"kind": kind, "expansion_factor": 4, **sparsity}, grid={})
+        resolved = resolve(load_config(run))
+        planned = resolved.saes[SCALES.index(scale)]  # one hook for each scale
+        write_sae(storage, planned, resolved, MemorySource(scale), prepend_bos=kind == "standard")
+        folder = storage.local_path(layout.sae_folder(planned.id))
+        assert folder is not None
+        made.append(folder)
+    return made + [Path(folder) for folder in GIVEN]
+
+
+def write_sae(
+    storage: Storage, planned: PlannedSae, resolved: Resolved, source: MemorySource, *, prepend_bos: bool
+) -> None:
+    """Everything that stands in a committed folder but the evaluation."""
+    member = Member(id=planned.id, config=planned.point.sae, train=planned.point.train, d_sae=planned.d_sae)
+    (trained,) = train([member], source, SilentWorker())
+    assert isinstance(trained, Trained)
+    write_trained(storage, planned, resolved, trained, prepend_bos=prepend_bos)
+    loaded = load_sae(str(storage.local_path(layout.sae_folder(planned.id))))
+    sums = reconstruction_metrics({planned.id: loaded.module}, [source.rows], source.mean)[planned.id]
+    storage.create(layout.sae_file(planned.id, SPARSITY), save({"sparsity": sums.log_sparsity()}))
+    commit_record(storage, planned, resolved, metrics=sums.result(), run={})
+
+
+def inputs(folder: Path) -> dict[str, Tensor]:
+    """Random activations [4, 16, d_in] about where the SAE expects them, and our features of them."""
+    sae = load_sae(str(folder))
+    norm = json.loads((folder / "training.json").read_text())["normalisation"]["mean_norm"]
+    d_in = sae.module.d_in
+    noise = torch.randn(4, 16, d_in, generator=torch.Generator().manual_seed(1))
+    x = sae.module.b_dec + noise * norm / math.sqrt(d_in)
+    return {"x": x, "features": sae.encode(x)}
+
+
+def contents(folders: list[Path]) -> dict[str, str]:
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def answers(folders: list[Path], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Everything is asked in one process: SAELens takes five seconds to import."""
+    torch_version = torch.__version__.partition("+")[0]
+    # torch first and alone: it is the large one, and what comes after must not choose another.
+    python = cached_venv(
+        f"saelens-{SAELENS_VERSION}-torch-{torch_version}",
+        [[f"torch=={torch_version}"], [f"torch=={torch_version}", f"sae-lens=={SAELENS_VERSION}"]],
+    )
+    there = tmp_path_factory.mktemp("answers")
+    given, ids = [inputs(folder) for folder in folders], torch.arange(3, 3 + 2 * CONTEXT).view(2, CONTEXT)
+    for i, tensors in enumerate(given):
+        save_file(tensors, there / f"{i}-in.safetensors")
+    save_file({"ids": ids}, there / "model-in.safetensors")
+    hook = json.loads((folders[0] / "cfg.json").read_text())["metadata"]["hook_name"]
+    request = {
+        "saes": [
+            {"folder": str(folder.resolve()), "input": str(there / f"{i}-in.safetensors")}
+            for i, folder in enumerate(folders)
+        ],
+        "model": {"folder": str(model), "input": str(there / "model-in.safetensors"), "hook": hook},
+    }
+    (there / "request.json").write_text(json.dumps(request))
+    before = contents(folders)
+    script = Path(__file__).with_name("in_saelens.py")
+    checked([str(python), "-I", str(script), str(there / "request.json"), str(there)], timeout=240)
+    after = contents(folders)
+    told = json.loads((there / "answers.json").read_text())
+    return Answers(
+        version=told["version"],
+        saes=[
+            Answer(folder, given[i], told["saes"][i], load_file(there / f"{i}.safetensors"))
+            for i, folder in enumerate(folders)
+        ],
+        acts=load_file(there / "model.safetensors")["acts"],
+        ids=ids,
+        changed=[name for name in before.keys() | after.keys() if before.get(name) != after.get(name)],
+    )
+
+
+def difference(theirs: Tensor, ours: Tensor) -> float:
+    """As TOLERANCE counts it."""
+    assert theirs.shape == ours.shape
+    return float((theirs - ours).abs().max()) / max(1.0, float(ours.abs().max()))
+
+
+def test_it_is_the_release_whose_format_we_write(answers: Answers) -> None:
+    assert answers.version == SAELENS_VERSION
+
+
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_encode_and_decode_agree(answers: Answers, index: int) -> None:
+    folder, given, _, theirs = answers.saes[index]
+    sae, features = load_sae(str(folder)), given["features"]
+    assert 0 < float((features > 0).double().mean()) < 0.9  # neither all silent nor a linear map
+    assert difference(theirs["features"], features) < TOLERANCE
+    assert difference(theirs["x_hat"], sae.decode(features)) < TOLERANCE
+    assert difference(theirs["forward"], sae.decode(features)) < TOLERANCE
+    assert difference(theirs["folded_features"], features) < TOLERANCE
+    assert difference(theirs["folded_x_hat"], sae.decode(features)) < TOLERANCE
+
+
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_class_shape_and_metadata_arrive(answers: Answers, index: int) -> None:
+    folder, _, facts, _ = answers.saes[index]
+    cfg = json.loads((folder / "cfg.json").read_text())
+    record = json.loads((folder / "record.json").read_text())
+    assert facts["class"] == CLASSES[record["kind"]]
+    assert facts["architecture"] == record["kind"]
+    assert facts["k"] == record["sae"].get("k")
+    assert (facts["d_in"], facts["d_sae"]) == (record["d_in"], record["d_sae"])
+    assert facts["metadata"] == {name: cfg["metadata"][name] for name in facts["metadata"]}
+    assert facts["metadata"]["hook_name"] == record["hook"]
+    assert facts["metadata"]["hook_layer"] == record["layer"]
+    assert facts["metadata"]["model_class_name"] == "AutoModelForCausalLM"
+    assert isinstance(facts["metadata"]["prepend_bos"], bool)
+    assert facts["metadata"]["context_size"] > 0
+
+
+@pytest.mark.parametrize("index", range(len(MADE)), ids=NAMES[: len(MADE)])
+def test_metadata_are_those_of_the_run(answers: Answers, index: int) -> None:
+    kind, scale = MADE[index]
+    metadata = answers.saes[index].facts["metadata"]
+    assert metadata["hook_name"] == f"model.layers.{SCALES.index(scale)}.mlp.down_proj"
+    assert metadata["context_size"] == CONTEXT
+    assert metadata["prepend_bos"] is (kind == "standard")
+    assert metadata["dataset_path"] == "text.jsonl"
+
+
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_sparsity_is_read(answers: Answers, index: int) -> None:
+    folder, _, facts, theirs = answers.saes[index]
+    assert theirs["sparsity"].shape == (facts["d_sae"],)
+    assert torch.equal(theirs["sparsity"], load_file(folder / SPARSITY)["sparsity"])
+    assert -10.001 < float(theirs["sparsity"].min()) <= float(theirs["sparsity"].max()) <= 1e-6
+
+
+def test_the_hook_name_means_the_same_activations(answers: Answers, model: Path) -> None:
+    hook = answers.saes[0].facts["metadata"]["hook_name"]
+    ours = LanguageModel.load(resolve_model(ModelConfig(id=str(model))), dtype="float32")
+    assert difference(answers.acts, ours.activations(answers.ids, [hook])[hook]) < TOLERANCE
+
+
+def test_the_folders_are_left_as_they_were(answers: Answers) -> None:
+    assert answers.changed == []
