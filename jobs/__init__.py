@@ -6,6 +6,9 @@ Ray reads these variables when it is imported, so they are set before any module
 import os
 
 for _name, _value in {
+    # OpenMP's threads spin at barriers by default; where another process holds a core, a step then takes many times as
+    # long (measured: tests/bench/RESULTS.md).
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_AUTH_MODE": "token",  # unset, driver and nodes of Ray 2.60 disagree about it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ warnings of normal events go to our users' terminals
@@ -16,6 +19,5 @@ for _name, _value in {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default of 2 s is added to every report and to the end
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without a GPU see none; this is what Ray will do by default
 }.items():
     os.environ.setdefault(_name, _value)

@@ -26,7 +26,7 @@ class Event(NamedTuple):
     """One thing that happened in a worker."""
 
     kind: str
-    """`tokens`, `pack`, `trained`, `failed` or `spliced`."""
+    """`tokens`, `resumed`, `pack`, `retry`, `trained`, `failed` or `measured`."""
     key: str
     """The pack, SAE or hook it is about."""
     data: Any
@@ -38,6 +38,7 @@ class BoardActor:
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
+        self.memory: dict[str, Any] = {}
 
     def post(self, events: list[Event]) -> None:
         """Add events; called by workers, who do not wait."""
@@ -49,23 +50,34 @@ class BoardActor:
         self.events.clear()
         return taken
 
+    def exchange(self, key: str, value: Any) -> Any:
+        """Remember `value` under `key`; returns what was remembered before, or None."""
+        before = self.memory.get(key)
+        self.memory[key] = value
+        return before
+
 
 class Board:
-    """A worker's handle on the board. Pickles, and never blocks."""
+    """A worker's handle on the board. Pickles."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
     def post(self, kind: str, key: str, data: Any = None) -> None:
-        """Say that something happened."""
+        """Say that something happened, without waiting."""
         self.actor.post.remote([Event(kind, key, data)])
+
+    def exchange(self, key: str, value: Any) -> Any:
+        """Leave a word for the next process that does this work; returns the last one's, or None. Waits."""
+        return ray.get(self.actor.exchange.remote(key, value))
 
 
 @contextmanager
-def watched(stage: str, on_event: Callable[[Event], None], *, stall_seconds: float) -> Iterator[Board]:
+def watched(stage: str, on_event: Callable[[Event], bool], *, stall_seconds: float) -> Iterator[Board]:
     """A board whose events reach `on_event` in a thread of the driver while the body runs.
 
-    StageError when no event came for `stall_seconds`. An error in `on_event` ends the stage with that error.
+    `on_event` returns whether the event is a step forward; StageError when none was for `stall_seconds`. An error in
+    `on_event` ends the stage with that error.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = BoardActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # ray adds it
@@ -73,19 +85,20 @@ def watched(stage: str, on_event: Callable[[Event], None], *, stall_seconds: flo
     watcher.start()
     try:
         yield Board(actor)
+        watcher.finish()
     except KeyboardInterrupt:
-        if watcher.error is not None:
+        if watcher.error is not None:  # the interrupt was the watcher's
             raise watcher.error from None
         raise
     finally:
-        watcher.finish()
+        watcher.ended.set()
         ray.kill(actor)
     if watcher.error is not None:
         raise watcher.error
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, stage: str, actor: Any, on_event: Callable[[Event], None], stall_seconds: float) -> None:
+    def __init__(self, stage: str, actor: Any, on_event: Callable[[Event], bool], stall_seconds: float) -> None:
         super().__init__(name=f"{stage}-watcher", daemon=True)
         self.stage, self.actor, self.on_event, self.stall_seconds = stage, actor, on_event, stall_seconds
         self.error: BaseException | None = None
@@ -103,7 +116,8 @@ class _Watcher(threading.Thread):
                     )
             except Exception as error:  # handed to the main thread, which waits inside Ray
                 self.error = error
-                _thread.interrupt_main()
+                if not self.ended.is_set():
+                    _thread.interrupt_main()
                 return
 
     def finish(self) -> None:
@@ -115,7 +129,6 @@ class _Watcher(threading.Thread):
 
     def _drain(self) -> None:
         events = ray.get(self.actor.drain.remote(), timeout=60)
-        if events:
-            self.moved = time.monotonic()
         for event in events:
-            self.on_event(event)
+            if self.on_event(event):
+                self.moved = time.monotonic()

@@ -1,18 +1,18 @@
-"""Held-out evaluation on Ray: one actor per device with the language model, one hook at a time.
+"""Held-out evaluation on Ray: a task per hook, as many at once as language models fit.
 
-An actor writes sparsity.safetensors and evaluations/<id>.json of each SAE and returns nothing else; the driver commits
+A task writes sparsity.safetensors and evaluations/<id>.json of each SAE and returns nothing else; the driver commits
 the records. What is measured already under the same settings is not measured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
 import torch
-from ray.util import ActorPool
 from safetensors.torch import save
+from torch import Tensor
 
 from jobs.board import Board
 from jobs.harvest import ModelPlace, model_place
@@ -40,65 +40,61 @@ NO_SPLICE = (
 )
 
 
-@ray.remote(max_restarts=-1, max_task_retries=-1)
-class Evaluator:
-    """A device that measures SAEs; loads the language model when the first hook is spliced."""
+@ray.remote(max_retries=-1)
+def measure_hook(
+    place: ModelPlace, resolved: Resolved, storage: Storage, hook: str, planned: Sequence[PlannedSae], board: Board
+) -> None:
+    """Measure SAEs of one hook and write what was found."""
+    torch.set_num_threads(place.threads)
+    evaluate, harvest = resolved.config.evaluate, resolved.config.harvest
+    saes = {p.id: load_trained(storage, p.id, device="cuda" if place.gpu else "cpu") for p in planned}
+    manifest = read_manifest(storage, resolved.harvest_id, hook)
+    assert manifest is not None, "SAEs are trained on a committed harvest"
+    rows = iterate_rows(storage, manifest, "held_out", batch_size=ROWS_PER_BATCH, max_rows=evaluate.max_tokens)
+    sums = reconstruction_metrics(saes, _seen(rows, hook, board), torch.tensor(manifest.mean))
+    spliced = None
+    if evaluate.ce_tokens:
+        spliced = splice_metrics(
+            place.load(),
+            Corpus.open(storage, resolved.corpus_id),
+            hook,
+            saes,
+            max_tokens=evaluate.ce_tokens,
+            mask_first=harvest.mask_first,
+            outlier_norm=harvest.outlier_norm,
+            on_tokens=lambda tokens: board.post("spliced", hook, tokens),
+        )
+    for p in planned:
+        metrics = sums[p.id].result() | (spliced.metrics(p.id) if spliced else dict.fromkeys(NO_SPLICE))
+        storage.create(layout.sae_file(p.id, SPARSITY), save({"sparsity": sums[p.id].log_sparsity()}))
+        document = {"v": 1, "id": p.id, "evaluation_id": resolved.evaluation_id, "metrics": metrics}
+        storage.create(layout.evaluation(p.id, resolved.evaluation_id), dump(document))
 
-    def __init__(self, place: ModelPlace, resolved: Resolved, storage: Storage, board: Board) -> None:
-        torch.set_num_threads(place.threads)
-        self.place, self.resolved, self.storage, self.board = place, resolved, storage, board
-        self.model: Any = None
 
-    def measure(self, hook: str, planned: Sequence[PlannedSae]) -> None:
-        """Measure SAEs of one hook and write what was found."""
-        evaluate, harvest = self.resolved.config.evaluate, self.resolved.config.harvest
-        device = "cuda" if self.place.gpu else "cpu"
-        saes = {p.id: load_trained(self.storage, p.id, device=device) for p in planned}
-        manifest = read_manifest(self.storage, self.resolved.harvest_id, hook)
-        assert manifest is not None, "SAEs are trained on a committed harvest"
-        rows = iterate_rows(self.storage, manifest, "held_out", batch_size=ROWS_PER_BATCH, max_rows=evaluate.max_tokens)
-        sums = reconstruction_metrics(saes, rows, torch.tensor(manifest.mean))
-        spliced = None
-        if evaluate.ce_tokens:
-            self.model = self.model or self.place.load()
-            spliced = splice_metrics(
-                self.model,
-                Corpus.open(self.storage, self.resolved.corpus_id),
-                hook,
-                saes,
-                max_tokens=evaluate.ce_tokens,
-                mask_first=harvest.mask_first,
-                outlier_norm=harvest.outlier_norm,
-                on_tokens=lambda tokens: self.board.post("spliced", hook, tokens),
-            )
-        for p in planned:
-            extra = spliced.metrics(p.id) if spliced else dict.fromkeys(NO_SPLICE)
-            metrics = sums[p.id].result() | extra
-            sparsity = save({"sparsity": sums[p.id].log_sparsity()})
-            self.storage.create(layout.sae_file(p.id, SPARSITY), sparsity)
-            document = {"v": 1, "id": p.id, "evaluation_id": self.resolved.evaluation_id, "metrics": metrics}
-            self.storage.create(layout.evaluation(p.id, self.resolved.evaluation_id), dump(document))
+def _seen(batches: Iterable[Tensor], hook: str, board: Board) -> Iterator[Tensor]:
+    """The same batches, each a sign of life for the watchdog."""
+    for batch in batches:
+        board.post("measured", hook)
+        yield batch
 
 
 def evaluate_hooks(
     resolved: Resolved, storage: Storage, groups: dict[str, list[PlannedSae]], slots: Slots, board: Board
 ) -> None:
     """Measure the SAEs of each hook, `slots.count` hooks at once."""
-    options = {"num_cpus": slots.cpus, "num_gpus": slots.gpus}
-    actors = [
-        Evaluator.options(**options).remote(model_place(resolved, slots), resolved, storage, board)  # type: ignore[attr-defined]  # ray adds it
-        for _ in range(min(slots.count, len(groups)))
-    ]
+    place = model_place(resolved, slots)
+    task = measure_hook.options(num_cpus=slots.cpus, num_gpus=slots.gpus)  # type: ignore[attr-defined]  # ray adds it
+    running: list[Any] = []
     try:
-        pool = ActorPool(actors)
-        for _ in pool.map_unordered(lambda actor, item: actor.measure.remote(*item), list(groups.items())):
-            pass
+        for hook, planned in groups.items():
+            if len(running) >= slots.count:
+                done, running = ray.wait(running, num_returns=1)
+                ray.get(done)
+            running.append(task.remote(place, resolved, storage, hook, planned, board))
+        ray.get(running)
     except Exception as error:
         last = str(error).strip().splitlines()[-1]
         raise own_error(error) or StageError(f"The evaluation failed: {last}") from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 def splice_passes(groups: dict[str, list[PlannedSae]]) -> int:

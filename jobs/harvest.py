@@ -79,20 +79,34 @@ class HarvestActor:
     """One language model; takes leases of spans and commits their blocks."""
 
     def __init__(self, place: ModelPlace, job: HarvestJob, corpus_id: str, storage: Storage, board: Board) -> None:
-        self.job, self.storage = job, storage
-        model = place.load()
-        corpus = Corpus.open(storage, corpus_id)
-        self.harvester = Harvester(job, model, corpus, storage, lambda tokens: board.post("tokens", "harvest", tokens))
+        self.place, self.job, self.corpus_id, self.storage, self.board = place, job, corpus_id, storage, board
+        self.harvester: Harvester | None = None
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """One lease in, one row per span out, as it stands."""
         for text in batch["lease"]:
             lease = [(BlockSpan(**item["span"]), item["hooks"]) for item in json.loads(text)]
             # A lease that is tried again was perhaps half done by an actor that died.
-            done = {hook: committed(self.storage, self.job.harvest_id, hook) for hook in self.job.hooks}
-            todo = [(span, [hook for hook in hooks if span.index not in done[hook]]) for span, hooks in lease]
-            for span, _rows in self.harvester.run([(span, hooks) for span, hooks in todo if hooks]):
+            todo = [(span, [hook for hook in hooks if not self._stands(span, hook)]) for span, hooks in lease]
+            for span, _rows in self._ready().run([(span, hooks) for span, hooks in todo if hooks]):
                 yield {"span": np.array([span.index])}
+
+    def _stands(self, span: BlockSpan, hook: str) -> bool:
+        return self.storage.exists(layout.block_marker(self.job.harvest_id, hook, span.index))
+
+    def _ready(self) -> Harvester:
+        # Loaded by the first lease: an error here reaches the user as it is, one of a constructor does not.
+        if self.harvester is None:
+            corpus = Corpus.open(self.storage, self.corpus_id)
+            board = self.board
+            self.harvester = Harvester(
+                self.job,
+                self.place.load(),
+                corpus,
+                self.storage,
+                lambda tokens: board.post("tokens", "harvest", tokens),
+            )
+        return self.harvester
 
 
 def ensure_corpus(prepared: Prepared, bars: Bars) -> CorpusManifest:
@@ -145,7 +159,7 @@ def missing_spans(resolved: Resolved, corpus: CorpusManifest, storage: Storage) 
 
 
 def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: Bars) -> None:
-    """Commit every missing block and then the manifest of each hook."""
+    """Commit every missing block; `commit_manifests` comes after it."""
     resolved, storage = prepared.resolved, prepared.storage
     todo = missing_spans(resolved, corpus, storage)
     if todo:
@@ -156,6 +170,10 @@ def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: 
         with watched("harvest", counter.on_event, stall_seconds=resolved.config.resources.stall_seconds) as board:
             _run_actors(resolved, storage, todo, slots, board)
         counter.say()
+
+
+def commit_manifests(resolved: Resolved, corpus: CorpusManifest, storage: Storage) -> None:
+    """Declare every hook harvested, and the tokens they share; needs all blocks and no Ray."""
     plan, lineage = plan_of(resolved, corpus), harvest_lineage(resolved)
     for hook in resolved.hooks:
         if read_manifest(storage, resolved.harvest_id, hook) is None:
@@ -169,7 +187,8 @@ def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: 
 def _run_actors(
     resolved: Resolved, storage: Storage, todo: list[tuple[BlockSpan, list[str]]], slots: Slots, board: Board
 ) -> None:
-    size = max(1, min(SPANS_PER_LEASE, math.ceil(len(todo) / (slots.count * LEASES_PER_ACTOR))))
+    shares = slots.count * LEASES_PER_ACTOR if slots.count > 1 else 1
+    size = min(SPANS_PER_LEASE, math.ceil(len(todo) / shares))
     items = [{"span": _span_fields(span), "hooks": hooks} for span, hooks in todo]
     leases = [json.dumps(items[i : i + size]) for i in range(0, len(items), size)]
     job = HarvestJob(harvest_id=resolved.harvest_id, hooks=resolved.hooks, config=resolved.config.harvest)
@@ -208,12 +227,14 @@ class _TokenCounter:
         self.last = self.began
         bars.update("harvest", 0, total, "starting the language model")
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: Event) -> bool:
         self.last = time.monotonic()
         self.first = self.first or self.last
         self.tokens += event.data
         rate = self.tokens / max(self.last - self.began, 1e-9)
         self.bars.update("harvest", min(self.tokens, self.total), self.total, f"{self.tokens:,} tokens, {rate:,.0f}/s")
+        # Actors that die again and again at one place go on computing, but not on moving.
+        return self.tokens <= 2 * self.total
 
     def say(self) -> None:
         seconds = time.monotonic() - self.began
@@ -259,6 +280,7 @@ def main(argv: list[str]) -> int:
                 harvest(prepared, corpus, cluster, bars)
         else:
             bars.say("every block is committed; the model is not run")
+        commit_manifests(prepared.resolved, corpus, prepared.storage)
         for hook in prepared.resolved.hooks:
             manifest = read_manifest(prepared.storage, prepared.resolved.harvest_id, hook)
             if manifest is None:

@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ray import PlacementGroupID, tune
 from ray import train as ray_train
-from ray import tune
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from jobs.board import Board
 from jobs.runtime import Slots, own_error
-from midiscover.errors import StageError
-from midiscover.resolve import Pack, Resolved
+from midiscover.errors import StageError, UserError
+from midiscover.resolve import Pack, PlannedSae, Resolved
 from midiscover.saes import write_trained
 from midiscover.source import StoreSource
 from midiscover.store import layout
 from midiscover.store.storage import Storage
-from midiscover.train import Diverged, Member, Progress, train
+from midiscover.train import Diverged, Member, Progress, Trained, train
 
+MAX_DEATHS = 10
+"""Deaths of a pack's process in a row, without a newer checkpoint, after which the pack counts as failed."""
 RETRY_FAILURES = -1
 """Tune starts a lost trial again without limit: a lost node is nobody's mistake. A pack's own errors are counted inside
 the trial, and a stage without progress is ended by the watchdog."""
@@ -58,7 +61,15 @@ class PackWorker:
     def load_checkpoint(self) -> bytes | None:
         """The newest checkpoint of this pack in the store."""
         keys = self._checkpoints()
-        return self.job.storage.read(keys[-1]) if keys else None
+        if not keys:
+            return None
+        self.job.board.post("resumed", self.pack.id, self.newest())
+        return self.job.storage.read(keys[-1])
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        keys = self._checkpoints()
+        return _step_of(keys[-1]) if keys else 0
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Written by a background thread, one at a time; older ones go once the new one stands."""
@@ -88,27 +99,38 @@ class PackWorker:
 
     def _checkpoints(self) -> list[str]:
         keys = self.job.storage.list(self.folder)
-        return sorted(keys, key=lambda key: int(key.rpartition("step-")[2].partition(".")[0]))
+        return sorted(keys, key=_step_of)
+
+
+def _step_of(key: str) -> int:
+    return int(key.rpartition("step-")[2].partition(".")[0])
 
 
 def run_pack(job: PackJob, pack: Pack) -> None:
     """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process."""
     torch.set_num_threads(job.slots.threads)
-    first = pack.saes[0].point.train
-    source = StoreSource.open(job.storage, job.resolved.harvest_id, pack.hook, first)
-    members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in pack.saes]
+    # A pack that is tried again may have committed some of its SAEs before; those stand.
+    todo = [planned for planned in pack.saes if not job.storage.exists(layout.training(planned.id))]
     worker = PackWorker(job, pack)
     try:
-        results = train(members, source, worker)
-        for planned, result in zip(pack.saes, results, strict=True):
-            if isinstance(result, Diverged):
-                job.board.post("failed", planned.id, result.reason)
-            else:
-                write_trained(job.storage, planned, job.resolved, result, prepend_bos=job.prepend_bos)
-                job.board.post("trained", planned.id, result.history)
+        if todo:
+            source = StoreSource.open(job.storage, job.resolved.harvest_id, pack.hook, todo[0].point.train)
+            members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in todo]
+            for planned, result in zip(todo, train(members, source, worker), strict=True):
+                _commit(job, planned, result)
         worker.finish()
     finally:
         worker.close()
+
+
+def _commit(job: PackJob, planned: PlannedSae, result: Trained | Diverged) -> None:
+    if isinstance(result, Diverged):
+        job.board.post("failed", planned.id, result.reason)
+        return
+    device = "cuda" if job.slots.gpus else "cpu"
+    run = {"threads": job.slots.threads, "device": device, "trainer": job.trainer}
+    write_trained(job.storage, planned, job.resolved, result, prepend_bos=job.prepend_bos, run=run)
+    job.board.post("trained", planned.id, result.history)
 
 
 def run_pack_tries(job: PackJob, pack: Pack) -> None:
@@ -119,26 +141,54 @@ def run_pack_tries(job: PackJob, pack: Pack) -> None:
             run_pack(job, pack)
             return
         except Exception as error:
-            known = own_error(error)
-            reason = str(known) if known is not None else traceback.format_exception_only(error)[-1].strip()
+            reason = _reason(error)
             job.board.post("retry", pack.id, f"try {attempt} of {tries}: {reason}")
-            last = reason
+            if attempt == tries or isinstance(error, UserError):  # wrong input is wrong every time
+                _fail(job, pack, reason)
+                return
+
+
+def _fail(job: PackJob, pack: Pack, reason: str) -> None:
     for planned in pack.saes:
-        job.board.post("failed", planned.id, last)
+        if not job.storage.exists(layout.training(planned.id)):
+            job.board.post("failed", planned.id, reason)
+
+
+def _reason(error: Exception) -> str:
+    known = own_error(error)
+    return str(known) if known is not None else traceback.format_exception_only(error)[-1].strip()
 
 
 def pack_trial(config: dict[str, Any], job: PackJob) -> None:
     """A Tune trial: one pack."""
     pack = job.packs[config["pack"]]
-    if job.trainer == "inline":
-        run_pack_tries(job, pack)
-    else:
-        _in_torch_trainer(job, pack)
+    try:
+        if not _may_start(job, pack):
+            _fail(job, pack, f"its process died {MAX_DEATHS} times without a new checkpoint")
+        elif job.trainer == "inline":
+            run_pack_tries(job, pack)
+        else:
+            _in_torch_trainer(job, pack)
+    except Exception as error:  # Tune would try it again for ever, and say nothing
+        _fail(job, pack, _reason(error))
     tune.report({"pack": config["pack"]})
+
+
+def _may_start(job: PackJob, pack: Pack) -> bool:
+    """Count starts of a pack without a newer checkpoint: what dies again and again at one place is not started on."""
+    newest = PackWorker(job, pack).newest()
+    before = job.board.exchange(f"starts {pack.id}", None) or {"step": -1, "starts": 0}
+    starts = before["starts"] + 1 if before["step"] == newest else 1
+    job.board.exchange(f"starts {pack.id}", {"step": newest, "starts": starts})
+    return starts <= MAX_DEATHS
 
 
 def _in_torch_trainer(job: PackJob, pack: Pack) -> None:
     """The same loop in a Ray Train worker; Train starts a lost worker again, and the pack resumes from the store."""
+    # A trial that was killed leaves its worker and the worker's resources behind; both must go before another starts.
+    left = job.board.exchange(f"group {pack.id}", None)
+    if left is not None:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(left)))
     with tempfile.TemporaryDirectory(prefix="midiscover-train-") as folder:
         TorchTrainer(
             _train_worker,
@@ -157,7 +207,11 @@ def _in_torch_trainer(job: PackJob, pack: Pack) -> None:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    run_pack_tries(config["job"], config["pack"])
+    job, pack = config["job"], config["pack"]
+    group = get_current_placement_group()
+    if group is not None:
+        job.board.exchange(f"group {pack.id}", group.id.hex())
+    run_pack_tries(job, pack)
 
 
 def run_packs(job: PackJob) -> None:

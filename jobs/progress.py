@@ -17,7 +17,7 @@ class Bars:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False)
         self.live: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.plain: dict[str, _Line] = {}
@@ -28,7 +28,7 @@ class Bars:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
             )

@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 from jobs.board import Event
 from jobs.progress import Bars
 from midiscover.errors import TrackingError
-from midiscover.ids import hook_label
+from midiscover.ids import hook_label, sparsity_label
 from midiscover.resolve import Pack
 from midiscover.store import layout
 from midiscover.store.storage import Storage
@@ -28,19 +28,32 @@ FLUSH_SECONDS = 5.0
 class Recorder:
     """Handles the events of a sweep's packs."""
 
-    def __init__(self, sweep_id: str, tracker: Tracker, storage: Storage, bars: Bars, packs: Sequence[Pack]) -> None:
+    def __init__(self, sweep_id: str, tracker: Tracker, storage: Storage, bars: Bars) -> None:
         self.sweep_id, self.tracker, self.storage, self.bars = sweep_id, tracker, storage, bars
-        self.names = {pack.id: f"{hook_label(pack.hook)} x{len(pack.saes)}" for pack in packs}
+        self.names: dict[str, str] = {}
+        self.furthest: dict[str, int] = {}
         self.failures: dict[str, str] = {}
         self.points: dict[str, dict[str, list[float]]] = {}
         self.flushed = time.monotonic()
         self.tracking = True
 
-    def on_event(self, event: Event) -> None:
-        """One event of the board."""
+    def name_packs(self, packs: Sequence[Pack]) -> None:
+        """Give each pack the name of its line: hook, sparsities and, where another pack has the same, its id."""
+        for pack in packs:
+            label = "/".join(sparsity_label(sae.point.sae) for sae in pack.saes)
+            name = f"{hook_label(pack.hook)} {label}"
+            self.names[pack.id] = f"{name} {pack.id}" if name in self.names.values() else name
+
+    def on_event(self, event: Event) -> bool:
+        """One event of the board; whether it is a step forward."""
         match event.kind:
             case "pack":
                 self._progress(event.key, event.data)
+                further = event.data.step > self.furthest.get(event.key, -1)
+                self.furthest[event.key] = max(event.data.step, self.furthest.get(event.key, -1))
+                return further
+            case "resumed":
+                self.bars.say(f"{self.names.get(event.key, event.key)}: resumed at step {event.data}")
             case "trained":
                 self.points.pop(event.key, None)
                 self.track(lambda tracker: tracker.record_steps(event.key, event.data))
@@ -52,6 +65,7 @@ class Recorder:
                 self.bars.say(f"{event.key} failed: {event.data}")
             case "retry":
                 self.bars.say(f"{self.names.get(event.key, event.key)}: {event.data}")
+        return event.kind in ("trained", "failed")
 
     def track(self, write: Callable[[Tracker], None]) -> None:
         """One write to the tracker; the first that fails is said, and the rest are left out."""

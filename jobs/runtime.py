@@ -9,16 +9,19 @@ import logging
 import math
 import os
 import secrets
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 
 from midiscover.config import ResourcesConfig
-from midiscover.errors import MiDiscoverError, StageError
+from midiscover.errors import MiDiscoverError, StageError, TrackingError
 
 LOCAL_LOGICAL_CPUS = 4
 """Least CPUs a local Ray claims to have: with fewer, a stage's actors and its driver tasks wait for each other."""
@@ -26,15 +29,30 @@ OBJECT_STORE_BYTES = 200 * 2**20
 """Only manifest rows pass through the object store."""
 
 
+class Node(NamedTuple):
+    """What one machine offers."""
+
+    cpus: float
+    gpus: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """What Ray has, summed over its nodes."""
+    """What Ray has, node by node; nodes that run no work (a head with 0 CPUs) are left out."""
 
     local: bool
-    cpus: int
-    """Real cores here; Ray's CPUs on a cluster."""
-    gpus: int
-    nodes: int
+    cores: int
+    """Real cores of this machine; of the smallest node on a cluster."""
+    nodes: tuple[Node, ...]
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+    def fits(self, cpus: float, gpus: float) -> int:
+        """How many workers that take so much find a place at once; a worker never spans two nodes."""
+        return sum(_places(node, cpus, gpus) for node in self.nodes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,28 +69,50 @@ class Slots:
 def ray_session() -> Iterator[Cluster]:
     """Join or start Ray; ends only what it started."""
     address = os.environ.get("RAY_ADDRESS")
+    signal.signal(signal.SIGTERM, terminate)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    with _silent_start():
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray.init(
-                address="local",
-                num_cpus=max(cores(), LOCAL_LOGICAL_CPUS),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
-            )
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options = {
+            "address": "local",
+            "num_cpus": max(cores(), LOCAL_LOGICAL_CPUS),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     try:
-        have = ray.cluster_resources()
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        cpus = int(have.get("CPU", 0)) if address else cores()
-        yield Cluster(local=not address, cpus=cpus, gpus=int(have.get("GPU", 0)), nodes=nodes)
+        with _silent_start():
+            ray.init(**options, **quiet)
+    except Exception as error:  # Ray raises its own and plain ones
+        ray.shutdown()
+        last = str(error).strip().splitlines()[-1]
+        raise StageError(f"Ray did not start: {last} Run the same command again; it continues.") from error
+    # Ray puts its own handler in place, which aborts the process and leaves the tracker saying "running".
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield _cluster(local=not address)
     finally:
         ray.shutdown()
+
+
+def _cluster(*, local: bool) -> Cluster:
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(Node(have.get("CPU", 0), have.get("GPU", 0)) for have in resources if have.get("CPU", 0) >= 1)
+    if not nodes:
+        raise StageError("Ray has no node with a CPU to work on; add a worker node.")
+    if len(resources) > 1 and not os.environ.get("MIDISCOVER_DATABASE_URL"):
+        raise TrackingError(
+            "A Ray of several nodes needs a database that all can rely on: set MIDISCOVER_DATABASE_URL to a "
+            "PostgreSQL, such as postgresql://user:password@host/midiscover."
+        )
+    return Cluster(local=local, cores=cores() if local else int(min(node.cpus for node in nodes)), nodes=nodes)
+
+
+def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM ends a driver as Ctrl-C does: what is committed is kept, and the tracker is told."""
+    raise SystemExit(143)
 
 
 @contextmanager
@@ -97,36 +137,58 @@ def cores() -> int:
 def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:
     """Language-model actors: one per GPU share, or one per node on CPU with all its cores."""
     if cluster.gpus:
-        count = resources.harvest_actors or max(1, int(cluster.gpus / resources.gpus_per_actor))
-        return _checked("harvest", Slots(count=count, cpus=1, gpus=resources.gpus_per_actor, threads=1))
-    count = resources.harvest_actors or cluster.nodes
-    threads = resources.threads or max(1, cluster.cpus // count)
-    # One logical CPU less than the cores: a stage of actors that hold every CPU can't start its own tasks.
-    cpus = 1 if cluster.local else max(1, min(threads, cluster.cpus // count - 1))
-    return _checked("harvest", Slots(count=count, cpus=cpus, gpus=0, threads=threads))
+        most = cluster.fits(1, resources.gpus_per_actor)
+        count = resources.harvest_actors or max(1, most)
+        return _checked("harvest", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_actor, threads=1))
+    count = resources.harvest_actors or len(cluster.nodes)
+    per_node = math.ceil(count / len(cluster.nodes))
+    threads = resources.threads or max(1, cluster.cores // per_node)
+    return _checked("harvest", cluster, Slots(count=count, cpus=_cpus(cluster, threads), gpus=0, threads=threads))
 
 
 def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slots:
-    """Packs at once. On CPU the number that leaves no core idle at the end: 3 equal packs on 2 cores run one by one."""
+    """Packs at once. On CPU the number that ends soonest: 3 equal packs on 2 cores run one after another.
+
+    Threads are taken to speed a pack up by their number to the power 0.9.
+    """
     if cluster.gpus:
-        count = max(1, min(packs, int(cluster.gpus / resources.gpus_per_pack)))
-        return _checked("sweep", Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1))
-    most = min(packs, cluster.cpus if resources.threads is None else max(1, cluster.cpus // resources.threads))
-    count = min(range(1, most + 1), key=lambda n: (math.ceil(packs / n) * n / packs, -n))
-    threads = resources.threads or max(1, cluster.cpus // count)
-    cpus = 1 if cluster.local else max(1, min(threads, cluster.cpus // count - 1))
-    return _checked("sweep", Slots(count=count, cpus=cpus, gpus=0, threads=threads))
+        count = max(1, min(packs, cluster.fits(1, resources.gpus_per_pack)))
+        return _checked("sweep", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1))
+    nodes = len(cluster.nodes)
+    most = max(1, cluster.cores // (resources.threads or 1))
+
+    def seconds(per_node: int) -> float:
+        threads = resources.threads or cluster.cores // per_node
+        return math.ceil(packs / (per_node * nodes)) / threads**0.9
+
+    per_node = min(range(1, most + 1), key=lambda n: (seconds(n), n))
+    threads = resources.threads or max(1, cluster.cores // per_node)
+    count = min(packs, per_node * nodes)
+    return _checked("sweep", cluster, Slots(count=count, cpus=_cpus(cluster, threads), gpus=0, threads=threads))
 
 
-def _checked(stage: str, slots: Slots) -> Slots:
+def _cpus(cluster: Cluster, threads: int) -> int:
+    """CPUs that a worker of so many threads asks Ray for; one stays free on each node for Ray's own tasks."""
+    return 1 if cluster.local else max(1, min(threads, cluster.cores - 1))
+
+
+def _places(node: Node, cpus: float, gpus: float) -> int:
+    places = int(node.cpus / cpus + 1e-9)
+    if gpus:
+        # A share never spans two cards: 0.6 of a GPU fits once on each.
+        places = min(places, int(node.gpus) * int(1 / gpus + 1e-9))
+    return places
+
+
+def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
     """Refuse what would wait for ever: Ray schedules nothing that does not fit, and says nothing."""
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    need_cpus = slots.count * slots.cpus + 1
-    if need_cpus > cpus or slots.count * slots.gpus > gpus:
+    fits = cluster.fits(slots.cpus, slots.gpus)
+    spare = sum(node.cpus for node in cluster.nodes) - slots.count * slots.cpus
+    if fits < slots.count or spare < 1:
+        have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in cluster.nodes)
         raise StageError(
-            f"The {stage} needs {need_cpus:g} CPUs and {slots.count * slots.gpus:g} GPUs at once, and Ray has {cpus:g} "
-            f"and {gpus:g}. Add nodes, or lower resources.harvest_actors, resources.threads or the GPU shares."
+            f"The {stage} needs {slots.count} workers of {slots.cpus:g} CPUs and {slots.gpus:g} GPUs and one CPU more; "
+            f"Ray's nodes have {have}. Add nodes, or lower resources.harvest_actors, resources.threads or the GPU shares."
         )
     return slots
 

@@ -7,14 +7,12 @@ step finds its committed results and does only the rest, so the same line contin
 from __future__ import annotations
 
 import hashlib
-import signal
 import time
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from jobs.board import Event, watched
 from jobs.evaluation import evaluate_hooks, splice_passes
-from jobs.harvest import ensure_corpus, harvest, missing_spans
+from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.packs import PackJob, run_packs
 from jobs.progress import Bars
 from jobs.recorder import Recorder
@@ -25,7 +23,7 @@ from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError
 from midiscover.launch import Prepared, parse_job, prepare
 from midiscover.report import write_report
-from midiscover.resolve import PlannedSae, make_packs
+from midiscover.resolve import PlannedSae, auto_pack_size, make_packs
 from midiscover.results import Results, sae_results
 from midiscover.saes import commit_record, dump, harvest_lineage, read_json
 from midiscover.store import layout
@@ -39,9 +37,7 @@ class SweepRun:
         self.resolved, self.storage = prepared.resolved, prepared.storage
         self.id = self.resolved.sweep_id
         self.began = time.monotonic()
-        self.run_facts: dict[str, Any] = {}
-        packs = make_packs(self.resolved.saes, None, {sae.id for sae in self.resolved.saes})
-        self.recorder = Recorder(self.id, prepared.tracker, self.storage, bars, packs)
+        self.recorder = Recorder(self.id, prepared.tracker, self.storage, bars)
 
     def run(self) -> Results:
         """Do what is missing; returns what the sweep found."""
@@ -52,6 +48,7 @@ class SweepRun:
             if missing_spans(self.resolved, corpus, self.storage) or self._untrained() or self._unmeasured():
                 with ray_session() as cluster:
                     harvest(self.prepared, corpus, cluster, self.bars)
+                    commit_manifests(self.resolved, corpus, self.storage)
                     self._train(corpus, cluster)
                     self._evaluate(cluster)
             self._commit()
@@ -93,8 +90,9 @@ class SweepRun:
         """--force: the SAEs of this sweep are made anew; corpus and blocks stay."""
         for sae in self.resolved.saes:
             keys = self.storage.list(layout.sae_folder(sae.id))
-            # The record goes first: what has none does not exist, whatever happens next.
-            for key in sorted(keys, key=lambda key: not key.endswith("/record.json")):
+            # What makes others believe in the rest goes first: the record, then the word that it is trained.
+            first = [layout.record(sae.id), layout.training(sae.id)]
+            for key in [*first, *(key for key in keys if key not in first)]:
                 self.storage.delete(key)
         for key in self.storage.list(layout.sweep_folder(self.id)):
             self.storage.delete(key)
@@ -120,13 +118,13 @@ class SweepRun:
     def _train(self, corpus: CorpusManifest, cluster: Cluster) -> None:
         resources = self.resolved.config.resources
         missing = self._untrained()
-        packs = make_packs(self.resolved.saes, resources.pack_size, {sae.id for sae in missing})
+        packs = make_packs(self.resolved.saes, self._pack_size(cluster), {sae.id for sae in missing})
         if not packs:
             self.bars.say("every SAE of the grid is trained")
             return
+        self.recorder.name_packs(packs)
         slots = pack_slots(cluster, resources, len(packs))
         trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if cluster.gpus else "inline")
-        self.run_facts = {"threads": slots.threads, "device": "cuda" if slots.gpus else "cpu", "trainer": trainer}
         for sae in missing:
             self.recorder.track(lambda tracker, sae=sae: tracker.sae_status(sae.id, "training"))
         with watched("sweep", self.recorder.on_event, stall_seconds=resources.stall_seconds) as board:
@@ -142,6 +140,16 @@ class SweepRun:
                 )
             )
 
+    def _pack_size(self, cluster: Cluster) -> int | None:
+        """SAEs at most in a pack. The first run of a sweep decides, so that later ones find its checkpoints."""
+        resources = self.resolved.config.resources
+        key = layout.sweep_file(self.id, "packs.json")
+        if resources.pack_size is not None:
+            return resources.pack_size
+        size = auto_pack_size(self.resolved.saes, int(cluster.fits(1, resources.gpus_per_pack)) if cluster.gpus else 1)
+        self.storage.create(key, dump({"v": 1, "pack_size": size}))
+        return (read_json(self.storage, key) or {})["pack_size"]
+
     def _evaluate(self, cluster: Cluster) -> None:
         groups: dict[str, list[PlannedSae]] = {}
         for sae in self._unmeasured():
@@ -152,10 +160,12 @@ class SweepRun:
         total = splice_passes(groups) * config.evaluate.ce_tokens
         done = 0
 
-        def on_event(event: Event) -> None:
+        def on_event(event: Event) -> bool:
             nonlocal done
-            done += event.data
-            self.bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
+            if event.kind == "spliced":
+                done += event.data
+                self.bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
+            return done <= 2 * total
 
         slots = model_slots(cluster, config.resources)
         with watched("evaluation", on_event, stall_seconds=config.resources.stall_seconds) as board:
@@ -170,7 +180,7 @@ class SweepRun:
             metrics = evaluation["metrics"]
             record = read_json(self.storage, layout.record(sae.id))
             if record is None:
-                record = commit_record(self.storage, sae, self.resolved, metrics=metrics, run=self.run_facts)
+                record = commit_record(self.storage, sae, self.resolved, metrics=metrics)
             training = read_json(self.storage, layout.training(sae.id)) or {}
             self.recorder.track(lambda tracker, record=record: tracker.record_sae(record))
             self.recorder.track(
@@ -226,13 +236,8 @@ def _annotate(tracker: Any, sweep_id: str, note: str | None, tags: tuple[str, ..
     tracker.annotate(sweep_id, note, add_tags=tags)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(143)
-
-
 def main(argv: list[str]) -> int:
     """Run the sweep and print its table; 1 where an SAE failed."""
-    signal.signal(signal.SIGTERM, _terminate)
     began = time.monotonic()
     prepared = prepare(parse_job("sweep", argv))
     with Bars("sweep") as bars:

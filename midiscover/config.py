@@ -75,7 +75,7 @@ class HarvestConfig:
     block_tokens: int = 12_288
     """Rows of a block, the unit that is written, verified and redone; 63 MB of bfloat16 at d_in 2,560."""
     batch_tokens: int | None = None
-    """Tokens per forward pass; halved on out-of-memory. null: 4,096 on CPU, from free memory on a GPU."""
+    """Tokens per forward pass, at most a block; halved on out-of-memory. null: 4,096 on CPU, by free memory on a GPU."""
     mask_first: bool = True
     """Leave the first position of each window out of training: an attention sink, whatever its token."""
     outlier_norm: float = 10.0
@@ -209,7 +209,7 @@ class ResourcesConfig:
     gpus_per_actor: float = 1.0
     """GPU share of a language-model actor, where there are GPUs."""
     pack_size: int | None = None
-    """SAEs at most in a pack; null: fills the devices. 1 is the plain grid."""
+    """SAEs at most in a pack; null: all that read one hook, or fewer where GPUs would stay idle. 1: the plain grid."""
     gpus_per_pack: float = 1.0
     """GPU share of a pack, where there are GPUs."""
     threads: int | None = None

@@ -20,6 +20,7 @@ from midiscover.config import HarvestConfig
 from midiscover.corpus import Corpus
 from midiscover.errors import StageError
 from midiscover.lm import LanguageModel
+from midiscover.store import layout
 from midiscover.store.blocks import Mask, commit_block, commit_tokens
 from midiscover.store.manifest import BlockRow, BlockSpan
 from midiscover.store.storage import Storage
@@ -28,6 +29,7 @@ MAX_NONFINITE_SHARE = 0.001
 CPU_BATCH_TOKENS = 4096
 """Fixed on CPU: the last bits of a matrix product depend on the batch's shape, and blocks are promised bit for bit."""
 GPU_BATCH_TOKENS = 16_384
+MAX_WRITERS = 8
 OPEN_SPANS = 2
 """Spans whose blocks wait for the writer; bounds host memory."""
 
@@ -141,13 +143,19 @@ class Harvester:
         return stop
 
     def _write(self, span: BlockSpan, computed: _Computed) -> dict[str, BlockRow]:
-        commit_tokens(self.storage, self.job.harvest_id, span, computed.ids)
-        rows: dict[str, BlockRow] = {}
-        for hook, acts in computed.acts.items():
-            mask = row_mask(computed.codes, computed.norms[hook], self.job.config.outlier_norm)
-            self._refuse_nonfinite(hook, span, mask)
-            rows[hook] = commit_block(self.storage, self.job.harvest_id, hook, span, acts, computed.norms[hook], mask)
-        return rows
+        if not self.storage.exists(layout.block_marker(self.job.harvest_id, layout.TOKENS, span.index)):
+            commit_tokens(self.storage, self.job.harvest_id, span, computed.ids)
+        # A GPU outruns one thread that hashes and writes; a CPU has no core to spare for more.
+        threads = min(len(computed.acts), MAX_WRITERS) if self.model.device.type == "cuda" else 1
+        with ThreadPoolExecutor(threads) as pool:
+            rows = pool.map(lambda hook: self._write_hook(span, hook, computed), computed.acts)
+            return dict(zip(computed.acts, rows, strict=True))
+
+    def _write_hook(self, span: BlockSpan, hook: str, computed: _Computed) -> BlockRow:
+        norm = computed.norms[hook]
+        mask = row_mask(computed.codes, norm, self.job.config.outlier_norm)
+        self._refuse_nonfinite(hook, span, mask)
+        return commit_block(self.storage, self.job.harvest_id, hook, span, computed.acts[hook], norm, mask)
 
     def _refuse_nonfinite(self, hook: str, span: BlockSpan, mask: Tensor) -> None:
         bad = (mask == Mask.NONFINITE).nonzero().flatten()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, SaeConfig, SaePoint
@@ -30,18 +30,27 @@ def fingerprint(stage: str, version: int, fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
+def _settings(config: Any) -> dict[str, Any]:
+    """A dataclass as plain data; a whole number where a field is a float counts as that float."""
+    values = asdict(config)
+    for item in fields(config):
+        if item.type == "float" and values[item.name] is not None:
+            values[item.name] = float(values[item.name])
+    return values
+
+
 def corpus_id(corpus: CorpusConfig, *, source_digest: str, tokenizer_digest: str) -> str:
     """Id of token windows: the text, the tokenizer, and how the text was cut, split and mixed."""
     names = ("text_field", "max_samples", "max_tokens", "context_size", "held_out", "prepend_bos", "seed")
-    fields: dict[str, Any] = {name: getattr(corpus, name) for name in names}
+    given: dict[str, Any] = {name: getattr(corpus, name) for name in names}
     if corpus.subset is not None or corpus.split != "train":
-        fields |= {"subset": corpus.subset, "split": corpus.split}
-    return "c." + fingerprint("corpus", 1, fields | {"source": source_digest, "tokenizer": tokenizer_digest})
+        given |= {"subset": corpus.subset, "split": corpus.split}
+    return "c." + fingerprint("corpus", 1, given | {"source": source_digest, "tokenizer": tokenizer_digest})
 
 
 def harvest_id(model: ModelConfig, harvest: HarvestConfig, *, model_digest: str, corpus: str) -> str:
     """Id of activation blocks. Hooks are not in it: a further hook of the same model and text harvests only itself."""
-    fields = {
+    given = {
         "model": model_digest,
         "dtype": model.dtype,
         "attention": model.attention,
@@ -50,7 +59,7 @@ def harvest_id(model: ModelConfig, harvest: HarvestConfig, *, model_digest: str,
         "mask_first": harvest.mask_first,
         "outlier_norm": harvest.outlier_norm,
     }
-    return "h." + fingerprint("harvest", 1, fields)
+    return "h." + fingerprint("harvest", 1, given)
 
 
 def hook_layer(hook: str) -> int | None:
@@ -77,17 +86,17 @@ def sparsity_label(sae: SaeConfig) -> str:
 def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
     """`l16.mlp-fc2.standard-20480.l1-3.<hash>`, known before training."""
     skip = {"expansion_factor", "d_sae"}
-    settings = {k: v for k, v in asdict(point.sae).items() if k not in skip and v is not None}
+    settings = {k: v for k, v in _settings(point.sae).items() if k not in skip and v is not None}
     d_sae = point.sae.width(d_in)
-    train = {k: v for k, v in asdict(point.train).items() if k not in ("report_every", "checkpoint_every")}
-    fields = {"harvest": harvest, "hook": point.hook, "d_sae": d_sae, "sae": settings, "train": train}
+    train = {k: v for k, v in _settings(point.train).items() if k not in ("report_every", "checkpoint_every")}
+    given = {"harvest": harvest, "hook": point.hook, "d_sae": d_sae, "sae": settings, "train": train}
     sparsity = sparsity_label(point.sae).replace(" ", "-")
-    return f"{hook_label(point.hook)}.{point.sae.kind}-{d_sae}.{sparsity}.{fingerprint('sae', 1, fields)}"
+    return f"{hook_label(point.hook)}.{point.sae.kind}-{d_sae}.{sparsity}.{fingerprint('sae', 1, given)}"
 
 
 def evaluation_id(evaluate: EvaluateConfig) -> str:
     """Id of how an SAE is measured; a change measures anew and trains nothing."""
-    return "e." + fingerprint("evaluation", 1, asdict(evaluate))
+    return "e." + fingerprint("evaluation", 1, _settings(evaluate))
 
 
 def sweep_id(name: str, sae_ids: Sequence[str], evaluation: str) -> str:

@@ -21,6 +21,7 @@ from midiscover.errors import ConfigError
 from midiscover.resolve import Resolved, resolve
 from midiscover.store.storage import Storage, open_store, store_uri
 from midiscover.tracking import Tracker
+from midiscover.tracking.engine import VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +120,10 @@ def prepare(args: JobArgs) -> Prepared:
     config = load_config(find_config(args.config), args.overrides)
     # A bucket is asked before the model is looked up, a folder is made after: wrong input leaves nothing behind.
     bucket = open_store(args.store) if "://" in store_uri(args.store) else None
+    if bucket is not None and not os.environ.get(VARIABLE):
+        Tracker.for_store(bucket)  # refuses: a bucket holds no SQLite
+    if os.environ.get(VARIABLE):
+        Tracker.open(os.environ[VARIABLE]).close()  # asked before a folder is made
     resolved = resolve(config)
     storage = bucket or open_store(args.store)
     return Prepared(args=args, resolved=resolved, storage=storage, tracker=Tracker.for_store(storage))

@@ -5,6 +5,7 @@ Every driver and `midiscover config` begin here, so that what is shown is what r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,11 @@ def resolve(config: RunConfig) -> Resolved:
     model = resolve_model(config.model)
     table = hook_table(model, context_size=config.corpus.context_size)
     table.require_attention(config.model.attention)
+    if table.context_length is not None and config.corpus.context_size > table.context_length:
+        raise ConfigError(
+            f"corpus.context_size is {config.corpus.context_size}, and {table.model} reads at most "
+            f"{table.context_length} tokens; lower it."
+        )
     hooks = {hook: table.require(hook).d_in for hook in config.harvest.hooks}
     source = resolve_source(config.corpus)
     corpus = ids.corpus_id(config.corpus, source_digest=source.digest, tokenizer_digest=model.tokenizer_digest)
@@ -94,6 +100,15 @@ def resolve(config: RunConfig) -> Resolved:
         hooks=hooks,
         saes=saes,
     )
+
+
+def auto_pack_size(saes: Sequence[PlannedSae], slots: int) -> int | None:
+    """SAEs at most in a pack so that `slots` devices have work; None where whole groups are enough for them."""
+    groups = make_packs(saes, None, {sae.id for sae in saes})
+    if len(groups) >= slots:
+        return None
+    parts = math.ceil(slots / len(groups))
+    return math.ceil(max(len(pack.saes) for pack in groups) / parts)
 
 
 def make_packs(saes: Sequence[PlannedSae], pack_size: int | None, missing: Collection[str]) -> list[Pack]:

@@ -80,9 +80,18 @@ def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bo
 
 
 def write_trained(
-    storage: Storage, planned: PlannedSae, resolved: Resolved, trained: Trained, *, prepend_bos: bool
+    storage: Storage,
+    planned: PlannedSae,
+    resolved: Resolved,
+    trained: Trained,
+    *,
+    prepend_bos: bool,
+    run: Mapping[str, Any],
 ) -> None:
-    """Write weights and cfg.json, then training.json, which says that this SAE is trained."""
+    """Write weights and cfg.json, then training.json, which says that this SAE is trained.
+
+    run: where it was trained (threads, device, trainer), kept in the record's lineage.
+    """
     weights = save(trained.weights)
     cfg = saelens_cfg(planned, resolved, trained.sae, prepend_bos=prepend_bos)
     storage.write(layout.sae_file(planned.id, WEIGHTS), weights)
@@ -97,6 +106,7 @@ def write_trained(
         "dead_in_window": trained.dead_in_window,
         "normalisation": {"scale": trained.scale, "mean_norm": planned.d_in**0.5 / trained.scale},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "run": dict(run),
     }
     storage.create(layout.training(planned.id), dump(training))
 
@@ -117,7 +127,6 @@ def commit_record(
     resolved: Resolved,
     *,
     metrics: Mapping[str, Any],
-    run: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write record.json, the last file of an SAE, and return the record that stands (another writer's, if first)."""
     training = read_json(storage, layout.training(planned.id))
@@ -152,7 +161,7 @@ def commit_record(
         "evaluate": to_tree(resolved.config.evaluate),
         "evaluation_id": resolved.evaluation_id,
         "metrics": dict(metrics) | {"dead_in_window_share": training["dead_in_window"]},
-        "lineage": harvest_lineage(resolved) | {"seed": train.seed} | dict(run),
+        "lineage": harvest_lineage(resolved) | {"seed": train.seed} | training["run"],
         "files": files,
         "seconds": training["seconds"],
         "owner": lineage.owner(),
@@ -256,6 +265,14 @@ def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
     except SafetensorError as error:
         raise CorruptError(f"{WEIGHTS} in {storage.uri}/{folder} can't be read: {error}.") from None
     module = make_sae(_config_of(cfg), cfg["d_in"], cfg["d_sae"])
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        # Selection is by pre-activation times decoder norm; with that in the encoder the rows have unit norm.
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights |= {
+            "W_enc": weights["W_enc"] * norms,
+            "b_enc": weights["b_enc"] * norms,
+            "W_dec": weights["W_dec"] / norms[:, None],
+        }
     module.load_state_dict(weights)
     return LoadedSae(module=module.to(device).eval().requires_grad_(False), cfg=cfg, record=record)
 

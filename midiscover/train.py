@@ -185,6 +185,11 @@ class _Loop:
                     self._record(slot, losses, step)
                 slot.seconds += time.perf_counter() - began
             self._after(step, start)
+        if self.worker.device.type == "cuda":
+            # Kernels run behind the calls that launch them, so only the pack's time is known; members share it evenly.
+            torch.cuda.synchronize(self.worker.device)
+            for slot in self.slots:
+                slot.seconds = (time.monotonic() - self.started_at) / len(self.slots)
 
     def _reports(self, slot: _Slot, step: int) -> bool:
         return step % slot.member.train.report_every == 0 or step == self.steps - 1

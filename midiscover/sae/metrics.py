@@ -40,11 +40,12 @@ class MetricSums:
     @torch.no_grad()
     def update(self, x: Tensor, x_hat: Tensor, features: Tensor) -> None:
         """Add a batch: x, x_hat [tokens, d_in] raw, features [tokens, d_sae]."""
-        error = (x_hat.float() - x.float()).double().cpu()
-        x64 = x.double().cpu()
+        self._move(x.device)
+        error = (x_hat.float() - x.float()).double()
+        x64 = x.double()
         active = features > 0
         self.tokens += len(x)
-        self.fired += active.sum(0).cpu()
+        self.fired += active.sum(0)
         self.l0 += float(active.sum())
         squared, spread = error.pow(2).sum(-1), (x64 - self.mean).pow(2).sum(-1)
         self.residual += float(squared.sum())
@@ -55,12 +56,18 @@ class MetricSums:
         self.sum_error += error.sum(0)
         self.sum_sq += float(x64.pow(2).sum())
 
+    def _move(self, device: torch.device) -> None:
+        """Keep the sums where the batches are: converting them on the CPU would take longer than the SAE."""
+        if self.mean.device != device:
+            self.mean, self.fired = self.mean.to(device), self.fired.to(device)
+            self.sum_x, self.sum_error = self.sum_x.to(device), self.sum_error.to(device)
+
     def result(self) -> dict[str, Any]:
         """The metrics of record.json that need no language model. Call once, after the last batch."""
         n = max(self.tokens, 1)
         variance_x = self.sum_sq / n - float((self.sum_x / n).pow(2).sum())
         variance_error = self.residual / n - float((self.sum_error / n).pow(2).sum())
-        rate = self.fired.double() / n
+        rate = self.fired.cpu().double() / n
         return {
             "tokens": self.tokens,
             "l0": self.l0 / n,
@@ -76,7 +83,7 @@ class MetricSums:
 
     def log_sparsity(self) -> Tensor:
         """[d_sae] float32 log10(firing rate + 1e-10), SAELens' sparsity.safetensors."""
-        return torch.log10(self.fired.double() / max(self.tokens, 1) + 1e-10).float()
+        return torch.log10(self.fired.cpu().double() / max(self.tokens, 1) + 1e-10).float()
 
 
 def density(rate: Tensor) -> dict[str, Any]:

