@@ -188,7 +188,7 @@ def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
         have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in cluster.nodes)
         raise StageError(
             f"The {stage} needs {slots.count} workers of {slots.cpus:g} CPUs and {slots.gpus:g} GPUs and one CPU more; "
-            f"Ray's nodes have {have}. Add nodes, or lower resources.harvest_actors, resources.threads or the GPU shares."
+            f"Ray's nodes have {have}. Add nodes, or lower harvest_actors, threads or the GPU shares in resources."
         )
     return slots
 

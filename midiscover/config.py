@@ -75,7 +75,7 @@ class HarvestConfig:
     block_tokens: int = 12_288
     """Rows of a block, the unit that is written, verified and redone; 63 MB of bfloat16 at d_in 2,560."""
     batch_tokens: int | None = None
-    """Tokens per forward pass, at most a block; halved on out-of-memory. null: 4,096 on CPU, by free memory on a GPU."""
+    """Tokens per forward pass, at most a block; halved on out-of-memory. null: 4,096 on CPU, by its memory on a GPU."""
     mask_first: bool = True
     """Leave the first position of each window out of training: an attention sink, whatever its token."""
     outlier_norm: float = 10.0
