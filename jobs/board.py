@@ -80,7 +80,7 @@ def watched(stage: str, on_event: Callable[[Event], bool], *, stall_seconds: flo
     `on_event` ends the stage with that error.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = BoardActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # ray adds it
+    actor: Any = BoardActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # ray adds it
     watcher = _Watcher(stage, actor, on_event, stall_seconds)
     watcher.start()
     try:

@@ -23,6 +23,7 @@ from ray.data import ActorPoolStrategy
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, model_slots, own_error, ray_session, run_main
+from midiscover.config import Dtype
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
 from midiscover.errors import MiDiscoverError, StageError
 from midiscover.harvest import Harvester, HarvestJob
@@ -55,7 +56,7 @@ class ModelPlace:
     """How a language model is loaded in an actor."""
 
     identity: ModelIdentity
-    dtype: str
+    dtype: Dtype
     attention: str
     threads: int
     gpu: bool

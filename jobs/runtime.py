@@ -78,7 +78,7 @@ def ray_session() -> Iterator[Cluster]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options = {
             "address": "local",
-            "num_cpus": max(cores(), LOCAL_LOGICAL_CPUS),
+            "num_cpus": max(cores() + 1, LOCAL_LOGICAL_CPUS),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
@@ -143,7 +143,9 @@ def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:
     count = resources.harvest_actors or len(cluster.nodes)
     per_node = math.ceil(count / len(cluster.nodes))
     threads = resources.threads or max(1, cluster.cores // per_node)
-    return _checked("harvest", cluster, Slots(count=count, cpus=_cpus(cluster, threads), gpus=0, threads=threads))
+    return _checked(
+        "harvest", cluster, Slots(count=count, cpus=_cpus(cluster, threads, per_node), gpus=0, threads=threads)
+    )
 
 
 def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slots:
@@ -155,7 +157,7 @@ def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slot
         count = max(1, min(packs, cluster.fits(1, resources.gpus_per_pack)))
         return _checked("sweep", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1))
     nodes = len(cluster.nodes)
-    most = max(1, cluster.cores // (resources.threads or 1))
+    most = max(1, cluster.cores // (resources.threads or 1) - (0 if cluster.local else 1))
 
     def seconds(per_node: int) -> float:
         threads = resources.threads or cluster.cores // per_node
@@ -164,12 +166,14 @@ def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slot
     per_node = min(range(1, most + 1), key=lambda n: (seconds(n), n))
     threads = resources.threads or max(1, cluster.cores // per_node)
     count = min(packs, per_node * nodes)
-    return _checked("sweep", cluster, Slots(count=count, cpus=_cpus(cluster, threads), gpus=0, threads=threads))
+    return _checked(
+        "sweep", cluster, Slots(count=count, cpus=_cpus(cluster, threads, per_node), gpus=0, threads=threads)
+    )
 
 
-def _cpus(cluster: Cluster, threads: int) -> int:
-    """CPUs that a worker of so many threads asks Ray for; one stays free on each node for Ray's own tasks."""
-    return 1 if cluster.local else max(1, min(threads, cluster.cores - 1))
+def _cpus(cluster: Cluster, threads: int, per_node: int) -> int:
+    """CPUs that each of `per_node` workers asks Ray for; one stays free on each node for Ray's own tasks."""
+    return 1 if cluster.local else max(1, min(threads, (cluster.cores - 1) // per_node))
 
 
 def _places(node: Node, cpus: float, gpus: float) -> int:

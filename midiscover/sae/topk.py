@@ -50,13 +50,13 @@ class TopKSae(Sae):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        grad: Tensor | None = self.W_dec.grad
+        grad = self.W_dec.grad
         assert grad is not None
         grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     def saelens_fields(self) -> dict[str, Any]:
         # With unit decoder rows the rescaling changes nothing, and it makes SAELens' fold_W_dec_norm legal.

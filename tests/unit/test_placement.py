@@ -1,0 +1,61 @@
+"""How work is laid over nodes: what is asked for fits a node, and what does not fit is refused with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.runtime import Cluster, Node, model_slots, pack_slots
+from midiscover.config import ResourcesConfig
+from midiscover.errors import StageError
+
+
+def laptop(cores: int) -> Cluster:
+    return Cluster(local=True, cores=cores, nodes=(Node(max(cores + 1, 4), 0),))
+
+
+def cpu_nodes(count: int, cpus: int) -> Cluster:
+    return Cluster(local=False, cores=cpus, nodes=(Node(cpus, 0),) * count)
+
+
+def gpu_nodes(*gpus: int) -> Cluster:
+    return Cluster(local=False, cores=8, nodes=tuple(Node(8, n) for n in gpus))
+
+
+@pytest.mark.parametrize(
+    "cluster", [laptop(1), laptop(2), laptop(16), cpu_nodes(2, 4), cpu_nodes(4, 2), cpu_nodes(1, 64)]
+)
+@pytest.mark.parametrize("packs", [1, 2, 3, 5, 7, 40])
+def test_every_worker_finds_a_node_and_a_cpu_stays_free(cluster: Cluster, packs: int) -> None:
+    for slots in (pack_slots(cluster, ResourcesConfig(), packs), model_slots(cluster, ResourcesConfig())):
+        assert 1 <= slots.count <= cluster.fits(slots.cpus, slots.gpus)
+        assert slots.cpus <= max(node.cpus for node in cluster.nodes)
+        assert sum(node.cpus for node in cluster.nodes) - slots.count * slots.cpus >= 1
+        assert 1 <= slots.threads <= cluster.cores
+        per_node = -(-slots.count // len(cluster.nodes))
+        assert per_node * slots.threads <= cluster.cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "packs", "count", "threads"), [(2, 3, 1, 2), (2, 2, 2, 1), (4, 3, 1, 4), (8, 1, 1, 8)]
+)
+def test_packs_on_one_machine_end_soonest(cores: int, packs: int, count: int, threads: int) -> None:
+    slots = pack_slots(laptop(cores), ResourcesConfig(), packs)
+    by_hand = {n: -(-packs // n) / (cores // n) ** 0.9 for n in range(1, cores + 1)}
+    assert (
+        by_hand[slots.count if slots.count <= packs else packs] <= min(by_hand.values()) + 1e-9 or slots.count == packs
+    )
+    assert (slots.count, slots.threads) == (count, threads)
+
+
+def test_shares_of_a_gpu_never_span_two_cards() -> None:
+    resources = ResourcesConfig(gpus_per_actor=0.6, gpus_per_pack=0.25)
+    assert model_slots(gpu_nodes(3), resources).count == 3
+    assert pack_slots(gpu_nodes(1, 1), resources, packs=40).count == 8
+    assert pack_slots(gpu_nodes(1, 1), resources, packs=5).count == 5
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(StageError, match=r"The harvest needs 9 workers .*4 CPUs and 0 GPUs"):
+        model_slots(laptop(2), ResourcesConfig(harvest_actors=9))
+    with pytest.raises(StageError, match="needs 3 workers of 1 CPUs and 1 GPUs"):
+        model_slots(gpu_nodes(2), ResourcesConfig(harvest_actors=3))
