@@ -1,0 +1,192 @@
+"""phi-2 at its real shape with random weights: harvest of five hooks in one pass, then one SAE of 20,480 features.
+
+    python -m tests.bench.gpu_phi2                 # on a GPU
+    python -m tests.bench.gpu_phi2 --small         # the same program on a CPU, in seconds, to see that it runs
+
+Plain torch, no Ray, nothing downloaded. Prints tokens/s and the share of the bfloat16 matrix rate that this very device
+reaches in the same run; the harvest writes to a folder in memory (/dev/shm) where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PhiConfig, PhiForCausalLM
+
+from midiscover import tables
+from midiscover.config import HarvestConfig, StandardConfig, TopKConfig, TrainConfig
+from midiscover.harvest import Harvester, HarvestJob
+from midiscover.store.blocks import block_plan
+from midiscover.store.storage import open_store
+from midiscover.train import Member, Progress, train
+
+LAYERS = (8, 12, 16, 20, 24)
+
+
+class NoTokenizer:
+    """The harvest asks a tokenizer for its special tokens and for nothing else."""
+
+    all_special_ids = (50256,)
+
+
+class RandomCorpus:
+    """Windows of random token ids, in the shape of `midiscover.corpus.Corpus`."""
+
+    def __init__(self, windows: int, context_size: int, vocabulary: int) -> None:
+        self.manifest = self
+        self.context_size = context_size
+        self.ids = np.random.default_rng(0).integers(0, vocabulary, (windows, context_size), dtype=np.int32)
+
+    def windows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and document numbers [windows, context_size]."""
+        ids = self.ids[start:stop]
+        return ids, np.zeros_like(ids)
+
+
+class DeviceSource:
+    """Random activations that lie on the device, so that the steps alone are measured."""
+
+    def __init__(self, d_in: int, batch_size: int, steps: int, device: torch.device) -> None:
+        self.mean, self.scale, self.variance = torch.zeros(d_in), 1.0, float(d_in)
+        self.rows_per_epoch, self.batch_size, self.steps = batch_size * steps, batch_size, steps
+        self.rows = torch.randn(batch_size, d_in, device=device)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """The same rows again and again."""
+        for _ in range(start, self.steps):
+            yield self.rows
+
+
+class Worker:
+    """Keeps nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def load_checkpoint(self) -> bytes | None:
+        """No checkpoint."""
+        return None
+
+    def save_checkpoint(self, step: int, data: bytes) -> None:
+        """Not reached: the interval is longer than the run."""
+
+    def report(self, progress: Progress) -> None:
+        """Nobody looks."""
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`, the device's queue emptied before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def matrix_rate(device: torch.device, size: int) -> float:
+    """FLOP/s of bfloat16 products of random square matrices: the denominator of every share below."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    repeats = 20
+    return 2 * size**3 * repeats / timed(lambda: [a @ b for _ in range(repeats)], device)
+
+
+def model(small: bool, device: torch.device) -> tuple[object, PhiConfig]:
+    """A random PhiForCausalLM of phi-2's shape, wrapped as the harvest takes it."""
+    from midiscover.lm import LanguageModel
+    from midiscover.models import ModelIdentity
+
+    config = PhiConfig(
+        vocab_size=512 if small else 51_200,
+        hidden_size=64 if small else 2560,
+        intermediate_size=256 if small else 10_240,
+        num_hidden_layers=26 if small else 32,
+        num_attention_heads=4 if small else 32,
+        partial_rotary_factor=0.4,
+    )
+    config._attn_implementation = "sdpa"
+    with torch.device(device):
+        made = PhiForCausalLM(config).to(torch.bfloat16)
+    identity = ModelIdentity(name="random phi-2", digest="0", tokenizer_digest="0")
+    return LanguageModel(identity, made, NoTokenizer()), config  # type: ignore[arg-type]  # see NoTokenizer
+
+
+def flops_per_token(config: PhiConfig, layers: int, context_size: int) -> float:
+    """Linear layers and causal attention of `layers` layers, the last without its attention's output."""
+    d, f = config.hidden_size, config.intermediate_size
+    return layers * (2 * (4 * d * d + 2 * d * f) + 2 * context_size * d)
+
+
+def harvest_row(small: bool, tokens: int, context_size: int, device: torch.device, peak: float) -> tuple[str, ...]:
+    """Tokens/s of the harvest of five hooks, after one span to warm up."""
+    lm, config = model(small, device)
+    hooks = {f"model.layers.{layer}.mlp.fc2": config.hidden_size for layer in LAYERS}
+    settings = HarvestConfig(hooks=tuple(hooks), block_tokens=24 * context_size)
+    windows = max(48, tokens // context_size)
+    corpus = RandomCorpus(windows, context_size, min(50_000, config.vocab_size))
+    spans = block_plan(windows, 0, context_size=context_size, block_tokens=settings.block_tokens)
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        job = HarvestJob(harvest_id="h.bench", hooks=hooks, config=settings)
+        harvester = Harvester(job, lm, corpus, open_store(folder))  # type: ignore[arg-type]  # stand-ins of this bench
+        list(harvester.run([(spans[0], list(hooks))]))
+        rest = [(span, list(hooks)) for span in spans[1:]]
+        seconds = timed(lambda: list(harvester.run(rest)), device)
+    rate = sum(span.stop_window - span.start_window for span, _ in rest) * context_size / seconds
+    share = rate * flops_per_token(config, max(LAYERS) + 1, context_size) / peak
+    return "harvest, 5 hooks, written", f"{rate:,.0f}", f"{100 * share:.0f} %", "goal 50 %"
+
+
+def pack_row(kind: str, small: bool, steps: int, device: torch.device, peak: float) -> tuple[str, ...]:
+    """Tokens/s of one SAE's whole steps: forward, backward, clip, Adam."""
+    d_in, d_sae, batch = (64, 512, 256) if small else (2560, 20_480, 4096)
+    config = StandardConfig(d_sae=d_sae) if kind == "standard" else TopKConfig(d_sae=d_sae, k=64)
+    settings = TrainConfig(batch_size=batch, dtype="bfloat16", report_every=10**6, checkpoint_every=1e9)
+    member = Member(id=kind, config=config, train=settings, d_sae=d_sae)
+
+    def run(count: int) -> None:
+        train([member], DeviceSource(d_in, batch, count, device), Worker(device))
+
+    run(3)
+    # Two lengths: making the SAE and folding it at the end cost the same in both and fall out.
+    seconds = timed(lambda: run(steps + 5), device) - timed(lambda: run(5), device)
+    rate = steps * batch / seconds
+    share = rate * 10 * d_in * d_sae / peak
+    return f"{kind} {d_sae:,} features, batch {batch:,}", f"{rate:,.0f}", f"{100 * share:.0f} %", "dense: 10 d_in d_sae"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a toy shape, for a CPU")
+    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--context-size", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=50)
+    known = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, context, steps = (20_000, 128, 10) if known.small else (known.tokens, known.context_size, known.steps)
+    peak = matrix_rate(device, 512 if known.small else 8192)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    table = Table("", "tokens/s", "share of measured peak", "", title=f"{name}: {peak / 1e12:.2f} TFLOP/s bfloat16")
+    table.add_row(*harvest_row(known.small, tokens, context, device, peak))
+    for kind in ("standard", "topk"):
+        table.add_row(*pack_row(kind, known.small, steps, device, peak))
+    tables.show(table)
+
+
+if __name__ == "__main__":
+    main()
