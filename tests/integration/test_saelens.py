@@ -135,11 +135,11 @@ def write_sae(
     member = Member(id=planned.id, config=planned.point.sae, train=planned.point.train, d_sae=planned.d_sae)
     (trained,) = train([member], source, SilentWorker())
     assert isinstance(trained, Trained)
-    write_trained(storage, planned, resolved, trained, prepend_bos=prepend_bos)
+    write_trained(storage, planned, resolved, trained, prepend_bos=prepend_bos, run={"threads": 1})
     loaded = load_sae(str(storage.local_path(layout.sae_folder(planned.id))))
     sums = reconstruction_metrics({planned.id: loaded.module}, [source.rows], source.mean)[planned.id]
     storage.create(layout.sae_file(planned.id, SPARSITY), save({"sparsity": sums.log_sparsity()}))
-    commit_record(storage, planned, resolved, metrics=sums.result(), run={})
+    commit_record(storage, planned, resolved, metrics=sums.result())
 
 
 def inputs(folder: Path) -> dict[str, Tensor]:
