@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from midiscover.errors import StageError
 
 POLL_SECONDS = 0.3
+JOIN_SECONDS = 10.0
 
 
 class Event(NamedTuple):
@@ -91,7 +92,9 @@ def watched(stage: str, on_event: Callable[[Event], bool], *, stall_seconds: flo
             raise watcher.error from None
         raise
     finally:
+        # The thread must be out of Ray before Ray is shut down; it polls and never waits longer than a call takes.
         watcher.ended.set()
+        watcher.join(JOIN_SECONDS)
         ray.kill(actor)
     if watcher.error is not None:
         raise watcher.error

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,9 +111,16 @@ def _cluster(*, local: bool) -> Cluster:
     return Cluster(local=local, cores=cores() if local else int(min(node.cpus for node in nodes)), nodes=nodes)
 
 
+_terminated = threading.Event()
+
+
 def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """SIGTERM ends a driver as Ctrl-C does: what is committed is kept, and the tracker is told."""
-    raise SystemExit(143)
+    """SIGTERM ends a driver as Ctrl-C does: what is committed is kept, and the tracker is told.
+
+    By the same exception, because Ray's own code hands on a KeyboardInterrupt and not every other.
+    """
+    _terminated.set()
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -198,7 +206,7 @@ def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Run a driver's `main` and exit: 0, 1 for a stage that failed, 2 for wrong input, 130 for Ctrl-C."""
+    """Run a driver's `main` and exit: 0, 1: a stage failed, 2: wrong input, 130: Ctrl-C, 143: SIGTERM."""
     try:
         code = main(sys.argv[1:]) or 0
     except MiDiscoverError as error:
@@ -206,7 +214,10 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted: what is committed is kept; run the same command again to go on.", file=sys.stderr)
-        code = 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: threads of Ray may still be in C++ code, which the interpreter's end would pull from under them.
+        os._exit(143 if _terminated.is_set() else 130)
     sys.exit(code)
 
 
