@@ -46,9 +46,9 @@ from torch import Tensor, nn
 from torch.utils import benchmark
 
 from jobs.board import Board, watched
-from jobs.harvest import ModelPlace, ensure_corpus, harvest, missing_spans, model_place
+from jobs.harvest import ModelPlace, commit_manifests, ensure_corpus, harvest, missing_spans, model_place
 from jobs.progress import Bars
-from jobs.runtime import Cluster, Slots, cores, ray_session
+from jobs.runtime import Cluster, Node, Slots, cores, ray_session
 from midiscover import tables
 from midiscover.config import CorpusConfig, HarvestConfig, ModelConfig, ResourcesConfig, RunConfig
 from midiscover.corpus import Corpus, CorpusManifest, find_corpus
@@ -67,7 +67,7 @@ GOAL, FLOOR = 0.93, 0.85
 MATMUL_SECONDS = 3.0
 LOOPS = ("ray", "bare", "naive")
 BASE = "bare"
-NO_CLUSTER = Cluster(local=True, cpus=cores(), gpus=0, nodes=1)
+NO_CLUSTER = Cluster(local=True, cores=cores(), nodes=(Node(max(cores() + 1, 4), 0),))
 T = TypeVar("T")
 
 
@@ -325,6 +325,7 @@ def _stage(bench: Bench, cluster: Cluster) -> None:
     """The harvest as a driver calls it; where every block stands it writes the manifests only."""
     with bench.prepared() as prepared, Bars("bench") as bars:
         harvest(prepared, bench.corpus, cluster, bars)
+    commit_manifests(bench.resolved, bench.corpus, bench.storage)
 
 
 def _run(bench: Bench, began: float) -> Run:

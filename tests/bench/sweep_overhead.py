@@ -80,9 +80,10 @@ class NotingBoard(Board):
     def post(self, kind: str, key: str, data: Any = None) -> None:
         self.note(Event(kind, key, data))
 
-    def note(self, event: Event) -> None:
-        """Keep an event."""
+    def note(self, event: Event) -> bool:
+        """Keep an event; every one counts as a step forward."""
         self.events.append((time.monotonic(), event))
+        return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
