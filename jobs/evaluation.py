@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.board import Board
 from jobs.harvest import ModelPlace, model_place
-from jobs.runtime import Slots, own_error
+from jobs.runtime import Slots, last_line, own_error
 from midiscover.corpus import Corpus
 from midiscover.errors import StageError
 from midiscover.evaluate import reconstruction_metrics, splice_metrics
@@ -93,8 +93,7 @@ def evaluate_hooks(
             running.append(task.remote(place, resolved, storage, hook, planned, board))
         ray.get(running)
     except Exception as error:
-        last = str(error).strip().splitlines()[-1]
-        raise own_error(error) or StageError(f"The evaluation failed: {last}") from error
+        raise own_error(error) or StageError(f"The evaluation failed: {last_line(error)}") from error
 
 
 def splice_passes(groups: dict[str, list[PlannedSae]]) -> int:

@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy
 
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
-from jobs.runtime import Cluster, Slots, model_slots, own_error, ray_session, run_main
+from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_session, run_main
 from midiscover.config import Dtype
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
 from midiscover.errors import MiDiscoverError, StageError
@@ -212,7 +212,7 @@ def _run_actors(
     try:
         stand = sum(1 for _ in data.iter_rows())
     except Exception as error:
-        raise own_error(error) or StageError(f"The harvest failed: {_last_line(error)}") from error
+        raise own_error(error) or StageError(f"The harvest failed: {last_line(error)}") from error
     if stand > len(todo):
         raise StageError(f"The harvest reported {stand} spans where {len(todo)} were missing.")
 
@@ -253,10 +253,6 @@ def _span_fields(span: BlockSpan) -> Mapping[str, Any]:
         "start_window": span.start_window,
         "stop_window": span.stop_window,
     }
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
 
 
 def forget(prepared: Prepared) -> None:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from jobs.board import Board
-from jobs.runtime import Slots, own_error
+from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.resolve import Pack, PlannedSae, Resolved
 from midiscover.saes import write_trained
@@ -240,4 +240,4 @@ def run_packs(job: PackJob) -> None:
         results = tuner.fit()
     errors = list(results.errors)
     if errors:
-        raise StageError(f"{len(errors)} packs ended without a result: {str(errors[0]).strip().splitlines()[-1]}")
+        raise StageError(f"{len(errors)} packs ended without a result: {last_line(errors[0])}")

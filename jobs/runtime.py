@@ -88,8 +88,7 @@ def ray_session() -> Iterator[Cluster]:
             ray.init(**options, **quiet)
     except Exception as error:  # Ray raises its own and plain ones
         ray.shutdown()
-        last = str(error).strip().splitlines()[-1]
-        raise StageError(f"Ray did not start: {last} Run the same command again; it continues.") from error
+        raise StageError(f"Ray did not start: {last_line(error)} Run the same command again; it continues.") from error
     # Ray puts its own handler in place, which aborts the process and leaves the tracker saying "running".
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -219,6 +218,11 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         # Not sys.exit: threads of Ray may still be in C++ code, which the interpreter's end would pull from under them.
         os._exit(143 if _terminated.is_set() else 130)
     sys.exit(code)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error that came through Ray: its cause, below a worker's traceback."""
+    return str(error).strip().splitlines()[-1]
 
 
 def own_error(error: BaseException) -> MiDiscoverError | None:

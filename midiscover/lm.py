@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from midiscover.config import Dtype
 from midiscover.errors import ModelError
+from midiscover.ids import hook_layer
 from midiscover.modelfiles import NAME_FILE
-from midiscover.models import ModelIdentity, config_folder, layer_of, model_folder
+from midiscover.models import ModelIdentity, config_folder, model_folder
 
 Edit = Callable[[Tensor], Tensor | None]
 """What happens at a hook: takes the activations [b, t, d]; returns their replacement, or None to leave them."""
@@ -298,7 +299,7 @@ def _sizes(model: PreTrainedModel, d_model: int) -> tuple[_HookFacts, tuple[floa
     hooks: _HookFacts = {}
     linear = attention = 0.0
     for path, module in model.named_modules():
-        if layer_of(path) is not None and path.endswith(f".{layer_of(path)}"):
+        if hook_layer(path) is not None and path.endswith(f".{hook_layer(path)}"):
             hooks[f"{path}:in"] = hooks[path] = (d_model, linear, attention)
             attention += 2 * d_model
         elif isinstance(module, (nn.Linear, Conv1D)):
@@ -313,7 +314,7 @@ def _recommended(model: PreTrainedModel, hooks: Iterable[str], n_layers: int) ->
     """The MLP output projections at 1/3, 1/2 and 2/3 of the depth: where SAEs on MLP outputs are usually trained."""
     chosen = []
     for layer in sorted({min(round(n_layers * share), n_layers - 1) for share in (1 / 3, 1 / 2, 2 / 3)}):
-        inside = [hook for hook in hooks if layer_of(hook) == layer and not hook.endswith(":in")]
+        inside = [hook for hook in hooks if hook_layer(hook) == layer and not hook.endswith(":in")]
         linear = [hook for hook in inside if isinstance(model.get_submodule(hook), (nn.Linear, Conv1D))]
         in_mlp = [hook for hook in linear if _MLP_NAMES & set(hook.split("."))]
         whole_mlp = [hook for hook in inside if hook.rpartition(".")[2] in _MLP_NAMES]

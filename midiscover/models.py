@@ -22,7 +22,7 @@ from midiscover.config import ModelConfig
 from midiscover.digests import cache_dir, file_sha256, files_sha256
 from midiscover.embedded import ensure_embedded_model
 from midiscover.errors import ModelError
-from midiscover.ids import canonical_json
+from midiscover.ids import canonical_json, hook_layer
 from midiscover.modelfiles import (
     MODEL_FILES,
     NAME_FILE,
@@ -114,7 +114,7 @@ class HookTable:
         """The hook's facts. ModelError names the valid layers or the nearest hooks where there is none."""
         if hook in self.hooks:
             return self.hooks[hook]
-        layer = layer_of(hook)
+        layer = hook_layer(hook)
         if layer is not None and layer >= self.n_layers and _LAYER.sub("0", hook, count=1) in self.hooks:
             raise ModelError(
                 f"Hook {hook!r}: layer {layer} is out of range; {self.model} has layers 0 to {self.n_layers - 1}."
@@ -122,12 +122,6 @@ class HookTable:
         nearest = difflib.get_close_matches(hook, self.hooks, n=3, cutoff=0.5)
         hint = f"nearest are {', '.join(nearest)}" if nearest else f"try {', '.join(self.recommended)}"
         raise ModelError(f"{self.model} has no hook {hook!r}; {hint}.")
-
-
-def layer_of(hook: str) -> int | None:
-    """The layer number in a module path: 16 for `model.layers.16.mlp.fc2`, None for `model.norm`."""
-    match = _LAYER.search(hook)
-    return int(match.group()) if match else None
 
 
 def resolve_model(config: ModelConfig) -> ModelIdentity:
@@ -208,7 +202,7 @@ def hook_table(identity: ModelIdentity, *, context_size: int = 512) -> HookTable
             path: HookInfo(
                 path=path,
                 d_in=d_in,
-                layer=layer_of(path),
+                layer=hook_layer(path),
                 flops_per_token=flops(*cost),
                 recommended=path in recommended,
             )

@@ -23,7 +23,8 @@ import midiscover.lm  # noqa: F401  so that hook tables are made in this process
 from midiscover import modelfiles, models
 from midiscover.config import ModelConfig
 from midiscover.errors import ModelError
-from midiscover.models import ModelIdentity, hook_table, layer_of, resolve_model
+from midiscover.ids import hook_layer
+from midiscover.models import ModelIdentity, hook_table, resolve_model
 from tests.tiny import make_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -208,9 +209,9 @@ def test_an_attention_that_the_model_lacks_is_named_early(folder: Path, tmp_path
         gemma.require_attention("sdpa")
 
 
-def test_layer_of() -> None:
-    assert layer_of("model.layers.16.mlp.fc2") == layer_of("transformer.h.16:in") == 16
-    assert layer_of("model.norm") is layer_of("gpt2.wte") is None
+def test_hook_layer() -> None:
+    assert hook_layer("model.layers.16.mlp.fc2") == hook_layer("transformer.h.16:in") == 16
+    assert hook_layer("model.norm") is hook_layer("gpt2.wte") is None
 
 
 def test_identity_and_hook_table_load_no_torch_here(folder: Path) -> None:
