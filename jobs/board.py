@@ -27,7 +27,7 @@ class Event(NamedTuple):
     """One thing that happened in a worker."""
 
     kind: str
-    """`tokens`, `resumed`, `pack`, `retry`, `trained`, `failed` or `measured`."""
+    """`tokens`, `resumed`, `pack`, `retry`, `trained`, `retired`, `failed` or `measured`."""
     key: str
     """The pack, SAE or hook it is about."""
     data: Any

@@ -1,4 +1,5 @@
-"""Held-out evaluation on Ray: a task per hook, as many at once as language models fit.
+"""Held-out evaluation on Ray: a task per site (harvest, hook, hook that is reconstructed), as many at once as language
+models fit.
 
 A task writes sparsity.safetensors and evaluations/<id>.json of each SAE and returns nothing else; the driver commits
 the records. What is measured already under the same settings is not measured again.
@@ -6,8 +7,8 @@ the records. What is measured already under the same settings is not measured ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -19,13 +20,20 @@ from jobs.harvest import ModelPlace, model_place
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.corpus import Corpus
 from midiscover.errors import StageError
-from midiscover.evaluate import reconstruction_metrics, splice_metrics
+from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_metrics
+from midiscover.foreign import foreign_rows, foreign_windows
+from midiscover.lm import LanguageModel, load_tokenizer
+from midiscover.packing import Windows
 from midiscover.resolve import PlannedSae, Resolved
+from midiscover.sae.base import Sae
+from midiscover.sae.metrics import FOREIGN, MetricSums
 from midiscover.saes import SPARSITY, dump, load_trained
+from midiscover.source import harvested, iterate_pairs
 from midiscover.store import layout
-from midiscover.store.blocks import read_manifest
 from midiscover.store.loader import iterate_rows
 from midiscover.store.storage import Storage
+from midiscover.texts import foreign_config
+from midiscover.train import Pair
 
 ROWS_PER_BATCH = 4096
 NO_SPLICE = (
@@ -40,62 +48,135 @@ NO_SPLICE = (
 )
 
 
+class Site(NamedTuple):
+    """Where an SAE sits; SAEs of one site are measured together, with one pass of the language model for all."""
+
+    harvest_id: str
+    hook: str
+    output_hook: str
+
+
+Groups = Mapping[Site, Sequence[PlannedSae]]
+
+
+def by_site(saes: Iterable[PlannedSae]) -> dict[Site, list[PlannedSae]]:
+    """SAEs grouped as they are measured."""
+    groups: dict[Site, list[PlannedSae]] = {}
+    for sae in saes:
+        groups.setdefault(Site(sae.harvest_id, sae.point.hook, sae.output_hook), []).append(sae)
+    return groups
+
+
+def is_spliced(sae: PlannedSae) -> bool:
+    """Whether its reconstruction is put back into the model. Not that of `random_model`: the language model that it was
+    trained on predicts noise, so that its cross-entropy says nothing, and in the real model it has no meaning."""
+    return sae.point.sae.control != "random_model"
+
+
 @ray.remote(max_retries=-1)
-def measure_hook(
-    place: ModelPlace, resolved: Resolved, storage: Storage, hook: str, planned: Sequence[PlannedSae], board: Board
+def measure_site(
+    place: ModelPlace,
+    resolved: Resolved,
+    storage: Storage,
+    site: Site,
+    planned: Sequence[PlannedSae],
+    foreign: Windows | None,
+    board: Board,
 ) -> None:
-    """Measure SAEs of one hook and write what was found."""
+    """Measure SAEs of one site and write what was found; `resolved` is the part of the run that they belong to."""
     torch.set_num_threads(place.threads)
-    evaluate, harvest = resolved.config.evaluate, resolved.config.harvest
+    evaluation = resolved.evaluation_id
     saes = {p.id: load_trained(storage, p.id, device="cuda" if place.gpu else "cpu") for p in planned}
-    manifest = read_manifest(storage, resolved.harvest_id, hook)
-    assert manifest is not None, "SAEs are trained on a committed harvest"
-    rows = iterate_rows(storage, manifest, "held_out", batch_size=ROWS_PER_BATCH, max_rows=evaluate.max_tokens)
-    sums = reconstruction_metrics(saes, _seen(rows, hook, board), torch.tensor(manifest.mean))
-    spliced = None
-    if evaluate.ce_tokens:
-        spliced = splice_metrics(
-            place.load(),
-            Corpus.open(storage, resolved.corpus_id),
-            hook,
-            saes,
-            max_tokens=evaluate.ce_tokens,
-            mask_first=harvest.mask_first,
-            outlier_norm=harvest.outlier_norm,
-            on_tokens=lambda tokens: board.post("spliced", hook, tokens),
-        )
+    sums = _held_out(resolved, storage, site, saes, board)
+    spliced = {p.id: saes[p.id] for p in planned if is_spliced(p)} if resolved.config.evaluate.ce_tokens else {}
+    model = place.load() if spliced or foreign is not None else None
+    splice = _spliced(model, resolved, storage, site, spliced, board) if model and spliced else None
+    abroad = _foreign(model, resolved, site, saes, foreign, board) if model and foreign is not None else {}
     for p in planned:
-        metrics = sums[p.id].result() | (spliced.metrics(p.id) if spliced else dict.fromkeys(NO_SPLICE))
+        metrics = sums[p.id].result()
+        metrics |= splice.metrics(p.id) if splice and p.id in spliced else dict.fromkeys(NO_SPLICE)
+        metrics |= abroad[p.id].foreign() if p.id in abroad else dict.fromkeys(FOREIGN)
         storage.create(layout.sae_file(p.id, SPARSITY), save({"sparsity": sums[p.id].log_sparsity()}))
-        document = {"v": 1, "id": p.id, "evaluation_id": resolved.evaluation_id, "metrics": metrics}
-        storage.create(layout.evaluation(p.id, resolved.evaluation_id), dump(document))
+        document = {"v": 1, "id": p.id, "evaluation_id": evaluation, "metrics": metrics}
+        storage.create(layout.evaluation(p.id, evaluation), dump(document))
 
 
-def _seen(batches: Iterable[Tensor], hook: str, board: Board) -> Iterator[Tensor]:
+def _held_out(
+    resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board
+) -> dict[str, MetricSums]:
+    """From the stored held-out rows."""
+    inputs, outputs = (harvested(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
+    limit = resolved.config.evaluate.max_tokens
+    rows: Iterable[Tensor | Pair]
+    if site.hook == site.output_hook:
+        rows = iterate_rows(storage, inputs, "held_out", ROWS_PER_BATCH, limit)
+    else:
+        rows = iterate_pairs(storage, inputs, outputs, "held_out", ROWS_PER_BATCH, limit)
+    return reconstruction_metrics(saes, _seen(rows, site, board), torch.tensor(outputs.mean))
+
+
+def _spliced(
+    model: LanguageModel, resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board
+) -> SpliceResult:
+    """With the reconstructions in the place of what they reconstruct."""
+    return splice_metrics(
+        model,
+        Corpus.open(storage, resolved.corpus_id),
+        site.hook,
+        saes,
+        output_hook=site.output_hook,
+        max_tokens=resolved.config.evaluate.ce_tokens,
+        mask_first=resolved.config.harvest.mask_first,
+        outlier_norm=resolved.config.harvest.outlier_norm,
+        on_tokens=lambda tokens: board.post("spliced", site.hook, tokens),
+    )
+
+
+def _foreign(
+    model: LanguageModel, resolved: Resolved, site: Site, saes: Mapping[str, Sae], windows: Windows, board: Board
+) -> dict[str, MetricSums]:
+    """On the foreign text; one pass of the language model for all SAEs."""
+    rows = foreign_rows(
+        model, windows, site.hook, site.output_hook, harvest=resolved.config.harvest, batch_size=ROWS_PER_BATCH
+    )
+    d_out = resolved.hooks[site.output_hook]
+    return reconstruction_metrics(saes, _seen(rows, site, board), torch.zeros(d_out))
+
+
+def _seen(batches: Iterable[Tensor | Pair], site: Site, board: Board) -> Iterator[Tensor | Pair]:
     """The same batches, each a sign of life for the watchdog."""
     for batch in batches:
-        board.post("measured", hook)
+        board.post("measured", site.hook)
         yield batch
 
 
-def evaluate_hooks(
-    resolved: Resolved, storage: Storage, groups: dict[str, list[PlannedSae]], slots: Slots, board: Board
-) -> None:
-    """Measure the SAEs of each hook, `slots.count` hooks at once."""
-    place = model_place(resolved, slots)
-    task = measure_hook.options(num_cpus=slots.cpus, num_gpus=slots.gpus)  # type: ignore[attr-defined]  # ray adds it
+def evaluate_hooks(resolved: Resolved, storage: Storage, groups: Groups, slots: Slots, board: Board) -> None:
+    """Measure the SAEs of each site, `slots.count` sites at once."""
+    foreign = ray.put(_foreign_text(resolved, storage))
+    task = measure_site.options(num_cpus=slots.cpus, num_gpus=slots.gpus)  # type: ignore[attr-defined]  # ray adds it
     running: list[Any] = []
     try:
-        for hook, planned in groups.items():
+        for site, planned in groups.items():
             if len(running) >= slots.count:
                 done, running = ray.wait(running, num_returns=1)
                 ray.get(done)
-            running.append(task.remote(place, resolved, storage, hook, planned, board))
+            part = resolved.part_of(planned[0])
+            running.append(task.remote(model_place(part, slots), part, storage, site, planned, foreign, board))
         ray.get(running)
     except Exception as error:
         raise own_error(error) or StageError(f"The evaluation failed: {last_line(error)}") from error
 
 
-def splice_passes(groups: dict[str, list[PlannedSae]]) -> int:
-    """Forward passes over the evaluated tokens: clean and zeroed for each hook, one for each SAE."""
-    return sum(2 + len(members) for members in groups.values())
+def _foreign_text(resolved: Resolved, storage: Storage) -> Windows | None:
+    """The foreign text as windows, made where the driver runs: its file may lie nowhere else."""
+    config = foreign_config(resolved.config.corpus, resolved.config.evaluate)
+    if config is None or resolved.foreign is None:
+        return None
+    like = Corpus.open(storage, resolved.corpus_id).manifest
+    return foreign_windows(config, resolved.foreign, load_tokenizer(resolved.model), like)
+
+
+def splice_passes(groups: Groups) -> int:
+    """Forward passes over the evaluated tokens: clean and zeroed for each site, one for each SAE."""
+    spliced = [sum(map(is_spliced, members)) for members in groups.values()]
+    return sum(2 + count for count in spliced if count)

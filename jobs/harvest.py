@@ -32,6 +32,7 @@ from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.models import ModelIdentity
 from midiscover.resolve import Resolved
 from midiscover.saes import harvest_lineage
+from midiscover.shuffled import shuffle_weights_
 from midiscover.store import layout
 from midiscover.store.blocks import (
     block_plan,
@@ -58,6 +59,7 @@ class ModelPlace:
     identity: ModelIdentity
     dtype: Dtype
     attention: str
+    weights: str
     threads: int
     gpu: bool
 
@@ -65,14 +67,22 @@ class ModelPlace:
         """Set torch's threads (Ray has set them from the actor's CPUs) and load the model."""
         torch.set_num_threads(self.threads)
         device = "cuda" if self.gpu else "cpu"
-        return LanguageModel.load(self.identity, dtype=self.dtype, attention=self.attention, device=device)
+        model = LanguageModel.load(self.identity, dtype=self.dtype, attention=self.attention, device=device)
+        if self.weights == "shuffled":
+            shuffle_weights_(model.model)
+        return model
 
 
 def model_place(resolved: Resolved, slots: Slots) -> ModelPlace:
     """The model of a run on a slot."""
     model = resolved.config.model
     return ModelPlace(
-        identity=resolved.model, dtype=model.dtype, attention=model.attention, threads=slots.threads, gpu=slots.gpus > 0
+        identity=resolved.model,
+        dtype=model.dtype,
+        attention=model.attention,
+        weights=model.weights,
+        threads=slots.threads,
+        gpu=slots.gpus > 0,
     )
 
 

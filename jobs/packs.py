@@ -22,11 +22,12 @@ from jobs.board import Board
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.resolve import Pack, PlannedSae, Resolved
-from midiscover.saes import write_trained
-from midiscover.source import StoreSource
+from midiscover.saes import dump, write_trained
+from midiscover.source import open_source
 from midiscover.store import layout
 from midiscover.store.storage import Storage
-from midiscover.train import Diverged, Member, Progress, Trained, train
+from midiscover.tracking.sweepfiles import retired_reason
+from midiscover.train import Diverged, Member, Progress, Retired, Trained, train
 
 MAX_DEATHS = 10
 """Deaths of a pack's process in a row, without a newer checkpoint, after which the pack counts as failed."""
@@ -110,11 +111,12 @@ def run_pack(job: PackJob, pack: Pack) -> None:
     """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process."""
     torch.set_num_threads(job.slots.threads)
     # A pack that is tried again may have committed some of its SAEs before; those stand.
-    todo = [planned for planned in pack.saes if not job.storage.exists(layout.training(planned.id))]
+    todo = [planned for planned in pack.saes if not _ended(job, planned)]
     worker = PackWorker(job, pack)
     try:
         if todo:
-            source = StoreSource.open(job.storage, job.resolved.harvest_id, pack.hook, todo[0].point.train)
+            first = todo[0]
+            source = open_source(job.storage, first.harvest_id, first.point.hook, first.output_hook, first.point.train)
             members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in todo]
             for planned, result in zip(todo, train(members, source, worker), strict=True):
                 _commit(job, planned, result)
@@ -123,13 +125,19 @@ def run_pack(job: PackJob, pack: Pack) -> None:
         worker.close()
 
 
-def _commit(job: PackJob, planned: PlannedSae, result: Trained | Diverged) -> None:
+def _commit(job: PackJob, planned: PlannedSae, result: Trained | Diverged | Retired) -> None:
     if isinstance(result, Diverged):
         job.board.post("failed", planned.id, result.reason)
         return
+    if isinstance(result, Retired):
+        word = {"v": 1, "id": planned.id, "step": result.step, "by": result.by}
+        job.storage.create(layout.retired(job.resolved.sweep_id, planned.id), dump(word))
+        job.board.post("retired", planned.id, retired_reason(word))
+        return
     device = "cuda" if job.slots.gpus else "cpu"
     run = {"threads": job.slots.threads, "device": device, "trainer": job.trainer}
-    write_trained(job.storage, planned, job.resolved, result, prepend_bos=job.prepend_bos, run=run)
+    part = job.resolved.part_of(planned)
+    write_trained(job.storage, planned, part, result, prepend_bos=job.prepend_bos, run=run)
     job.board.post("trained", planned.id, result.history)
 
 
@@ -150,8 +158,13 @@ def run_pack_tries(job: PackJob, pack: Pack) -> None:
 
 def _fail(job: PackJob, pack: Pack, reason: str) -> None:
     for planned in pack.saes:
-        if not job.storage.exists(layout.training(planned.id)):
+        if not _ended(job, planned):
             job.board.post("failed", planned.id, reason)
+
+
+def _ended(job: PackJob, planned: PlannedSae) -> bool:
+    keys = (layout.training(planned.id), layout.retired(job.resolved.sweep_id, planned.id))
+    return any(job.storage.exists(key) for key in keys)
 
 
 def _reason(error: Exception) -> str:

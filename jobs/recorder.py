@@ -1,4 +1,4 @@
-"""What a sweep's driver writes down while packs train: bars, the tracker, TensorBoard files, failures.
+"""What a sweep's driver writes down while packs train: bars, the tracker, TensorBoard files, wandb, failures.
 
 A database that goes away never stops a sweep: the store is the truth, and `midiscover runs reindex` catches up.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 
 from jobs.board import Event
+from jobs.mirror import Mirror
 from jobs.progress import Bars
 from midiscover.errors import TrackingError
 from midiscover.ids import hook_label, sparsity_label
@@ -36,10 +37,12 @@ class Recorder:
         self.points: dict[str, dict[str, list[float]]] = {}
         self.flushed = time.monotonic()
         self.tracking = True
+        self.mirror = Mirror(sweep_id, bars.say)
 
     def name_packs(self, packs: Sequence[Pack]) -> None:
         """Give each pack the name of its line: hook, sparsities and, where another pack has the same, its id."""
         for pack in packs:
+            self.mirror.plan(pack.saes)
             label = "/".join(sparsity_label(sae.point.sae) for sae in pack.saes)
             name = f"{hook_label(pack.hook)} {label}"
             self.names[pack.id] = f"{name} {pack.id}" if name in self.names.values() else name
@@ -58,14 +61,20 @@ class Recorder:
                 self.points.pop(event.key, None)
                 self.track(lambda tracker: tracker.record_steps(event.key, event.data))
                 self.track(lambda tracker: tracker.sae_status(event.key, "trained"))
+                self.mirror.points(event.key, event.data)
                 self._tensorboard(event.key, event.data)
             case "failed":
                 self.failures[event.key] = event.data
                 self.track(lambda tracker: tracker.sae_status(event.key, "failed", event.data))
+                self.mirror.dropped(event.key, "failed", event.data)
                 self.bars.say(f"{event.key} failed: {event.data}")
+            case "retired":
+                self.track(lambda tracker: tracker.sae_status(event.key, "retired", event.data))
+                self.mirror.dropped(event.key, "retired", event.data)
+                self.bars.say(f"{event.key} {event.data}")
             case "retry":
                 self.bars.say(f"{self.names.get(event.key, event.key)}: {event.data}")
-        return event.kind in ("trained", "failed")
+        return event.kind in ("trained", "failed", "retired")
 
     def track(self, write: Callable[[Tracker], None]) -> None:
         """One write to the tracker; the first that fails is said, and the rest are left out."""
@@ -92,6 +101,7 @@ class Recorder:
         if time.monotonic() - self.flushed >= FLUSH_SECONDS:
             for sae, columns in self.points.items():
                 self.track(lambda tracker, sae=sae, columns=columns: tracker.record_steps(sae, columns))
+                self.mirror.points(sae, columns)
             self.points, self.flushed = {}, time.monotonic()
 
     def _tensorboard(self, sae: str, history: Mapping[str, Sequence[float]]) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from jobs.board import Event, watched
-from jobs.evaluation import evaluate_hooks, splice_passes
+from jobs.evaluation import by_site, evaluate_hooks, splice_passes
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.packs import PackJob, run_packs
 from jobs.progress import Bars
@@ -24,9 +27,10 @@ from midiscover.errors import CorpusError
 from midiscover.launch import Prepared, parse_job, prepare
 from midiscover.report import write_report
 from midiscover.resolve import PlannedSae, auto_pack_size, make_packs
-from midiscover.results import Results, sae_results
+from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, dump, harvest_lineage, read_json
 from midiscover.store import layout
+from midiscover.tracking.sweepfiles import retired_reason, stability_document
 
 
 class SweepRun:
@@ -45,10 +49,13 @@ class SweepRun:
         try:
             corpus = ensure_corpus(self.prepared, self.bars)
             self._check_held_out(corpus)
-            if missing_spans(self.resolved, corpus, self.storage) or self._untrained() or self._unmeasured():
+            parts = self.resolved.parts()
+            unread = any(missing_spans(part, corpus, self.storage) for part in parts)
+            if unread or self._untrained() or self._unmeasured():
                 with ray_session() as cluster:
-                    harvest(self.prepared, corpus, cluster, self.bars)
-                    commit_manifests(self.resolved, corpus, self.storage)
+                    for part in parts:
+                        harvest(replace(self.prepared, resolved=part), corpus, cluster, self.bars)
+                        commit_manifests(part, corpus, self.storage)
                     self._train(corpus, cluster)
                     self._evaluate(cluster)
             self._commit()
@@ -57,6 +64,8 @@ class SweepRun:
             status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
             self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
             raise
+        finally:
+            self.recorder.mirror.end()
         return results
 
     def _start(self) -> None:
@@ -105,7 +114,16 @@ class SweepRun:
             )
 
     def _untrained(self) -> list[PlannedSae]:
-        return [sae for sae in self.resolved.saes if not self.storage.exists(layout.training(sae.id))]
+        def ended(sae: PlannedSae) -> bool:
+            keys = (layout.training(sae.id), layout.retired(self.id, sae.id))
+            return any(self.storage.exists(key) for key in keys)
+
+        return [sae for sae in self.resolved.saes if not ended(sae)]
+
+    def retired(self) -> dict[str, str]:
+        """SAE id -> why it was dropped, in this run of the sweep or an earlier one."""
+        words = {sae.id: read_json(self.storage, layout.retired(self.id, sae.id)) for sae in self.resolved.saes}
+        return {sae_id: retired_reason(word) for sae_id, word in words.items() if word is not None}
 
     def _unmeasured(self) -> list[PlannedSae]:
         key = self.resolved.evaluation_id
@@ -151,9 +169,7 @@ class SweepRun:
         return (read_json(self.storage, key) or {})["pack_size"]
 
     def _evaluate(self, cluster: Cluster) -> None:
-        groups: dict[str, list[PlannedSae]] = {}
-        for sae in self._unmeasured():
-            groups.setdefault(sae.point.hook, []).append(sae)
+        groups = by_site(self._unmeasured())
         if not groups:
             return
         config = self.resolved.config
@@ -179,9 +195,10 @@ class SweepRun:
                 continue
             metrics = evaluation["metrics"]
             record = read_json(self.storage, layout.record(sae.id))
-            if record is None:
-                record = commit_record(self.storage, sae, self.resolved, metrics=metrics)
             training = read_json(self.storage, layout.training(sae.id)) or {}
+            if record is None:
+                record = commit_record(self.storage, sae, self.resolved.part_of(sae), metrics=metrics)
+                self.recorder.mirror.final(record, training["history"])
             self.recorder.track(lambda tracker, record=record: tracker.record_sae(record))
             self.recorder.track(
                 lambda tracker, sae=sae, history=training["history"]: tracker.record_steps(sae.id, history)
@@ -193,7 +210,22 @@ class SweepRun:
                     )
                 )
 
+    def _stability(self, results: Results) -> list[dict[str, Any]]:
+        """Which features neighbours on the grid have in common; measured once for the SAEs that stand."""
+        key = layout.sweep_file(self.id, "stability.json")
+        ids = [row["sae_id"] for row in results.rows]
+        standing = read_json(self.storage, key)
+        if standing is not None and standing["saes"] == ids:
+            return standing["pairs"]
+        began = time.monotonic()
+        pairs = sae_stability(self.storage, results.rows, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.storage.write(key, dump(stability_document(pairs) | {"saes": ids}))
+        if pairs:
+            self.bars.say(f"features in common: {len(pairs)} pairs of SAEs in {time.monotonic() - began:.1f} s")
+        return pairs
+
     def _report(self, sweep: dict[str, Any], results: Results, minutes: float) -> None:
+        stability = self._stability(results)
         page = write_report(
             results.rows,
             results.curves,
@@ -202,6 +234,8 @@ class SweepRun:
             results.records,
             self.recorder.failures,
             minutes=minutes,
+            stability=stability,
+            retired=self.retired(),
         )
         files = {"report.html": page}
         if results.rows:
@@ -227,7 +261,8 @@ class SweepRun:
         minutes = (time.monotonic() - self.began) / 60
         sweep = read_json(self.storage, layout.sweep_record(self.id)) or {}
         self._report(sweep, results, minutes)
-        status = "failed" if failures or len(results.rows) < len(self.resolved.saes) else "done"
+        whole = len(results.rows) + len(self.retired()) == len(self.resolved.saes)
+        status = "done" if whole and not failures else "failed"
         self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
         return results
 
@@ -245,10 +280,13 @@ def main(argv: list[str]) -> int:
         results = run.run()
     tables.show(tables.sweep_table(results.rows))
     tables.show(tables.quality_box(results.rows, (time.monotonic() - began) / 60))
+    retired = run.retired()
+    for sae, reason in retired.items():
+        print(f"retired: {sae}: {reason}")
     for sae, reason in run.recorder.failures.items():
         print(f"failed: {sae}: {reason}")
     print(f"{run.id}\n{prepared.storage.uri}/{layout.sweep_file(run.id, 'report.html')}")
-    return 1 if len(results.rows) < len(prepared.resolved.saes) else 0
+    return 1 if len(results.rows) + len(retired) < len(prepared.resolved.saes) else 0
 
 
 if __name__ == "__main__":

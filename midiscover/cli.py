@@ -22,8 +22,9 @@ from midiscover.config import ModelConfig
 from midiscover.configio import build_config, find_config, load_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
-from midiscover.models import HookInfo, HookTable, hook_table, resolve_model
+from midiscover.models import STORED, HookInfo, HookTable, hook_table, push_model, resolve_model
 from midiscover.resolve import Resolved, make_packs, resolve
+from midiscover.saeconfig import SAE_KINDS
 from midiscover.store import layout
 from midiscover.store.storage import open_store, store_uri
 from midiscover.tracking import Tracker, reindex
@@ -38,6 +39,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   harvest CONFIG     corpus and activation blocks only
   sweep CONFIG       what is missing of corpus and harvest, then the grid of SAEs, measured, with a report
   train              one SAE by flags, without a YAML file
+  model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
 CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, phi2_layers_by_l1.
@@ -85,10 +87,12 @@ def _sweep(argv: Sequence[str]) -> None:
 
 
 TRAIN_FLAGS: dict[str, tuple[str, type, str]] = {
-    "--model": ("model.id", str, "hub id, folder, GGUF file, or 'embedded' (default)"),
+    "--model": ("model.id", str, "hub id, folder, GGUF file, store:NAME, or 'embedded' (default)"),
     "--hook": ("harvest.hooks", str, "module path whose output is read; see `midiscover inspect`"),
-    "--l1": ("sae.l1_coefficient", float, "L1 coefficient of a standard SAE"),
-    "--k": ("sae.k", int, "features per token: trains a TopK SAE instead"),
+    "--kind": ("sae.kind", str, f"architecture: {', '.join(SAE_KINDS)} (default: standard, or topk with --k)"),
+    "--l1": ("sae.l1_coefficient", float, "L1 coefficient"),
+    "--target-l0": ("sae.target_l0", float, "features per token to end at, in place of a coefficient"),
+    "--k": ("sae.k", int, "features per token of the TopK kinds"),
     "--expansion-factor": ("sae.expansion_factor", float, "d_sae as a multiple of d_in (8)"),
     "--corpus": ("corpus.source", str, "builtin, a file, a folder, s3:// or a hub data set"),
     "--max-samples": ("corpus.max_samples", int, "read at most this many documents"),
@@ -115,10 +119,11 @@ def _train(argv: Sequence[str]) -> None:
     known, rest = parser.parse_known_args(list(argv))
     if known.hook is None:
         raise ConfigError("--hook is missing; name a module path, as `midiscover inspect MODEL` lists them.")
-    if known.l1 is not None and known.k is not None:
-        raise ConfigError("--l1 (standard) and --k (TopK) exclude each other; give one of them.")
+    given_sparsity = [flag for flag in ("--l1", "--target-l0", "--k") if getattr(known, _attribute(flag)) is not None]
+    if len(given_sparsity) > 1:
+        raise ConfigError(f"{' and '.join(given_sparsity)} exclude each other; give one of them.")
     tree: dict[str, Any] = {"name": known.name, "sae": {"kind": "topk"} if known.k is not None else {}}
-    given = {path: getattr(known, flag[2:].replace("-", "_")) for flag, (path, _, _) in TRAIN_FLAGS.items()}
+    given = {path: getattr(known, _attribute(flag)) for flag, (path, _, _) in TRAIN_FLAGS.items()}
     for path, value in given.items():
         if value is not None:
             section, _, name = path.partition(".")
@@ -135,14 +140,19 @@ def _train(argv: Sequence[str]) -> None:
     _job("sweep", [str(path), *options])
 
 
+def _attribute(flag: str) -> str:
+    return flag[2:].replace("-", "_")
+
+
 def _inspect(argv: Sequence[str]) -> None:
     parser = Parser(prog="midiscover inspect", description="List a model's hook points; loads no weights.")
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder, GGUF file, or 'embedded'")
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, GGUF file, store:NAME, or 'embedded'")
+    parser.add_argument("--store", metavar="URI", help="where store:NAME is; else $MIDISCOVER_STORE")
     parser.add_argument("--revision", help="hub branch, tag or commit")
     parser.add_argument("--all", action="store_true", help="every module, not one layer's of each kind")
     parser.add_argument("--json", action="store_true", help="as JSON")
     known = parser.parse_args(list(argv))
-    identity = resolve_model(ModelConfig(id=known.model, revision=known.revision))
+    identity = resolve_model(ModelConfig(id=known.model, revision=known.revision), known.store)
     table = hook_table(identity)
     if known.json:
         print(json.dumps(dataclasses.asdict(table), indent=1))
@@ -176,7 +186,7 @@ def _shown(hook: HookInfo, table: HookTable) -> bool:
 
 def _config(argv: Sequence[str]) -> None:
     args = parse_job("sweep", argv, prog="midiscover config")
-    resolved = resolve(load_config(find_config(args.config), args.overrides))
+    resolved = resolve(load_config(find_config(args.config), args.overrides), args.store)
     print(to_yaml(resolved.config), end="")
     print("\n# what it resolves to")
     print(to_yaml(_ids(resolved, args.store)), end="")
@@ -194,6 +204,20 @@ def _ids(resolved: Resolved, store: str | None) -> dict[str, Any]:
         "packs": len(packs),
         "saes": [layout.sae_folder(sae.id) for sae in resolved.saes],
     }
+
+
+def _model(argv: Sequence[str]) -> None:
+    parser = Parser(prog="midiscover model", description="Models in a store, for nodes that share no disk.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    push = actions.add_parser("push", help="put a local model into the store; afterwards model.id is store:NAME")
+    push.add_argument("model", metavar="MODEL", help="folder, GGUF file, or 'embedded'")
+    push.add_argument("--name", help="its name in the store; else what the model calls itself")
+    push.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    known = parser.parse_args(list(argv))
+    stored, is_new = push_model(ModelConfig(id=known.model), known.store, known.name)
+    size = sum(file.size for file in stored.files.values()) / 1e6
+    print(f"{stored.name}: {size:,.1f} MB {'put' if is_new else 'stand already'} in {stored.store}", file=sys.stderr)
+    print(f"{STORED}{stored.key}")
 
 
 def _runs(argv: Sequence[str]) -> None:
@@ -232,7 +256,8 @@ def _run_action(
         case "show":
             return tracker.show(known.id), tables.details
         case "compare":
-            return tracker.compare(known.sweep), tables.compare_table
+            found = {"saes": tracker.compare(known.sweep), "stability": tracker.stability(known.sweep)}
+            return found, lambda both: tables.comparison(both["saes"], both["stability"])
         case "annotate":
             after = tracker.annotate(known.id, known.note, add_tags=known.tag, remove_tags=known.untag)
             return after._asdict(), tables.details
@@ -246,6 +271,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "harvest": _harvest,
     "sweep": _sweep,
     "train": _train,
+    "model": _model,
     "runs": _runs,
 }
 

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from midiscover.saeconfig import SaeConfig, StandardConfig
+from midiscover.saeconfig import require as _require
+
 Dtype = Literal["auto", "bfloat16", "float32"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +21,16 @@ class ModelConfig:
     """The language model whose activations are read."""
 
     id: str = "embedded"
-    """Hub id (`microsoft/phi-2`), local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct)."""
+    """Hub id (`microsoft/phi-2`), local folder, GGUF file, `store:<name>` (a model in the run's store, put there by
+    `midiscover model push`), or `embedded` (SmolLM2-135M-Instruct)."""
     revision: str | None = None
     """Hub branch, tag or commit; resolved to a commit once. Hub ids only."""
     dtype: Dtype = "bfloat16"
     """Precision of the forward pass. `auto`: bfloat16 where this machine computes in it natively, else float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
+    weights: Literal["trained", "shuffled"] = "trained"
+    """`shuffled`: the entries of each weight matrix in random order, as `sae.control: random_model` has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,8 @@ class CorpusConfig:
     """The text, and how it becomes token windows."""
 
     source: str = "builtin"
-    """`builtin`, a hub data set id, a parquet, jsonl or txt file, or a folder or s3:// prefix of such files."""
+    """`builtin`, `builtin-code`, a hub data set id, a parquet, jsonl or txt file, or a folder or s3:// prefix of
+    such files."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -88,60 +90,6 @@ class HarvestConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WidthConfig:
-    """How many features an SAE has: `expansion_factor` times d_in, or `d_sae`."""
-
-    expansion_factor: float | None = None
-    """d_sae as a multiple of d_in; 8 where neither is given."""
-    d_sae: int | None = None
-    """Number of features; takes precedence over the expansion factor."""
-
-    def __post_init__(self) -> None:
-        _require(self.expansion_factor is None or self.expansion_factor > 0, "sae.expansion_factor must be above 0")
-        _require(self.d_sae is None or self.d_sae > 0, "sae.d_sae must be a whole number above 0")
-
-    def width(self, d_in: int) -> int:
-        """The number of features d_sae for an input of `d_in` dimensions."""
-        return self.d_sae if self.d_sae is not None else round((self.expansion_factor or 8) * d_in)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StandardConfig(WidthConfig):
-    """ReLU SAE with an L1 penalty weighted by decoder norms (Anthropic, April 2024; SAELens `standard`)."""
-
-    kind: Literal["standard"] = "standard"
-    l1_coefficient: float = 5.0
-    """Weight of sum_i f_i * norm(W_dec_i), on inputs whose mean norm is sqrt(d_in)."""
-
-    def __post_init__(self) -> None:
-        WidthConfig.__post_init__(self)
-        _require(self.l1_coefficient >= 0, "sae.l1_coefficient must be 0 or above")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TopKConfig(WidthConfig):
-    """TopK SAE with the AuxK loss against dead features (Gao et al. 2024, arXiv 2406.04093, sections 2.3 and A.2)."""
-
-    kind: Literal["topk"] = "topk"
-    k: int = 32
-    """Features kept per token."""
-    auxk_coefficient: float = 1 / 32
-    """Weight of the AuxK loss, which is divided by the residual's variance; 0 turns it off."""
-    k_aux: int | None = None
-    """Dead features that reconstruct the residual; null: d_in / 2."""
-
-    def __post_init__(self) -> None:
-        WidthConfig.__post_init__(self)
-        _require(self.k > 0, "sae.k must be a whole number above 0")
-        _require(self.auxk_coefficient >= 0, "sae.auxk_coefficient must be 0 or above")
-        _require(self.k_aux is None or self.k_aux > 0, "sae.k_aux must be above 0")
-
-
-SaeConfig = StandardConfig | TopKConfig
-"""One architecture's settings; `kind` chooses in YAML."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The training loop, the same for every SAE of a pack."""
 
@@ -149,16 +97,16 @@ class TrainConfig:
     """Passes over the training rows."""
     batch_size: int = 4096
     """Tokens per step."""
-    lr: float = 3e-4
-    """Peak learning rate of Adam."""
+    lr: float | None = None
+    """Peak learning rate of Adam; null: what suits the architecture, its width and the number of steps."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     lr_warmup: float = 0.05
     """Share of all steps over which the learning rate rises linearly from 0."""
     lr_decay: float = 0.2
     """Share of all steps, at the end, over which it falls linearly to 0."""
-    l1_warmup: float = 0.05
-    """Share of all steps over which the L1 coefficient rises linearly from 0."""
+    l1_warmup: float = 0.0
+    """Share of all steps over which the sparsity coefficient rises linearly from 0."""
     clip: float = 1.0
     """Gradient norm to which each SAE is clipped by itself; 0 turns it off."""
     dtype: Dtype = "float32"
@@ -167,6 +115,11 @@ class TrainConfig:
     """Rows shuffled together; the loader holds two such pools in memory, or one that is everything."""
     dead_window: int | None = None
     """A feature that did not fire in this many training tokens counts as dead; null: half an epoch, at most 10M."""
+    resample_at: tuple[float, ...] = ()
+    """Shares of the steps at which dead features are pointed at what is reconstructed worst (Bricken et al. 2023)."""
+    retire_after: float | None = None
+    """Share of the steps after which an SAE is dropped that another of its pack and architecture beats at L0 and FVU
+    alike; null: none is. Those that stay are not changed by it."""
     seed: int = 0
     """Seeds the weights and the order of the rows."""
     report_every: int = 10
@@ -176,12 +129,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr", "shuffle_tokens", "report_every", "checkpoint_every"):
-            _require(getattr(self, name) > 0, f"train.{name} must be above 0")
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"train.{name} must be above 0")
         _require(self.dead_window is None or self.dead_window > 0, "train.dead_window must be above 0")
         for name in ("lr_warmup", "lr_decay", "l1_warmup"):
             _require(0 <= getattr(self, name) <= 1, f"train.{name} is a share of the steps, between 0 and 1")
         _require(all(0 <= b < 1 for b in self.betas), "train.betas must lie between 0 and 1")
         _require(self.clip >= 0, "train.clip must be 0 or above")
+        shares = (*self.resample_at, *([] if self.retire_after is None else [self.retire_after]))
+        _require(
+            all(0 < share < 1 for share in shares),
+            "train.resample_at and train.retire_after are shares of the steps, between 0 and 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,10 +151,16 @@ class EvaluateConfig:
     """Held-out rows for L0, FVU, dead features and density."""
     ce_tokens: int = 4096
     """Held-out tokens for cross-entropy and KL with the reconstruction spliced into the model; 0 leaves them out."""
+    foreign_source: str | None = None
+    """A second text, unlike the one trained on, for the FVU and L0 there; whatever corpus.source may be, or
+    `builtin-code`, the source of Python's standard library. null: none."""
+    foreign_tokens: int = 8192
+    """Tokens of it that are run through the model, excerpts of many documents."""
 
     def __post_init__(self) -> None:
         _require(self.max_tokens > 0, "evaluate.max_tokens must be above 0")
         _require(self.ce_tokens >= 0, "evaluate.ce_tokens must be 0 or above")
+        _require(self.foreign_tokens > 0, "evaluate.foreign_tokens must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,8 +205,9 @@ class RunConfig:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     sae: SaeConfig = field(default_factory=StandardConfig)
-    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Axes of the sweep besides the hooks: dotted path in `sae` or `train` -> values."""
+    grid: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
+    """Axes of the sweep besides the hooks: dotted path in `sae` or `train` -> values. Several such grids, as a list,
+    are run one beside the other; `sae.kind` and `sae.control` are axes like any other."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)

@@ -21,10 +21,9 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from midiscover.config import RunConfig, SaePoint, StandardConfig, TopKConfig, WidthConfig
+from midiscover.config import RunConfig, SaePoint
 from midiscover.errors import ConfigError
-
-SAE_KINDS: dict[str, type] = {"standard": StandardConfig, "topk": TopKConfig}
+from midiscover.saeconfig import SAE_KINDS, CommonConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,8 +73,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     tree = read_yaml(path)
     tree.setdefault("name", re.sub(r"[^a-z0-9_-]+", "-", Path(path).stem.lower()))
     for dotted, value in (overrides or {}).items():
-        if dotted == "grid" and isinstance(tree.get("grid"), dict):
-            tree["grid"] |= value  # an axis that is given replaces that axis, and the others stand
+        if dotted == "grid" and tree.get("grid"):
+            # An axis that is given replaces that axis, and the others stand.
+            grids = tree["grid"] if isinstance(tree["grid"], list) else [tree["grid"]]
+            tree["grid"] = [grid | value if isinstance(grid, dict) else grid for grid in grids]
         else:
             set_path(tree, dotted, value)
     return build_config(tree)
@@ -135,30 +136,33 @@ def expand_braces(text: str) -> list[str]:
 
 
 def expand_grid(config: RunConfig) -> list[SaePoint]:
-    """Every SAE of a sweep: hooks x the grid's values, in a fixed order. ConfigError for a wrong path."""
-    axes = list(config.grid.items())
-    for path, _ in axes:
+    """Every SAE of a sweep: hooks x each grid's values, in a fixed order. ConfigError for a wrong path."""
+    points = [point for grid in config.grid or ({},) for point in _grid_points(config, grid)]
+    if len(set(points)) < len(points):
+        raise ConfigError("The grid names the same SAE twice; each value of an axis may stand once.")
+    return sorted(points, key=lambda point: config.harvest.hooks.index(point.hook))
+
+
+def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list[SaePoint]:
+    for path in grid:
         if path.split(".")[0] not in ("sae", "train") or path.count(".") != 1:
             raise ConfigError(
                 f"grid.{path} is not a setting of an SAE; an axis is a path in 'sae' or 'train', "
                 "such as sae.l1_coefficient (the hooks of harvest.hooks are an axis by themselves)."
             )
-    base = {"sae": _given(config.sae), "train": _given(config.train)}
     points: list[SaePoint] = []
-    for values in itertools.product(*(axis for _, axis in axes)):
-        tree = {section: dict(settings) for section, settings in base.items()}
-        chosen = {path: value for (path, _), value in zip(axes, values, strict=True)}
+    for values in itertools.product(*grid.values()):
+        tree = {"sae": _given(config.sae), "train": _given(config.train)}
+        chosen = dict(zip(grid, values, strict=True))
         if chosen.get("sae.kind", config.sae.kind) != config.sae.kind:
-            # Another architecture keeps the width and nothing else of the one that `sae` describes.
-            tree["sae"] = {field.name: tree["sae"][field.name] for field in dataclasses.fields(WidthConfig)}
+            # Another architecture keeps what all have in common and nothing else of the one that `sae` describes.
+            tree["sae"] = {field.name: tree["sae"][field.name] for field in dataclasses.fields(CommonConfig)}
         for path, value in chosen.items():
             set_path(tree, path, value)
         sae = _build_sae(tree["sae"], "sae")
         train = _build(type(config.train), tree["train"], "train")
         points += [SaePoint(hook=hook, sae=sae, train=train) for hook in config.harvest.hooks]
-    if len(set(points)) < len(points):
-        raise ConfigError("The grid names the same SAE twice; each value of an axis may stand once.")
-    return sorted(points, key=lambda point: config.harvest.hooks.index(point.hook))
+    return points
 
 
 def to_tree(config: Any) -> Any:
@@ -219,13 +223,20 @@ def _check(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and hint == tuple[str, ...]:
         value = (value,)
     if path == "grid":
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"grid must be a section of 'path: [values]', not {_kind(value)}.")
-        return {str(key): _axis(axis, f"grid.{key}") for key, axis in value.items()}
+        grids = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_grid(grid) for grid in grids)
     try:
         return _adapter(hint).validate_python(_tuples(value))
     except ValidationError:
         raise ConfigError(f"{path} is {_show(value)}; it must be {_describe(hint)}.") from None
+
+
+def _grid(value: Any) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"grid must be a section of 'path: [values]', or a list of such sections, not {_kind(value)}."
+        )
+    return {str(key): _axis(axis, f"grid.{key}") for key, axis in value.items()}
 
 
 def _axis(value: Any, path: str) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Held-out measurements of trained SAEs: from stored activations, and with the reconstruction spliced into the model.
 
-Everything is measured on text that training did not see, with the folded weights as they are saved.
+Everything is measured on text that training did not see, with the folded weights as they are saved. A transcoder reads
+one hook and stands in for another: it is judged by what it makes of the second.
 """
 
 from __future__ import annotations
@@ -13,28 +14,37 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from midiscover.corpus import Corpus
+from midiscover.errors import ModelError
 from midiscover.harvest import position_mask, row_mask
 from midiscover.lm import LanguageModel
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import MetricSums, recovered
 from midiscover.store.blocks import Mask
+from midiscover.train import Pair
 
 CE_BATCH_WINDOWS = 8
 """Windows per spliced forward pass; bounds the two [tokens, vocabulary] tables of log-probabilities."""
 
 
-def reconstruction_metrics(saes: Mapping[str, Sae], batches: Iterable[Tensor], mean: Tensor) -> dict[str, MetricSums]:
+def reconstruction_metrics(
+    saes: Mapping[str, Sae], batches: Iterable[Tensor | Pair], mean: Tensor
+) -> dict[str, MetricSums]:
     """L0, FVU, explained variances, cosine, MSE, density and dead features of SAEs that read one hook.
 
-    saes: id -> folded SAE; batches: raw activations [tokens, d_in]; mean: [d_in], about which FVU measures variance.
+    saes: id -> folded SAE; batches: raw activations [tokens, d_in], or for transcoders pairs with what they predict;
+    mean: [d_out], about which FVU measures variance.
     """
     sums = {name: MetricSums(sae.d_sae, mean) for name, sae in saes.items()}
+    device = next(iter(saes.values())).W_enc.device
     for batch in batches:
+        if isinstance(batch, Pair):
+            x, y = (part.to(device).float() for part in batch)
+        else:
+            x = y = batch.to(device).float()
         for name, sae in saes.items():
-            x = batch.to(sae.W_enc.device).float()
             with torch.no_grad():
                 features = sae.encode(x)
-                sums[name].update(x, sae.decode(features), features)
+                sums[name].update(y, sae.output(x, features), features)
     return sums
 
 
@@ -79,6 +89,7 @@ def splice_metrics(
     hook: str,
     saes: Mapping[str, Sae],
     *,
+    output_hook: str | None = None,
     max_tokens: int,
     mask_first: bool,
     outlier_norm: float,
@@ -86,8 +97,10 @@ def splice_metrics(
 ) -> SpliceResult:
     """Splice each SAE's reconstruction into the model over held-out windows, up to `max_tokens` tokens.
 
-    Rows that training left out (special tokens, first position, outliers) keep their own activation, in the zeroed
-    run as well: an SAE is judged where it is meant to be used. Predictions of padding are not counted.
+    For transcoders, `output_hook` is what they predict: it is replaced by what they make of `hook` in the same pass,
+    and zeroed in the zeroed run. Rows that training left out (special tokens, first position, outliers at either hook)
+    keep their own activation, in the zeroed run as well: an SAE is judged where it is meant to be used. Predictions of
+    padding are not counted. ModelError where `output_hook` runs before `hook`.
     """
     result = SpliceResult(saes={name: SplicedSums() for name in saes})
     first = corpus.manifest.windows["train"]
@@ -97,23 +110,22 @@ def splice_metrics(
         stop = min(start + CE_BATCH_WINDOWS, first + windows)
         ids, doc = (torch.from_numpy(part.copy()) for part in corpus.windows(start, stop))
         codes = position_mask(ids, doc, special, mask_first=mask_first)
-        _splice_batch(model, hook, saes, ids, codes, outlier_norm, result, on_tokens)
+        splice = _Splice(hook, output_hook or hook, codes, outlier_norm)
+        _splice_batch(model, splice, saes, ids, result, on_tokens)
     return result
 
 
 def _splice_batch(
     model: LanguageModel,
-    hook: str,
+    splice: _Splice,
     saes: Mapping[str, Sae],
     ids: Tensor,
-    codes: Tensor,
-    outlier_norm: float,
     result: SpliceResult,
     on_tokens: Callable[[int], None],
 ) -> None:
     device = model.device
     tokens = ids.to(device, torch.long)
-    attention = (codes != Mask.PADDING).long().to(device)
+    attention = (splice.codes != Mask.PADDING).long().to(device)
     targets = tokens[:, 1:]
     counted = (attention[:, 1:] == 1) & (attention[:, :-1] == 1)
 
@@ -129,23 +141,55 @@ def _splice_batch(
     log_p = run({})
     result.tokens += int(counted.sum())
     result.clean += _cross_entropy(log_p, targets[counted])
-    _add(result.zero, measure(run({hook: _splice(torch.zeros_like, codes, outlier_norm)})))
+    _add(result.zero, measure(run(splice.of(_zero))))
     for name, sae in saes.items():
-        _add(result.saes[name], measure(run({hook: _splice(sae, codes, outlier_norm)})))
+        _add(result.saes[name], measure(run(splice.of(sae))))
 
 
-def _splice(function: Callable[[Tensor], Tensor], codes: Tensor, outlier_norm: float) -> Callable[[Tensor], Tensor]:
-    """A replacement for the hook's [windows, context, d_in] that leaves masked rows as they are."""
+def _zero(x: Tensor) -> Tensor:
+    return x.new_zeros(1)
 
-    def replace(value: Tensor) -> Tensor:
-        flat = value.flatten(0, 1).float()
-        mask = row_mask(codes.flatten(), flat.norm(dim=-1).cpu(), outlier_norm)
-        usable = (mask == Mask.USABLE).to(value.device)
+
+@dataclass(frozen=True, slots=True)
+class _Splice:
+    """What is replaced in a batch of windows."""
+
+    hook: str
+    output_hook: str
+    codes: Tensor
+    """[windows, context_size], from `position_mask`."""
+    outlier_norm: float
+
+    def of(self, function: Callable[[Tensor], Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Replacements for one pass: `output_hook` becomes `function` of `hook`, both [rows, d], but in masked rows."""
+        if self.hook == self.output_hook:
+            return {self.hook: lambda value: self._put(function, value, value)}
+        read: list[Tensor] = []
+
+        def keep(value: Tensor) -> Tensor:
+            read.append(value.clone())  # modules may change their input in place later
+            return value
+
+        def put(value: Tensor) -> Tensor:
+            if not read:
+                raise ModelError(
+                    f"'{self.output_hook}' runs before '{self.hook}', so nothing that reads the second can stand in "
+                    "for the first; choose an output hook further up."
+                )
+            return self._put(function, read[0], value)
+
+        return {self.hook: keep, self.output_hook: put}
+
+    def _put(self, function: Callable[[Tensor], Tensor], read: Tensor, value: Tensor) -> Tensor:
+        x, y = (part.flatten(0, 1).float() for part in (read, value))
+        usable = self._usable(x) if read is value else self._usable(x) & self._usable(y)
         with torch.no_grad():
-            out = torch.where(usable[:, None], function(flat), flat)
+            out = torch.where(usable[:, None], function(x), y)
         return out.to(value.dtype).view_as(value)
 
-    return replace
+    def _usable(self, rows: Tensor) -> Tensor:
+        mask = row_mask(self.codes.flatten(), rows.norm(dim=-1).cpu(), self.outlier_norm)
+        return (mask == Mask.USABLE).to(rows.device)
 
 
 def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> float:

@@ -14,9 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, SaeConfig, SaePoint
+from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, SaePoint
+from midiscover.saeconfig import SAE_KINDS, L1Config, PenaltyConfig, SaeConfig, TopKConfig
 
 HASH_LENGTH = 10
+LATER_SETTINGS: dict[str, Any] = {
+    "control": "none",
+    "decoder": "free",
+    "resample_at": (),
+    "retire_after": None,
+    "foreign_source": None,
+}
+"""Settings that came after the first ids, at the meaning that those ids have: there they are left out."""
+RECIPE_VERSION = 1
+"""Of `sae.recipes`: counts where the learning rate is left to it."""
 
 
 def canonical_json(value: Any) -> str:
@@ -34,9 +45,12 @@ def _settings(config: Any) -> dict[str, Any]:
     """A dataclass as plain data; a whole number where a field is a float counts as that float."""
     values = asdict(config)
     for item in fields(config):
-        if item.type == "float" and values[item.name] is not None:
+        if str(item.type).startswith("float") and values[item.name] is not None:
             values[item.name] = float(values[item.name])
-    return values
+    return {name: value for name, value in values.items() if LATER_SETTINGS.get(name, _ABSENT) != value}
+
+
+_ABSENT = object()
 
 
 def corpus_id(corpus: CorpusConfig, *, source_digest: str, tokenizer_digest: str) -> str:
@@ -59,6 +73,8 @@ def harvest_id(model: ModelConfig, harvest: HarvestConfig, *, model_digest: str,
         "mask_first": harvest.mask_first,
         "outlier_norm": harvest.outlier_norm,
     }
+    if model.weights != "trained":
+        given["weights"] = model.weights
     return "h." + fingerprint("harvest", 1, given)
 
 
@@ -79,8 +95,26 @@ def hook_label(hook: str) -> str:
 
 
 def sparsity_label(sae: SaeConfig) -> str:
-    """What sets the sparsity, for people: `l1 3` or `k 32`."""
-    return f"l1 {sae.l1_coefficient:g}" if sae.kind == "standard" else f"k {sae.k}"
+    """What sets the sparsity, for people: `l1 3`, `k 32` or, for one that is steered there, `L0 60`."""
+    name, value = sae.sparsity()
+    return f"{name} {value:g}"
+
+
+def compared_settings(sae: SaeConfig) -> dict[str, Any]:
+    """What SAEs of a sweep are compared by: `control, sparsity_label, l1, k, target_l0`; None where one has no such."""
+    target = sae.target_l0 if isinstance(sae, PenaltyConfig) else None
+    return {
+        "control": sae.control,
+        "sparsity_label": sparsity_label(sae),
+        "l1": sae.l1_coefficient if isinstance(sae, L1Config) and target is None else None,
+        "k": sae.k if isinstance(sae, TopKConfig) else None,
+        "target_l0": target,
+    }
+
+
+def recorded_settings(tree: Mapping[str, Any]) -> SaeConfig:
+    """The settings in a record.json. Those that came after the record have their defaults."""
+    return SAE_KINDS[tree["kind"]](**tree)
 
 
 def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
@@ -88,15 +122,25 @@ def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
     skip = {"expansion_factor", "d_sae"}
     settings = {k: v for k, v in _settings(point.sae).items() if k not in skip and v is not None}
     d_sae = point.sae.width(d_in)
-    train = {k: v for k, v in _settings(point.train).items() if k not in ("report_every", "checkpoint_every")}
+    uncounted = ("report_every", "checkpoint_every", "retire_after")  # none of them changes an SAE that is made
+    train = {k: v for k, v in _settings(point.train).items() if k not in uncounted}
     given = {"harvest": harvest, "hook": point.hook, "d_sae": d_sae, "sae": settings, "train": train}
-    sparsity = sparsity_label(point.sae).replace(" ", "-")
-    return f"{hook_label(point.hook)}.{point.sae.kind}-{d_sae}.{sparsity}.{fingerprint('sae', 1, given)}"
+    if point.train.lr is None:
+        given["recipe"] = RECIPE_VERSION
+    parts = [hook_label(point.hook), f"{point.sae.kind}-{d_sae}", sparsity_label(point.sae).replace(" ", "-").lower()]
+    if point.sae.control != "none":
+        parts.append(point.sae.control.replace("_", "-"))
+    return ".".join([*parts, fingerprint("sae", 1, given)])
 
 
-def evaluation_id(evaluate: EvaluateConfig) -> str:
-    """Id of how an SAE is measured; a change measures anew and trains nothing."""
-    return "e." + fingerprint("evaluation", 1, _settings(evaluate))
+def evaluation_id(evaluate: EvaluateConfig, *, foreign_digest: str | None = None) -> str:
+    """Id of how an SAE is measured; a change measures anew and trains nothing. foreign_digest: of the foreign text."""
+    given = _settings(evaluate)
+    if evaluate.foreign_source is None:
+        del given["foreign_tokens"]
+    else:
+        given["foreign_digest"] = foreign_digest
+    return "e." + fingerprint("evaluation", 1, given)
 
 
 def sweep_id(name: str, sae_ids: Sequence[str], evaluation: str) -> str:

@@ -16,12 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from midiscover.config import RunConfig
-from midiscover.configio import SAE_KINDS, find_config, load_config, parse_value
+from midiscover.configio import find_config, load_config, parse_value
 from midiscover.errors import ConfigError
 from midiscover.resolve import Resolved, resolve
+from midiscover.saeconfig import SAE_KINDS
 from midiscover.store.storage import Storage, open_store, store_uri
 from midiscover.tracking import Tracker
 from midiscover.tracking.engine import VARIABLE
+
+WANDB_PROJECT = "MIDISCOVER_WANDB_PROJECT"
+"""Environment variable: where it is set, a sweep's curves go to that project of Weights & Biases as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,15 +122,40 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def prepare(args: JobArgs) -> Prepared:
     """Read and check everything a job needs before any work: config, model, hooks, text, store, database."""
     config = load_config(find_config(args.config), args.overrides)
+    wandb_project()
     # A bucket is asked before the model is looked up, a folder is made after: wrong input leaves nothing behind.
     bucket = open_store(args.store) if "://" in store_uri(args.store) else None
     if bucket is not None and not os.environ.get(VARIABLE):
         Tracker.for_store(bucket)  # refuses: a bucket holds no SQLite
     if os.environ.get(VARIABLE):
         Tracker.open(os.environ[VARIABLE]).close()  # asked before a folder is made
-    resolved = resolve(config)
+    resolved = resolve(config, args.store)
     storage = bucket or open_store(args.store)
     return Prepared(args=args, resolved=resolved, storage=storage, tracker=Tracker.for_store(storage))
+
+
+def wandb_project() -> str | None:
+    """The project asked for, or None. ConfigError where wandb is not installed or has no account to write to."""
+    project = os.environ.get(WANDB_PROJECT)
+    if not project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"{WANDB_PROJECT} is set and wandb is not installed; `pip install 'midiscover[wandb]'`, or unset it."
+        ) from None
+    if wandb_online():
+        try:
+            wandb.login()  # asks at a terminal; by its stored key else
+        except wandb.Error as error:
+            raise ConfigError(f"wandb: {error} WANDB_MODE=offline keeps the runs on this machine.") from None
+    return project
+
+
+def wandb_online() -> bool:
+    """Whether wandb sends runs to its server; by its own variable."""
+    return os.environ.get("WANDB_MODE", "online") == "online"
 
 
 def run_job(stage: str, argv: Sequence[str]) -> NoReturn:

@@ -21,6 +21,9 @@ from midiscover.errors import ModelError
 HUB_SECONDS = 3.0
 """How long a hub may take to name a commit."""
 
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors format allows no longer header."""
+
 NAME_FILE = "midiscover_model.json"
 """{name, source, licence} in a model folder: what the model is called in records, where its folder's name says less."""
 
@@ -35,14 +38,15 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+INDEX_FILE = "model.safetensors.index.json"
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 # Weights by the two names that transformers itself loads: some hubs hold further copies in other layouts.
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model*.safetensors", INDEX_FILE)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder. ModelError where there are none, or a listed one is missing."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
@@ -53,6 +57,22 @@ def weight_files(folder: Path) -> list[Path]:
             f"Model folder {folder} lacks {missing[0]}; it must hold config.json, a tokenizer and safetensors weights."
         )
     return [folder / name for name in names]
+
+
+def weight_names(read: Callable[[str, int, int | None], bytes]) -> list[str]:
+    """Names of a model's tensors, from the index or the header of its safetensors; [] where neither can be read.
+
+    `read(file name, start, length)` reads of the model's folder, wherever that is; no weights are read.
+    """
+    try:
+        try:
+            return list(json.loads(read(INDEX_FILE, 0, None))["weight_map"])
+        except FileNotFoundError:
+            length = int.from_bytes(read("model.safetensors", 0, 8), "little")
+            header = json.loads(read("model.safetensors", 8, min(length, MAX_HEADER_BYTES)))
+            return [name for name in header if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

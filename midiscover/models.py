@@ -7,13 +7,12 @@ is kept under `cache_dir()`. Running a model is `lm.py`'s matter.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from midiscover.config import ModelConfig
 from midiscover.digests import cache_dir, file_sha256, files_sha256
 from midiscover.embedded import ensure_embedded_model
 from midiscover.errors import ModelError
+from midiscover.hooks import HookInfo, HookTable, refuse_impossible
 from midiscover.ids import canonical_json, hook_layer
 from midiscover.modelfiles import (
     MODEL_FILES,
@@ -37,14 +37,28 @@ from midiscover.modelfiles import (
     run_module,
     tokenizer_files,
     weight_files,
+    weight_names,
     write_atomically,
 )
+from midiscover.store.storage import open_store
+from midiscover.storedmodels import StoredModel, model_files, put_stored, read_part, read_stored, stored_folder
 
-__all__ = ["HookInfo", "HookTable", "ModelIdentity", "cache_dir", "hook_table", "model_folder", "resolve_model"]
+__all__ = [
+    "HookInfo",
+    "HookTable",
+    "ModelIdentity",
+    "cache_dir",
+    "hook_table",
+    "model_folder",
+    "push_model",
+    "resolve_model",
+]
+
+STORED = "store:"
+"""`model.id: store:<name>` is the model `models/<name>/` of the run's store; no hub id and no path looks like it."""
 
 _TABLE_VERSION = 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.|:|$)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,86 +72,32 @@ class ModelIdentity:
     tokenizer_digest: str
     """sha256 over the tokenizer files alone: equal tokenizers make equal corpora."""
     folder: str | None = None
-    """The local folder; None for hub models, whose files lie in the hub cache."""
+    """The local folder; None for hub models, whose files lie in the hub cache, and for models in a store."""
     hub_id: str | None = None
     revision: str | None = None
     """The hub commit."""
+    stored: StoredModel | None = None
+    """The model in a store: enough for any node to fetch it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HookInfo:
-    """One place where activations can be read."""
-
-    path: str
-    """Module path (its output), or `path:in` (its input)."""
-    d_in: int
-    """Width of the activations read there."""
-    layer: int | None
-    flops_per_token: float
-    """Floating-point operations of a forward pass that stops here, per token, with causal attention."""
-    recommended: bool
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Size of one bfloat16 activation."""
-        return 2 * self.d_in
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HookTable:
-    """All hooks of a model in the order in which they fire, with its dimensions."""
-
-    model: str
-    n_layers: int
-    d_model: int
-    vocab_size: int
-    context_length: int | None
-    """Longest context the model was made for, where its config says so."""
-    parameters: int
-    supports_sdpa: bool
-    """Whether `model.attention: sdpa` works; Gemma-2 needs `eager`."""
-    flops_per_token: float
-    """Of a whole forward pass with logits."""
-    hooks: Mapping[str, HookInfo]
-
-    @property
-    def recommended(self) -> tuple[str, ...]:
-        """MLP output projections at about 1/3, 1/2 and 2/3 of the depth."""
-        return tuple(path for path, info in self.hooks.items() if info.recommended)
-
-    def require_attention(self, attention: str) -> None:
-        """ModelError where the model can't run with this implementation of attention."""
-        if attention == "sdpa" and not self.supports_sdpa:
-            raise ModelError(f"{self.model} does not run with model.attention: sdpa; set it to eager.")
-
-    def require(self, hook: str) -> HookInfo:
-        """The hook's facts. ModelError names the valid layers or the nearest hooks where there is none."""
-        if hook in self.hooks:
-            return self.hooks[hook]
-        layer = hook_layer(hook)
-        if layer is not None and layer >= self.n_layers and _LAYER.sub("0", hook, count=1) in self.hooks:
-            raise ModelError(
-                f"Hook {hook!r}: layer {layer} is out of range; {self.model} has layers 0 to {self.n_layers - 1}."
-            )
-        nearest = difflib.get_close_matches(hook, self.hooks, n=3, cutoff=0.5)
-        hint = f"nearest are {', '.join(nearest)}" if nearest else f"try {', '.join(self.recommended)}"
-        raise ModelError(f"{self.model} has no hook {hook!r}; {hint}.")
-
-
-def resolve_model(config: ModelConfig) -> ModelIdentity:
-    """Find out which model is meant, without loading it.
+def resolve_model(config: ModelConfig, store: str | None = None) -> ModelIdentity:
+    """Find out which model is meant, without loading it; `store` is where `store:<name>` is looked up.
 
     The first use of `embedded` and of a GGUF file makes a safetensors folder, once. Raises ModelError within 5 seconds
-    where a folder is incomplete, or the hub does not know the model or does not answer and nothing of it is cached.
+    where a folder is incomplete, the store does not hold the model, or the hub does not know it or does not answer and
+    nothing of it is cached.
     """
     if not config.id:
-        raise ModelError("model.id is empty; give a hub id, a folder, a .gguf file or 'embedded'.")
+        raise ModelError("model.id is empty; give a hub id, a folder, a .gguf file, store:<name> or 'embedded'.")
     path = Path(config.id).expanduser()
-    local = config.id == "embedded" or path.exists()
+    stored = config.id.startswith(STORED)
+    local = config.id == "embedded" or stored or path.exists()
     if local and config.revision is not None:
         raise ModelError(
             f"model.revision is for hub models; {config.id!r} is a local one, whose files are its revision."
         )
+    if stored:
+        return _stored_identity(read_stored(config.id.removeprefix(STORED), open_store(store, create=False)))
     if config.id == "embedded":
         return _local_identity(ensure_embedded_model())
     if path.is_dir():
@@ -155,8 +115,32 @@ def resolve_model(config: ModelConfig) -> ModelIdentity:
     return _hub_identity(config.id, config.revision)
 
 
+def push_model(config: ModelConfig, store: str | None, name: str | None = None) -> tuple[StoredModel, bool]:
+    """Put a local model into a store as `store:<name>`; False: it stood there already. Raises ModelError.
+
+    `name` None is what the model calls itself. What it is called in records is that as well, or `name` where it says
+    nothing.
+    """
+    identity = resolve_model(config)
+    if identity.folder is None:
+        raise ModelError(f"{config.id!r} is no local model: give a folder, a .gguf file or 'embedded'.")
+    folder, storage = Path(identity.folder), open_store(store)
+    key = name or identity.name.rpartition("/")[2]
+    stored = StoredModel(
+        store=storage.uri,
+        key=key,
+        name=identity.name if (folder / NAME_FILE).is_file() else key,
+        digest=identity.digest,
+        tokenizer_digest=identity.tokenizer_digest,
+        files=model_files(folder),
+    )
+    return stored, put_stored(stored, folder, storage)
+
+
 def model_folder(identity: ModelIdentity) -> Path:
-    """The folder with the model's files on this machine; a hub model is downloaded, once per machine."""
+    """The folder with the model's files on this machine; a hub or stored model is downloaded, once per machine."""
+    if identity.stored is not None:
+        return stored_folder(identity.stored, weights=True)
     folder = config_folder(identity)
     if identity.hub_id is not None and not has_weights(folder):
         folder = download(identity.hub_id, identity.digest, (*MODEL_FILES, *WEIGHT_FILES))
@@ -166,6 +150,8 @@ def model_folder(identity: ModelIdentity) -> Path:
 
 def config_folder(identity: ModelIdentity) -> Path:
     """The folder with at least the model's config and tokenizer on this machine."""
+    if identity.stored is not None:
+        return stored_folder(identity.stored, weights=False)
     if identity.hub_id is not None:
         cached = cached_snapshot(identity.hub_id, identity.digest)
         complete = cached is not None and (cached / "config.json").is_file()
@@ -176,15 +162,19 @@ def config_folder(identity: ModelIdentity) -> Path:
     return folder
 
 
-def hook_table(identity: ModelIdentity, *, context_size: int = 512) -> HookTable:
+def hook_table(identity: ModelIdentity, *, context_size: int = 512, wanted: Sequence[str] = ()) -> HookTable:
     """All hooks of a model, from its config alone (seconds, once; then read from the cache).
 
-    `context_size` is the number of tokens in a window, on which attention's share of the FLOPs depends.
+    `context_size` is the number of tokens in a window, on which attention's share of the FLOPs depends. Of the hooks
+    `wanted`, those that can't be there are refused before the table is made; the others are not looked at.
     """
     version = importlib.metadata.version("transformers")
     file = cache_dir() / "hooks" / f"{identity.digest[:40]}-transformers-{version}-v{_TABLE_VERSION}.json"
     if not file.is_file():
         folder = config_folder(identity)
+        if wanted:
+            config = json.loads((folder / "config.json").read_text())
+            refuse_impossible(wanted, model=identity.name, config=config, weights=_weight_names(identity, folder))
         # A process that has torch loaded anyhow needs no other one for it (0.2 s instead of 4 s).
         lm = sys.modules.get("midiscover.lm")
         text = json.dumps(lm.hook_facts(folder)) if lm else run_module("midiscover.lm", "table", str(folder))
@@ -212,6 +202,17 @@ def hook_table(identity: ModelIdentity, *, context_size: int = 512) -> HookTable
     )
 
 
+def _weight_names(identity: ModelIdentity, folder: Path) -> list[str]:
+    def read(name: str, start: int, length: int | None) -> bytes:
+        if identity.stored is not None:
+            return read_part(identity.stored, name, start, length)
+        with (folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    return weight_names(read)
+
+
 def _converted(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -224,6 +225,12 @@ def _converted(gguf: Path) -> Path:
         convert_gguf(gguf, folder, name=name, source=f"{gguf.name} sha256 {digest}", licence=None)
 
     return made_once(cache_dir() / "models" / f"{name}-{digest[:10]}", make)
+
+
+def _stored_identity(stored: StoredModel) -> ModelIdentity:
+    return ModelIdentity(
+        name=stored.name, digest=stored.digest, tokenizer_digest=stored.tokenizer_digest, stored=stored
+    )
 
 
 def _local_identity(folder: Path) -> ModelIdentity:

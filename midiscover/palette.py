@@ -15,6 +15,9 @@ HOOKS = ("#0072b2", "#d55e00", "#2f979e", "#5e48f0", "#8a6d4c", "#7f7f7f")
 """Categories: blue and vermillion of Okabe and Ito (2008), then those within both contrasts that lie farthest apart."""
 RAMP = ("#3b6fd4", "#7b5cc4", "#b14aa6", "#d2476e", "#dd5b33", "#c77a00")
 """Ordered settings (l1, k), and layers where they are more than the categories: blue to orange."""
+HEAT = ("#eef4fb", "#c3daf0", "#86b6e0", "#4787c7", "#1f5a9e", "#0b3266")
+"""Values of a map, one hue from light to deep, so that lightness alone tells them in order. Cells are filled, so they
+need no contrast with the ground; the numbers on them are black or white, whichever has more contrast."""
 
 INK = "#1f2328"
 INK_SOFT = "#57606a"
@@ -74,8 +77,8 @@ THEME: dict[str, Any] = {
 """Vega-Lite config of every chart; the report changes only its inks and its ground on dark."""
 
 
-def hook_colours(n: int) -> list[str]:
-    """`n` colours for hooks: categories while they last, then the ramp, as hooks are layers in order."""
+def categories(n: int) -> list[str]:
+    """`n` colours for names: categories while they last, then the ramp, as so many names are layers, in order."""
     return list(HOOKS[:n]) if n <= len(HOOKS) else ramp(n)
 
 
@@ -86,11 +89,20 @@ def ramp(n: int) -> list[str]:
     return [_between(i * (len(RAMP) - 1) / (n - 1)) for i in range(n)]
 
 
-def _between(position: float) -> str:
-    """The colour at `position` of the ramp, mixed linearly in sRGB, which keeps the steps of this ramp even enough."""
-    index = min(int(position), len(RAMP) - 2)
+def on_heat(position: float) -> str:
+    """Black or white, for a number on the cell at `position` (0 to 1) of a map's scale."""
+    channels = [part / 255 for part in _channels(_between(position * (len(HEAT) - 1), HEAT))]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in channels]
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    # Where (luminance + 0.05) / 0.05 and 1.05 / (luminance + 0.05) are equal (WCAG 2.2, contrast ratio).
+    return "#000000" if luminance > (0.05 * 1.05) ** 0.5 - 0.05 else "#ffffff"
+
+
+def _between(position: float, colours: tuple[str, ...] = RAMP) -> str:
+    """The colour at `position` of a ramp, mixed linearly in sRGB, which keeps the steps of these ramps even enough."""
+    index = min(int(position), len(colours) - 2)
     share = position - index
-    low, high = (_channels(RAMP[i]) for i in (index, index + 1))
+    low, high = (_channels(colours[i]) for i in (index, index + 1))
     return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(low, high, strict=True))
 
 

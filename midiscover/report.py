@@ -20,18 +20,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from midiscover import figures
-from midiscover.frontier import frontier_of_hooks
+from midiscover.frontier import frontier_of_hooks, frontier_of_kinds, is_control
 from midiscover.summary import (
+    CONTROLS_NEED,
     INDICATORS_CANNOT_TELL,
     METRICS,
     Column,
     Row,
     columns,
     fixed,
+    has_foreign,
     hook_names,
     in_order,
     is_missing,
     quality,
+    strength,
 )
 
 DASH = "\N{EN DASH}"
@@ -47,6 +50,8 @@ def write_report(
     failures: Mapping[str, str] | None = None,
     *,
     minutes: float | None = None,
+    stability: Sequence[Row] = (),
+    retired: Mapping[str, str] | None = None,
 ) -> bytes:
     """The page as UTF-8 bytes.
 
@@ -58,19 +63,24 @@ def write_report(
         records: record.json of every finished SAE.
         failures: SAE id -> why it has no record.
         minutes: wall time of the whole run, where it is known.
+        stability: pairs of SAEs as `stability.pair_row` has them; none draws nothing.
+        retired: SAE id -> why its training was ended early.
     """
-    rows, failures = in_order(rows), failures or {}
+    rows, failures, retired = in_order(rows), failures or {}, retired or {}
     page = _environment().get_template("report.html.j2")
     html = page.render(
         sweep=sweep,
-        facts=_facts(rows, curves, sweep, records, failures, minutes),
+        facts=_facts(rows, curves, sweep, records, {"retired": len(retired), "failed": len(failures)}, minutes),
         headings=columns(rows),
         table=_lines(rows),
         hooks=hook_names([str(row.get("hook")) for row in rows]),
         quality=quality(rows, minutes),
         cannot_tell=INDICATORS_CANNOT_TELL,
-        charts=_charts(rows, curves, densities),
+        charts=_charts(rows, curves, densities, stability),
+        controls=CONTROLS_NEED if any(map(is_control, rows)) else None,
+        several_kinds=len({row.get("kind") for row in rows}) > 1,
         failures=failures,
+        retired=retired,
         settings=_yaml(sweep.get("config") or {}),
         lineage=_yaml({key: sweep.get(key) for key in ("corpus", "harvest", "evaluation_id", "lineage")}),
         records=[(record["id"], _record_json(record)) for record in records],
@@ -102,15 +112,24 @@ class _Charts:
     captions: Mapping[str, Sequence[str]]
 
 
-def _charts(rows: Sequence[Row], curves: Sequence[Row], densities: Sequence[Row]) -> _Charts:
+def _charts(rows: Sequence[Row], curves: Sequence[Row], densities: Sequence[Row], stability: Sequence[Row]) -> _Charts:
     drawn: dict[str, figures.Chart] = {}
+    layers = len({row["hook"] for row in rows if not is_control(row)}) > 1
     if rows:
         drawn["frontier"] = figures.frontier_chart(rows)
         drawn["shares"] = figures.share_chart(rows)
+    if layers:
+        drawn["map"] = figures.map_chart(rows)
+    if has_foreign(rows):
+        drawn["foreign"] = figures.foreign_chart(rows)
+    if any(not is_missing(pair["matched"]) for pair in stability):
+        drawn["stability"] = figures.stability_chart(stability)
     if curves:
         drawn |= {f"curves-{measure}": figures.curve_chart(curves, measure) for measure in figures.MEASURES}
     if densities:
         drawn["density"] = figures.density_chart(densities)
+        if layers:
+            drawn["layer-density"] = figures.layer_density_chart(densities)
     specs, datasets, captions = {}, {}, {}
     for name, chart in drawn.items():
         spec = chart.to_dict()
@@ -128,10 +147,10 @@ def _facts(
     curves: Sequence[Row],
     sweep: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
-    failures: Mapping[str, str],
+    ended: Mapping[str, int],
     minutes: float | None,
 ) -> dict[str, str]:
-    """The few lines below the title; what is not known is left out."""
+    """The few lines below the title; what is not known is left out. ended: how many SAEs ended otherwise, by word."""
     lineage = dict(records[0].get("lineage") or {}) if records else dict(sweep.get("lineage") or {})
     config = sweep.get("config") or {}
     model, corpus = lineage.get("model") or {}, lineage.get("corpus") or {}
@@ -146,7 +165,9 @@ def _facts(
             None if trained is None else f"{fixed(trained, 0)} for training",
             None if held_out is None else f"{fixed(held_out, 0)} held out",
         ),
-        "SAEs": _joined(f"{len(records) or len(rows)} of {planned}", f"{len(failures)} failed" if failures else None),
+        "SAEs": _joined(
+            f"{len(records) or len(rows)} of {planned}", *(f"{count} {word}" for word, count in ended.items() if count)
+        ),
         "Run": _joined(_time(sweep.get("created")), None if is_missing(minutes) else f"{fixed(minutes, 1)} minutes"),
         "Owner": str(sweep.get("owner") or ""),
         "Tags": ", ".join(sweep.get("tags") or []),
@@ -166,13 +187,16 @@ def _joined(*parts: Any) -> str:
 
 def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     shown = columns(rows)
+    marks = zip(rows, frontier_of_hooks(rows), frontier_of_kinds(rows), strict=True)
     return [
         {
             "id": row.get("sae_id"),
-            "frontier": mark,
+            # How it sorts, and what it reads.
+            "frontier": (0, "yes") if of_hook else (1, "of its kind") if of_kind else (2, DASH),
+            "control": is_control(row),
             "cells": [_Cell(_dashed(column.text(row)), _sort_key(row, column)) for column in shown],
         }
-        for row, mark in zip(rows, frontier_of_hooks(rows), strict=True)
+        for row, of_hook, of_kind in marks
     ]
 
 
@@ -181,6 +205,10 @@ def _sort_key(row: Row, column: Column) -> Any:
     if column.key == "hook":
         # Text would put layer 10 before layer 9.
         return f"{row.get('layer') if row.get('layer') is not None else 1e9:012.3f} {value}"
+    if column.key == "sparsity_label":
+        # By the setting's name, then its value: as text, k 128 would stand before k 16.
+        name, number = strength(row)
+        return f"{name} {number:020.6f}"
     return None if is_missing(value) else value
 
 

@@ -6,15 +6,17 @@ Every driver and `midiscover config` begin here, so that what is shown is what r
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from midiscover import ids
 from midiscover.config import RunConfig, SaePoint
 from midiscover.configio import expand_grid
 from midiscover.errors import ConfigError
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
-from midiscover.texts import SourceIdentity, resolve_source
+from midiscover.saeconfig import PenaltyConfig, TopKConfig, TranscoderConfig
+from midiscover.texts import SourceIdentity, resolve_foreign, resolve_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +27,12 @@ class PlannedSae:
     point: SaePoint
     d_in: int
     d_sae: int
+    d_out: int
+    """Width of the hook that is reconstructed; d_in but for transcoders."""
+    output_hook: str
+    """The hook that is reconstructed; `point.hook` but for transcoders."""
+    harvest_id: str
+    """Where its activations lie; another one than the sweep's for `control: random_model`."""
 
     def row(self) -> dict[str, object]:
         """The plain-table entries that need no training."""
@@ -32,10 +40,10 @@ class PlannedSae:
         return {
             "sae_id": self.id,
             "hook": self.point.hook,
+            "output_hook": self.output_hook,
             "layer": ids.hook_layer(self.point.hook),
             "kind": sae.kind,
-            "l1": sae.l1_coefficient if sae.kind == "standard" else None,
-            "k": sae.k if sae.kind == "topk" else None,
+            **ids.compared_settings(sae),
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "seed": self.point.train.seed,
@@ -50,13 +58,32 @@ class Resolved:
     model: ModelIdentity
     table: HookTable
     source: SourceIdentity
+    foreign: SourceIdentity | None = None
+    """The text of `evaluate.foreign_source`."""
     corpus_id: str
     harvest_id: str
     evaluation_id: str
     sweep_id: str
     hooks: dict[str, int]
-    """Hook path -> d_in."""
+    """Hook path -> width, of all that is harvested: the hooks of the run and those that its transcoders predict."""
     saes: tuple[PlannedSae, ...]
+
+    def parts(self) -> tuple[Resolved, ...]:
+        """The run by language model, each with a harvest of its own: this one, and that with shuffled weights."""
+        shuffled = tuple(sae for sae in self.saes if sae.harvest_id != self.harvest_id)
+        own = tuple(sae for sae in self.saes if sae.harvest_id == self.harvest_id)
+        parts = [replace(self, saes=own)] if own or not shuffled else []
+        if shuffled:
+            model = replace(self.config.model, weights="shuffled")
+            used = {hook for sae in shuffled for hook in (sae.point.hook, sae.output_hook)}
+            hooks = {hook: width for hook, width in self.hooks.items() if hook in used}
+            config = replace(self.config, model=model)
+            parts.append(replace(self, config=config, harvest_id=shuffled[0].harvest_id, hooks=hooks, saes=shuffled))
+        return tuple(parts)
+
+    def part_of(self, sae: PlannedSae) -> Resolved:
+        """The part whose language model and harvest an SAE reads."""
+        return next(part for part in self.parts() if part.harvest_id == sae.harvest_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,31 +95,50 @@ class Pack:
     saes: tuple[PlannedSae, ...]
 
 
-def resolve(config: RunConfig) -> Resolved:
-    """Look up model, hooks and text, and name everything. UserError within seconds where one is not there."""
+def resolve(config: RunConfig, store: str | None = None) -> Resolved:
+    """Look up model, hooks and text, and name everything. UserError within seconds where one is not there.
+
+    `store` is the address of the run's store, in which `model.id: store:<name>` is looked up.
+    """
     if not config.harvest.hooks:
         raise ConfigError(
             "harvest.hooks is empty; name at least one module path (`midiscover inspect MODEL` lists them)."
         )
-    model = resolve_model(config.model)
-    table = hook_table(model, context_size=config.corpus.context_size)
+    model = resolve_model(config.model, store)
+    table = hook_table(model, context_size=config.corpus.context_size, wanted=config.harvest.hooks)
     table.require_attention(config.model.attention)
     if table.context_length is not None and config.corpus.context_size > table.context_length:
         raise ConfigError(
             f"corpus.context_size is {config.corpus.context_size}, and {table.model} reads at most "
             f"{table.context_length} tokens; lower it."
         )
-    hooks = {hook: table.require(hook).d_in for hook in config.harvest.hooks}
+    points = expand_grid(config)
+    outputs = {point: _output_hook(point) for point in points}
+    hooks = {hook: table.require(hook).d_in for hook in (*config.harvest.hooks, *outputs.values())}
+    firing = list(table.hooks)
+    for point, output in outputs.items():
+        if firing.index(output) < firing.index(point.hook):
+            raise ConfigError(f"'{output}' fires before '{point.hook}', so no transcoder can predict it from there.")
     source = resolve_source(config.corpus)
+    foreign = resolve_foreign(config.corpus, config.evaluate)
     corpus = ids.corpus_id(config.corpus, source_digest=source.digest, tokenizer_digest=model.tokenizer_digest)
-    harvest = ids.harvest_id(config.model, config.harvest, model_digest=model.digest, corpus=corpus)
-    saes = tuple(_planned(point, harvest, hooks[point.hook]) for point in expand_grid(config))
-    evaluation = ids.evaluation_id(config.evaluate)
+
+    def harvest_id(weights: Literal["trained", "shuffled"]) -> str:
+        settings = replace(config.model, weights=weights)
+        return ids.harvest_id(settings, config.harvest, model_digest=model.digest, corpus=corpus)
+
+    harvest, shuffled = harvest_id(config.model.weights), harvest_id("shuffled")
+    saes = tuple(
+        _planned(point, shuffled if point.sae.control == "random_model" else harvest, hooks, outputs[point])
+        for point in points
+    )
+    evaluation = ids.evaluation_id(config.evaluate, foreign_digest=foreign.digest if foreign else None)
     return Resolved(
         config=config,
         model=model,
         table=table,
         source=source,
+        foreign=foreign,
         corpus_id=corpus,
         harvest_id=harvest,
         evaluation_id=evaluation,
@@ -120,7 +166,15 @@ def make_packs(saes: Sequence[PlannedSae], pack_size: int | None, missing: Colle
     groups: dict[tuple[object, ...], list[PlannedSae]] = {}
     for sae in saes:
         train = sae.point.train
-        key = (sae.point.hook, train.batch_size, train.epochs, train.seed, train.shuffle_tokens)
+        key = (
+            sae.harvest_id,
+            sae.point.hook,
+            sae.output_hook,
+            train.batch_size,
+            train.epochs,
+            train.seed,
+            train.shuffle_tokens,
+        )
         groups.setdefault(key, []).append(sae)
     packs: list[Pack] = []
     for members in groups.values():
@@ -133,8 +187,43 @@ def make_packs(saes: Sequence[PlannedSae], pack_size: int | None, missing: Colle
     return packs
 
 
-def _planned(point: SaePoint, harvest: str, d_in: int) -> PlannedSae:
-    d_sae = point.sae.width(d_in)
-    if point.sae.kind == "topk" and point.sae.k > d_sae:
-        raise ConfigError(f"sae.k is {point.sae.k}, more than the {d_sae} features of the SAE; choose a smaller k.")
-    return PlannedSae(id=ids.sae_id(point, harvest=harvest, d_in=d_in), point=point, d_in=d_in, d_sae=d_sae)
+def _output_hook(point: SaePoint) -> str:
+    """The hook that an SAE reconstructs: its own, or the one that a transcoder predicts."""
+    sae, hook = point.sae, point.hook
+    if not isinstance(sae, TranscoderConfig):
+        return hook
+    if sae.output_hook is not None:
+        layer = ids.hook_layer(hook)
+        return sae.output_hook.replace("{layer}", "{layer}" if layer is None else str(layer))
+    path, _, side = hook.partition(":")
+    if side != "in":
+        raise ConfigError(
+            f"A {sae.kind} on '{hook}' needs sae.output_hook, the hook that it predicts; only a hook that ends in "
+            "':in' has one by itself, the output of the same module."
+        )
+    return path
+
+
+def _planned(point: SaePoint, harvest: str, hooks: Mapping[str, int], output_hook: str) -> PlannedSae:
+    sae, d_in = point.sae, hooks[point.hook]
+    d_sae = sae.width(d_in)
+    if isinstance(sae, TopKConfig) and sae.k > d_sae:
+        raise ConfigError(f"sae.k is {sae.k}, more than the {d_sae} features of the SAE; choose a smaller k.")
+    if isinstance(sae, PenaltyConfig) and sae.target_l0 is not None and sae.target_l0 > d_sae / 2:
+        raise ConfigError(
+            f"sae.target_l0 is {sae.target_l0:g}, more than half of the {d_sae} features of the SAE; lower it."
+        )
+    if sae.control == "neurons" and isinstance(sae, TranscoderConfig):
+        raise ConfigError(
+            f"sae.control 'neurons' has no meaning for a {sae.kind}, whose input is another hook than its output; "
+            "leave it out of the grid of transcoders."
+        )
+    return PlannedSae(
+        id=ids.sae_id(point, harvest=harvest, d_in=d_in),
+        point=point,
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=hooks[output_hook],
+        output_hook=output_hook,
+        harvest_id=harvest,
+    )

@@ -6,16 +6,30 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from midiscover.ids import sparsity_label
+from safetensors.torch import load
+from torch import Tensor
+
 from midiscover.resolve import PlannedSae
-from midiscover.saes import read_json
+from midiscover.saes import SPARSITY, load_trained, read_json
+from midiscover.stability import agreement, chosen, neighbours, pair_row
 from midiscover.store import layout
 from midiscover.store.storage import Storage
+from midiscover.summary import Row
 
 READERS = 8
 ROW_METRICS = ("l0", "fvu", "mse", "cosine", "ce_recovered", "kl_recovered", "dead_share", "inactive_share")
+FOREIGN_METRICS = ("fvu_foreign", "l0_foreign")
+"""Measures that an evaluation has only where it was given a second corpus."""
+DESCRIBED = ("hook", "layer", "kind", "control", "d_sae", "seed")
+"""What curves and densities say of their SAE."""
+STABILITY_PAIRS = 100
+"""SAEs compared with one another in a sweep at most. A pair is 2 n_a n_b d FLOPs: 24 GFLOP at the demo's width, 2.1
+TFLOP at 20,480 features of d 2,560, where two CPU cores take half a minute and a GPU a fraction of a second."""
+DECODERS_HELD = 8
+"""Decoders in memory at once: 210 MB each at 20,480 features of d 2,560."""
 CURVES = ("step", "tokens", "loss", "mse", "l0", "fvu")
 
 
@@ -37,18 +51,43 @@ def sae_results(storage: Storage, planned: Sequence[PlannedSae], evaluation_id: 
     for p, (record, training, metrics) in zip(planned, found, strict=True):
         if record is None or training is None or metrics is None:
             continue
-        sparsity = sparsity_label(p.point.sae)
-        label = {"sae_id": p.id, "hook": p.point.hook, "label": sparsity}
+        row = p.row()
+        label = {"sae_id": p.id, "label": row["sparsity_label"]} | {name: row[name] for name in DESCRIBED}
         rows.append(
-            p.row()
-            | {"sparsity_label": sparsity}
+            row
             | {name: metrics[name] for name in ROW_METRICS}
+            | {name: metrics.get(name) for name in FOREIGN_METRICS}
             | {"seconds": record["seconds"]}
         )
         curves += _curves(label, training["history"])
         densities += _densities(label, metrics["density"])
         records.append(record)
     return Results(rows=rows, curves=curves, densities=densities, records=records)
+
+
+def sae_stability(
+    storage: Storage, rows: Sequence[Row], *, device: str = "cpu", most: int = STABILITY_PAIRS
+) -> list[dict[str, Any]]:
+    """Feature stability of a sweep: one plain row per pair of neighbours on its grid, as `stability.pair_row` has it.
+
+    rows: those of `sae_results`. Only features that fired on held-out tokens count. Of more than `most` pairs, seeds go
+    first; see `stability.chosen`.
+    """
+
+    @lru_cache(maxsize=DECODERS_HELD)
+    def directions(sae_id: str) -> tuple[Tensor, Tensor]:
+        decoder = load_trained(storage, sae_id, device=device).W_dec.detach()
+        log_rate = load(storage.read(layout.sae_file(sae_id, SPARSITY)))["sparsity"].to(device)
+        # log10(rate + 1e-10): a feature that never fired has -10, one that did at least -9.
+        return decoder, log_rate > -9.5
+
+    pairs = sorted(chosen(neighbours(rows), most), key=lambda pair: str(pair.a["hook"]))
+    result = []
+    for pair in pairs:
+        (a, live_a), (b, live_b) = directions(pair.a["sae_id"]), directions(pair.b["sae_id"])
+        found = agreement(a, b, live_a, live_b)
+        result.append(pair_row(pair, found, (int(live_a.sum()), int(live_b.sum()))))
+    return result
 
 
 def _read(storage: Storage, sae_id: str, evaluation_id: str) -> tuple[Any, Any, Any]:

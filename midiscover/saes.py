@@ -19,13 +19,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from midiscover import lineage
-from midiscover.config import StandardConfig, TopKConfig
 from midiscover.configio import to_tree
 from midiscover.errors import CorruptError, NotFoundError, UserError
 from midiscover.ids import hook_layer
 from midiscover.resolve import PlannedSae, Resolved
 from midiscover.sae.base import Sae, l1_conventions
-from midiscover.sae.registry import make_sae
+from midiscover.sae.registry import folded_sae
+from midiscover.saeconfig import L1Config
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
 from midiscover.train import Trained
@@ -44,9 +44,13 @@ def dump(value: Any) -> bytes:
 def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bos: bool) -> dict[str, Any]:
     """cfg.json of SAELens v6 for an SAE that reads a Hugging Face module.
 
-    prepend_bos: whether the corpus put a BOS token at the start of each window.
+    prepend_bos: whether the corpus put a BOS token at the start of each window. `architecture` is what the weights are;
+    what they were trained as stands in the metadata, with its settings, as SAELens writes its own.
     """
-    config, hook = resolved.config, planned.point.hook
+    config, hook, kind = resolved.config, planned.point.hook, planned.point.sae.kind
+    output = planned.output_hook
+    predicted = {"hook_name_out": output, "hook_head_index_out": None, "hf_hook_name_out": output}
+    settings = {name: value for name, value in to_tree(planned.point.sae).items() if name != "kind"}
     return {
         "architecture": sae.saelens_architecture,
         "d_in": planned.d_in,
@@ -66,6 +70,7 @@ def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bo
             "hook_layer": hook_layer(hook),
             "hook_head_index": None,
             "hf_hook_name": hook,
+            **(predicted if sae.transcodes else {}),
             "prepend_bos": prepend_bos,
             "context_size": config.corpus.context_size,
             "seqpos_slice": [None],
@@ -73,7 +78,8 @@ def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bo
             "exclude_special_tokens": True,
             "model_from_pretrained_kwargs": {},
             "neuronpedia_id": None,
-            "training_architecture": planned.point.sae.kind,
+            "training_architecture": kind,
+            "training_architecture_details": settings,
             "midiscover_id": planned.id,
         },
     }
@@ -104,6 +110,8 @@ def write_trained(
         "tokens": trained.tokens,
         "seconds": round(trained.seconds, 3),
         "dead_in_window": trained.dead_in_window,
+        "lr": trained.lr,
+        "coefficient": trained.coefficient,
         "normalisation": {"scale": trained.scale, "mean_norm": planned.d_in**0.5 / trained.scale},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "run": dict(run),
@@ -133,9 +141,9 @@ def commit_record(
     assert training is not None, "an SAE is trained before it is committed"
     sae, train = planned.point.sae, planned.point.train
     conventions = None
-    if isinstance(sae, StandardConfig):
+    if isinstance(sae, L1Config):
         conventions = l1_conventions(
-            sae.l1_coefficient, scale=training["normalisation"]["scale"], d_in=planned.d_in, d_sae=planned.d_sae
+            training["coefficient"], scale=training["normalisation"]["scale"], d_in=planned.d_in, d_sae=planned.d_sae
         )
     files = {
         name: hashlib.sha256(storage.read(layout.sae_file(planned.id, name))).hexdigest()
@@ -150,6 +158,7 @@ def commit_record(
         "id": planned.id,
         "created": lineage.now(),
         "hook": planned.point.hook,
+        "output_hook": planned.output_hook,
         "layer": hook_layer(planned.point.hook),
         "d_in": planned.d_in,
         "d_sae": planned.d_sae,
@@ -177,9 +186,10 @@ def commit_record(
 def harvest_lineage(resolved: Resolved) -> dict[str, Any]:
     """Model, corpus, code and versions, as they stand in the manifests of a harvest."""
     model, source = resolved.model, resolved.source
-    dtype = resolved.config.model.dtype
+    dtype, weights = resolved.config.model.dtype, resolved.config.model.weights
     return {
-        "model": {"name": model.name, "digest": model.digest, "revision": model.revision, "dtype": dtype},
+        "model": {"name": model.name, "digest": model.digest, "revision": model.revision, "dtype": dtype}
+        | ({"weights": weights} if weights != "trained" else {}),
         "corpus": {"id": resolved.corpus_id, "source": source.name, "revision": source.digest},
         "harvest": resolved.harvest_id,
         "code": lineage.code(),
@@ -193,6 +203,7 @@ class LoadedSae:
 
     >>> features = sae.encode(activations)    # [tokens, d_in] -> [tokens, d_sae]
     >>> activations_hat = sae.decode(features)
+    >>> activations_hat = sae.reconstruct(activations)    # the same, and with a transcoder's skip connection
     """
 
     module: Sae
@@ -207,9 +218,17 @@ class LoadedSae:
             return self.module.encode(x.to(self.module.W_enc))
 
     def decode(self, features: Tensor) -> Tensor:
-        """Reconstructed raw activations [..., d_in] of features [..., d_sae]."""
+        """What features [..., d_sae] write: reconstructed raw activations [..., d_out], d_in but for transcoders.
+
+        For a skip transcoder, this lacks what its skip connection adds; see `reconstruct`.
+        """
         with torch.no_grad():
             return self.module.decode(features.to(self.module.W_dec))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The whole pass: raw activations [..., d_in] to reconstructed, or predicted, ones [..., d_out]."""
+        with torch.no_grad():
+            return self.module(x.to(self.module.W_enc))
 
 
 def load_sae(source: str, *, store: str | None = None, device: str = "cpu") -> LoadedSae:
@@ -264,31 +283,29 @@ def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
         weights = load(data)
     except SafetensorError as error:
         raise CorruptError(f"{WEIGHTS} in {storage.uri}/{folder} can't be read: {error}.") from None
-    module = make_sae(_config_of(cfg), cfg["d_in"], cfg["d_sae"])
+    _refuse_unfolded(cfg)
     if cfg.get("rescale_acts_by_decoder_norm"):
         # Selection is by pre-activation times decoder norm; with that in the encoder the rows have unit norm.
         norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        norms = torch.where((norms - 1).abs() < 1e-6, 1, norms)  # ours have 1 but for rounding, and stay as they are
         weights |= {
             "W_enc": weights["W_enc"] * norms,
             "b_enc": weights["b_enc"] * norms,
             "W_dec": weights["W_dec"] / norms[:, None],
         }
-    module.load_state_dict(weights)
+    try:
+        module = folded_sae(cfg, weights)
+    except RuntimeError as error:  # of load_state_dict: names or shapes, over several lines
+        reason = " ".join(str(error).split()).rstrip(". ")
+        raise CorruptError(f"{WEIGHTS} in {storage.uri}/{folder} does not fit its {CFG}: {reason}.") from None
     return LoadedSae(module=module.to(device).eval().requires_grad_(False), cfg=cfg, record=record)
 
 
-def _config_of(cfg: Mapping[str, Any]) -> StandardConfig | TopKConfig:
-    """The architecture of a cfg.json. UserError for what this version would read wrongly."""
+def _refuse_unfolded(cfg: Mapping[str, Any]) -> None:
+    """UserError for a cfg.json that this version would read wrongly."""
     if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
         raise UserError(
             f"normalize_activations '{cfg['normalize_activations']}' is not supported; fold it before saving."
         )
-    if not cfg.get("apply_b_dec_to_input", True):
+    if not cfg.get("apply_b_dec_to_input", True) and not cfg.get("architecture", "").endswith("transcoder"):
         raise UserError("An SAE with apply_b_dec_to_input false is not supported; fold b_dec into b_enc before saving.")
-    match cfg.get("architecture"):
-        case "standard":
-            return StandardConfig(d_sae=cfg["d_sae"])
-        case "topk":
-            return TopKConfig(d_sae=cfg["d_sae"], k=cfg["k"])
-        case other:
-            raise UserError(f"The architecture '{other}' is not known to this version; known are standard and topk.")

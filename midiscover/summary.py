@@ -11,13 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from midiscover.frontier import is_control, place
+
 Row = Mapping[str, Any]
-"""One SAE: `sae_id, hook, layer, kind, l1, k, d_in, d_sae, seed, l0, fvu, mse, ce_recovered, dead_share, ...`."""
+"""One SAE: `sae_id, hook, layer, kind, control, sparsity_label, d_sae, seed, l0, fvu, ce_recovered, dead_share, ...`,
+as `resolve.PlannedSae.row` and `results.ROW_METRICS` have them."""
 
 METRICS = {
     "L0": "Mean number of features that fire (activation above 0) per held-out token.",
     "FVU": "Fraction of variance unexplained: residual sum of squares over the variance about the global mean; "
     "0 is a perfect reconstruction, 1 is no better than the mean.",
+    "FVU foreign": "FVU on a second corpus that has nothing to do with the one of training, about that corpus' own "
+    "mean: how much of the reconstruction holds for other text.",
     "explained variance (residual)": "1 minus the variance of the residual over the variance of the activations; "
     "unlike 1 - FVU it forgives a constant offset.",
     "explained variance (legacy)": "Mean over tokens of 1 minus a token's squared error over its squared distance to "
@@ -32,9 +37,19 @@ METRICS = {
     "inactive": "Share of features that fire on at most 0.1% of the held-out tokens, dead ones included.",
     "seconds": "Time of the SAE's own training steps, in seconds; the reading of activations is its pack's.",
     "frontier": "An SAE is on the frontier of its hook where no other SAE of that hook has an L0 and an FVU that are "
-    "both as low, and one of them lower.",
+    "both as low, and one of them lower. Controls are on none and beat nobody.",
+    "matched": "Of two SAEs, the share of live features whose decoder direction has a cosine of at least 0.7 with one "
+    "of the other's; the mean of both directions. Live features are those that fire on the held-out tokens.",
+    "control": "An SAE to hold scores against. A score that a control reaches as well says nothing about what was "
+    "learned: `neurons` takes the hook's own dimensions for features, `frozen_decoder` learns no directions, "
+    "`random_model` reads a model with shuffled weights, `untrained` is the SAE as it began.",
 }
-"""What each measure means, in one sentence each."""
+"""What each measure means, in a sentence or two."""
+
+CONTROLS_NEED = (
+    "Controls show what a score is worth: what an untrained SAE, random directions, plain neurons or a scrambled model "
+    "reach as well is no achievement of the training."
+)
 
 INDICATORS_CANNOT_TELL = (
     "These indicators cannot tell a good SAE from a bad one: a dense code can pass them all, and MSE depends on the "
@@ -82,20 +97,35 @@ def _setting(title: str, key: str) -> Column:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of the sweep's table for these rows. Architecture, width and seed appear only where they differ."""
+    """The columns of the sweep's table for these rows.
+
+    Architecture, width and seed appear only where they differ between SAEs that are no controls, `control` where there
+    are some, and FVU on foreign text where it was measured.
+    """
+    usual = [row for row in rows if not is_control(row)] or rows
     result = [_setting("hook", "hook")]
-    if _differ(rows, "kind"):
+    if len({place(row) for row in rows}) > len({row["hook"] for row in rows}):
+        result.append(_setting("output hook", "output_hook"))
+    if _differ(usual, "kind"):
         result.append(_setting("kind", "kind"))
-    if _differ(rows, "d_sae"):
+    if _differ(usual, "d_sae"):
         result.append(_measure("width", "d_sae", lambda v: fixed(v, 0)))
+    if any(map(is_control, rows)):
+        result.append(_setting("control", "control"))
     result.append(_sparsity_column(rows))
-    if _differ(rows, "seed"):
+    if _differ(usual, "seed"):
         result.append(_measure("seed", "seed", compact))
+    return [*result, *(column for column in measure_columns(rows) if column.key != "kl_recovered")]
+
+
+def measure_columns(rows: Sequence[Row]) -> list[Column]:
+    """Every measure of a trained SAE; FVU on foreign text where any of these rows has it."""
     return [
-        *result,
         _measure("L0", "l0", lambda v: fixed(v, 1)),
         _measure("FVU", "fvu", lambda v: fixed(v, 3)),
+        *([_measure("FVU foreign", "fvu_foreign", lambda v: fixed(v, 3))] if has_foreign(rows) else []),
         _measure("CE recovered", "ce_recovered", percent),
+        _measure("KL recovered", "kl_recovered", percent),
         _measure("dead", "dead_share", percent),
         _measure("inactive", "inactive_share", percent),
         _measure("seconds", "seconds", lambda v: fixed(v, 0)),
@@ -103,8 +133,27 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def _sparsity_column(rows: Sequence[Row]) -> Column:
-    used = [key for key in ("l1", "k") if any(row.get(key) is not None for row in rows)]
-    return _measure(used[0], used[0], compact) if len(used) == 1 else _setting("sparsity", "sparsity_label")
+    for title, key in (("l1", "l1"), ("k", "k"), ("target L0", "target_l0")):
+        if rows and all(row.get(key) is not None for row in rows):
+            return _measure(title, key, compact)
+    return _setting("sparsity", "sparsity_label")
+
+
+def has_foreign(rows: Sequence[Row]) -> bool:
+    """Whether any of these SAEs was measured on a second corpus."""
+    return not all(is_missing(row.get("fvu_foreign")) for row in rows)
+
+
+def strength(row: Row) -> tuple[str, float]:
+    """What sets the sparsity, by name and value: ("l1", 3.0); infinite where the row does not tell."""
+    for name, key in (("l1", "l1"), ("k", "k"), ("L0", "target_l0")):
+        if row.get(key) is not None:
+            return name, float(row[key])
+    name, _, value = str(row.get("sparsity_label") or "").rpartition(" ")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, math.inf
 
 
 def _differ(rows: Sequence[Row], key: str) -> bool:
@@ -118,20 +167,25 @@ def natural_key(text: str) -> tuple[tuple[int, float, str], ...]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """Rows by layer, hook, architecture, width, sparsity setting and seed."""
+    """Rows by layer, hook, architecture, width, sparsity setting and seed; a hook's controls come last."""
 
     def key(row: Row) -> tuple[Any, ...]:
-        strength = row.get("l1") if row.get("l1") is not None else row.get("k")
-        numbers = (row.get("d_sae"), strength, row.get("seed"))
         return (
-            math.inf if row.get("layer") is None else row["layer"],
+            _or_last(row.get("layer")),
             natural_key(str(row.get("hook") or "")),
+            str(row["control"]) if is_control(row) else "",
             str(row.get("kind") or ""),
-            *(math.inf if number is None else number for number in numbers),
+            _or_last(row.get("d_sae")),
+            strength(row),
+            _or_last(row.get("seed")),
             str(row.get("sae_id") or ""),
         )
 
     return sorted(rows, key=key)
+
+
+def _or_last(number: float | None) -> float:
+    return math.inf if number is None else number
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +278,10 @@ def quality(rows: Sequence[Row], minutes: float | None = None) -> Quality:
     Args:
         rows: one per SAE; `mse` is per element of the raw activations.
         minutes: wall time of the whole run; None where it is not known.
+
+    Controls are not judged.
     """
+    rows = [row for row in rows if not is_control(row)]
     best = min(rows, key=_rank, default=None)
     indicators = [_judge(rule, rows, best) for rule in _RULES]
     in_time = None if is_missing(minutes) else minutes is not None and minutes < MINUTES_GOAL

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TextIO
 
 from rich import box
@@ -17,8 +18,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from midiscover.frontier import frontier_of_hooks
+from midiscover.frontier import frontier_of_hooks, frontier_of_kinds, is_control
 from midiscover.summary import (
+    CONTROLS_NEED,
     INDICATORS_CANNOT_TELL,
     Indicator,
     Row,
@@ -26,8 +28,11 @@ from midiscover.summary import (
     fixed,
     hook_names,
     in_order,
+    is_missing,
+    measure_columns,
     percent,
     quality,
+    strength,
 )
 
 PLAIN_WIDTH = 120
@@ -36,7 +41,29 @@ UNBROKEN = ("id", "SAE", "created", "indicator", "")
 """Columns of text that must stay in one line, to be read or copied."""
 FRONTIER_MARK = "*"
 FRONTIER_NOTE = f"{FRONTIER_MARK} on the L0-FVU frontier of its hook: no other SAE there beats it"
+KIND_MARK = "+"
+KIND_NOTE = f"{KIND_MARK} not on it, but on the frontier of its own architecture"
+CONTROL_NOTE = f"Dim: controls, which are on no frontier. {CONTROLS_NEED}"
+SPARED = ("seconds", "inactive", "dead", "FVU foreign", "CE recovered")
+"""Columns that a narrow terminal does without, in this order."""
+SPARED_IDS = (("KL recovered", "dead", "inactive"), ("FVU foreign",), ("seed",), ("CE recovered",))
+"""The same beside whole ids."""
 STATUS_STYLES = {"done": "green", "failed": "red", "running": "cyan"}
+MAPS = {
+    "fvu": ("FVU", lambda value: fixed(value, 3)),
+    "l0": ("L0", lambda value: fixed(value, 1)),
+    "ce_recovered": ("CE recovered", percent),
+    "dead_share": ("dead", percent),
+}
+"""Measures that have a map in `comparison`: the title, and how a cell is written."""
+AXES = {
+    "seed": "another seed",
+    "sparsity": "the next sparsity setting",
+    "control": "an unlearned control",
+    "kind": "another architecture",
+    "width": "the next width",
+}
+"""What two compared SAEs differ in, by the axis names of `stability`."""
 
 
 def show(renderable: RenderableType, file: TextIO | None = None) -> None:
@@ -53,22 +80,78 @@ def show(renderable: RenderableType, file: TextIO | None = None) -> None:
 def sweep_table(rows: Sequence[Row]) -> RenderableType:
     """One line per SAE: hook, l1 or k, L0, FVU, CE recovered, dead, inactive, seconds; the frontier is marked.
 
-    Where the full hook paths do not fit, what they share stands above the table once.
+    Architecture, width, control and seed have columns where they differ; controls are dim. Where not everything fits,
+    what the hook paths share stands above the table once, and then measures are left out, the last ones first.
     """
     rows = in_order(rows)
     names = hook_names([str(row.get("hook")) for row in rows])
     table = _Fitted(
-        lambda: _sweep_table(rows, {}, None),
-        lambda: _sweep_table(rows, names.short, f"hooks {names.pattern}"),
+        lambda: _sweep_table(rows, {}, None, 0),
+        *(partial(_sweep_table, rows, names.short, f"hooks {names.pattern}", less) for less in range(len(SPARED) + 1)),
     )
-    return Group(table, Text(FRONTIER_NOTE, style="dim"))
+    return Group(table, *_notes(rows))
+
+
+def comparison(rows: Sequence[Row], stability: Sequence[Row] = ()) -> RenderableType:
+    """What `runs compare` shows: the frontiers, a map per measure where there are several hooks, and common features.
+
+    rows: those of `Tracker.compare`; stability: those of `Tracker.stability`.
+    """
+    parts: list[RenderableType] = [compare_table(rows)]
+    if len({row["hook"] for row in rows if not is_control(row)}) > 1:
+        for metric in MAPS:
+            if not all(is_missing(row.get(metric)) for row in rows):
+                parts += ["", layer_map(rows, metric)]
+    if stability:
+        parts += ["", stability_table(stability)]
+    return Group(*parts)
 
 
 def compare_table(rows: Sequence[Row]) -> RenderableType:
     """The L0-FVU frontier of each hook by SAE id, from few to many active features; what is beaten is dim."""
-    rows = sorted(in_order(rows), key=lambda row: (str(row.get("hook")), row.get("l0") or 0.0))
-    table = _Fitted(lambda: _compare_table(rows, wide=True), lambda: _compare_table(rows, wide=False))
-    return Group(table, Text(FRONTIER_NOTE, style="dim"))
+    hooks = {row["hook"]: place for place, row in enumerate(in_order(rows))}
+    rows = sorted(rows, key=lambda row: (hooks[row["hook"]], is_control(row), row.get("l0") or 0.0))
+    least = len(SPARED_IDS)
+    table = _Fitted(
+        *(partial(_compare_table, rows, less) for less in range(least + 1)),
+        partial(_compare_table, rows, least, folds=True),
+    )
+    return Group(table, *_notes(rows))
+
+
+def layer_map(rows: Sequence[Row], metric: str) -> RenderableType:
+    """One measure by hook (down) and sparsity setting (across), means over seeds; controls are left out.
+
+    metric: a key of MAPS. Lines are grouped by architecture and width; each has a table of its own where the settings
+    of all do not fit beside one another.
+    """
+    rows = [row for row in in_order(rows) if not is_control(row)]
+    groups = list(dict.fromkeys(_architecture(row, rows) for row in rows))
+    apart = [[row for row in rows if _architecture(row, rows) == group] for group in groups]
+    names = hook_names([str(row.get("hook")) for row in rows])
+    title = f"{MAPS[metric][0]}, {names.pattern}"
+    return _Fitted(
+        lambda: _layer_map(apart, groups, metric, names.short, title),
+        lambda: Group(*(_layer_map([a], [g], metric, names.short, title) for a, g in zip(apart, groups, strict=True))),
+    )
+
+
+def stability_table(pairs: Sequence[Row]) -> RenderableType:
+    """Share of matched features and mean best cosine by what two SAEs differ in: mean, least and most of each hook."""
+    names = hook_names([str(pair["hook"]) for pair in in_order(pairs)])
+    table = _table(
+        "differ in", "hook", ">pairs", ">matched", ">least", ">most", ">best cosine", title="Features in common"
+    )
+    for axis, title in AXES.items():
+        by_hook = {hook: [p for p in pairs if (p["axis"], p["hook"]) == (axis, hook)] for hook in names.short}
+        known = {hook: [p for p in found if not is_missing(p["matched"])] for hook, found in by_hook.items()}
+        for place, (hook, found) in enumerate((hook, found) for hook, found in known.items() if found):
+            matched = [pair["matched"] for pair in found]
+            shares = [percent(value) for value in (sum(matched) / len(matched), min(matched), max(matched))]
+            cosine = fixed(sum(pair["cosine"] for pair in found) / len(found), 3)
+            table.add_row("" if place else title, Text(names.short[hook]), str(len(found)), *shares, cosine)
+    note = "matched: share of live features whose direction has a cosine of at least 0.7 with one of the other SAE's"
+    return Group(table, Text(note, style="dim"))
 
 
 def quality_box(rows: Sequence[Row], minutes: float | None = None) -> RenderableType:
@@ -86,12 +169,12 @@ def quality_box(rows: Sequence[Row], minutes: float | None = None) -> Renderable
 
 
 def runs_table(runs: Iterable[Row]) -> RenderableType:
-    """Sweeps: `id, name, created_at, done, saes, failed, status, owner` of each."""
+    """Sweeps: `id, name, created_at, done, saes, failed, retired, status, owner` of each."""
     table = _table("id", "name", "created", ">SAEs", "status", "owner")
     for run in runs:
-        failed = f", {run['failed']} failed" if run.get("failed") else ""
+        gone = "".join(f", {run[name]} {name}" for name in ("failed", "retired") if run.get(name))
         created = str(run.get("created_at") or "-")[:16].replace("T", " ")
-        saes = f"{run.get('done', 0)}/{run.get('saes', 0)}{failed}"
+        saes = f"{run.get('done', 0)}/{run.get('saes', 0)}{gone}"
         name, status, owner = (_text(run.get(key)) for key in ("name", "status", "owner"))
         status.style = STATUS_STYLES.get(status.plain, "")
         table.add_row(run["id"], name, created, saes, status, owner)
@@ -122,7 +205,7 @@ def details(data: Mapping[str, Any]) -> RenderableType:
 class _Fitted:
     """The first of several tables, widest first, that fits; the last one where none does."""
 
-    def __init__(self, *builders: Callable[[], Table]) -> None:
+    def __init__(self, *builders: Callable[[], RenderableType]) -> None:
         self.builders = builders
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -135,29 +218,71 @@ class _Fitted:
         yield self.builders[-1]()
 
 
-def _sweep_table(rows: Sequence[Row], short: Mapping[str, str], title: str | None) -> Table:
-    shown = columns(rows)
+def _sweep_table(rows: Sequence[Row], short: Mapping[str, str], title: str | None, less: int) -> Table:
+    """less: how many of SPARED are left out."""
+    shown = [column for column in columns(rows) if column.title not in SPARED[:less]]
     table = _table(
         *(f"{'>' if column.numeric else ''}{column.title}" for column in shown),
         "",
         title=title,
     )
-    for row, mark in zip(rows, frontier_of_hooks(rows), strict=True):
+    for row, mark in zip(rows, _marks(rows), strict=True):
         cells = [column.text(row) for column in shown]
         cells[0] = short.get(cells[0], cells[0])
-        table.add_row(*map(Text, cells), Text(FRONTIER_MARK if mark else "", style="bold cyan"))
+        table.add_row(*map(Text, cells), Text(mark, style="bold cyan"), style="dim" if is_control(row) else "")
     return table
 
 
-def _compare_table(rows: Sequence[Row], *, wide: bool) -> Table:
-    more = [">KL recovered", ">dead", ">inactive"] if wide else []
-    table = _table("SAE", ">L0", ">FVU", ">CE recovered", *more, "")
-    for row, mark in zip(rows, frontier_of_hooks(rows), strict=True):
-        extra = [percent(row.get(key)) for key in ("kl_recovered", "dead_share", "inactive_share")] if wide else []
-        numbers = [fixed(row.get("l0"), 1), fixed(row.get("fvu"), 3), percent(row.get("ce_recovered")), *extra]
-        cells = [Text(cell) for cell in [str(row["sae_id"]), *numbers]]
-        table.add_row(*cells, Text(FRONTIER_MARK if mark else "", style="bold cyan"), style="" if mark else "dim")
+def _compare_table(rows: Sequence[Row], less: int, *, folds: bool = False) -> Table:
+    """less: how many of SPARED_IDS are left out; folds: ids may break, where even then they are too long."""
+    spared = {title for titles in SPARED_IDS[:less] for title in titles}
+    seed = [column for column in columns(rows) if column.key == "seed"]
+    shown = [column for column in [*seed, *measure_columns(rows)] if column.title not in {"seconds", *spared}]
+    table = _table("SAE id" if folds else "SAE", *(f">{column.title}" for column in shown), "")
+    for row, mark in zip(rows, _marks(rows), strict=True):
+        cells = [str(row["sae_id"]), *(column.text(row) for column in shown)]
+        table.add_row(*map(Text, cells), Text(mark, style="bold cyan"), style="" if mark else "dim")
     return table
+
+
+def _layer_map(
+    apart: Sequence[Sequence[Row]], groups: Sequence[str], metric: str, short: Mapping[str, str], title: str
+) -> Table:
+    """apart: the rows of each group, in order."""
+    labels = {strength(row): str(row.get("sparsity_label") or "-") for rows in apart for row in rows}
+    settings = sorted(labels)
+    table = _table("SAEs", "hook", *(f">{labels[setting]}" for setting in settings), title=title)
+    for rows, group in zip(apart, groups, strict=True):
+        for place, hook in enumerate(dict.fromkeys(str(row["hook"]) for row in rows)):
+            cells = []
+            for setting in settings:
+                found = [row[metric] for row in rows if (row["hook"], strength(row)) == (hook, setting)]
+                known = [value for value in found if not is_missing(value)]
+                cells.append(MAPS[metric][1](sum(known) / len(known)) if known else "-" if found else "")
+            table.add_row(Text("" if place else group), Text(short[hook]), *map(Text, cells))
+    return table
+
+
+def _marks(rows: Sequence[Row]) -> list[str]:
+    """Which frontier each row is on; that of its architecture only where a hook has several."""
+    marks = zip(frontier_of_hooks(rows), frontier_of_kinds(rows), strict=True)
+    return [FRONTIER_MARK if of_hook else KIND_MARK if of_kind else "" for of_hook, of_kind in marks]
+
+
+def _notes(rows: Sequence[Row]) -> list[Text]:
+    """What the marks and the dim lines mean."""
+    notes = [FRONTIER_NOTE]
+    if KIND_MARK in _marks(rows):
+        notes.append(KIND_NOTE)
+    if any(map(is_control, rows)):
+        notes.append(CONTROL_NOTE)
+    return [Text(note, style="dim") for note in notes]
+
+
+def _architecture(row: Row, rows: Sequence[Row]) -> str:
+    """Architecture, and the width where it differs."""
+    several = len({other.get("d_sae") for other in rows}) > 1
+    return f"{row.get('kind')} {fixed(row.get('d_sae'), 0)}" if several else str(row.get("kind"))
 
 
 def _table(*headings: str, title: str | None = None) -> Table:

@@ -1,9 +1,9 @@
 """Text sources: what `corpus.source` names, its identity, and its documents one after another.
 
-A source is `builtin`, a file (.parquet, .jsonl, .jsonl.gz, .json.gz, .txt), a folder or s3:// prefix of such files
-(all below it, in sorted order), or else a hub data set, which is streamed. A .json.gz file holds one JSON object a
-line, like .jsonl. Among several files a .txt file is one document; a .txt file that stands alone is cut at blank lines
-into documents of at least 2,000 characters. Rows without text are left out. Nothing is tokenised here.
+A source is `builtin` or `builtin-code`, a file (.parquet, .jsonl, .jsonl.gz, .json.gz, .txt), a folder or s3:// prefix
+of such files (all below it, in sorted order), or else a hub data set, which is streamed. A .json.gz file holds one JSON
+object a line, like .jsonl. Among several files a .txt file is one document; a .txt file that stands alone is cut at
+blank lines into documents of at least 2,000 characters. Rows without text are left out. Nothing is tokenised here.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from midiscover import builtin_text, text_files
-from midiscover.config import CorpusConfig
+from midiscover.config import CorpusConfig, EvaluateConfig
 from midiscover.errors import CorpusError
 
 HUB_SECONDS = 3.0
 """How long the hub may take to name a commit; a name look-up that hangs is given up a second later."""
 
 CHOICES = (
-    "`builtin`, a .parquet, .jsonl, .jsonl.gz, .json.gz or .txt file, a folder or s3:// prefix of such files, "
-    "or the id of a hub data set"
+    "`builtin`, `builtin-code`, a .parquet, .jsonl, .jsonl.gz, .json.gz or .txt file, a folder or s3:// prefix of such "
+    "files, or the id of a hub data set"
 )
 
 
@@ -33,7 +33,7 @@ class SourceIdentity:
     """Which text it is, wherever it lies."""
 
     name: str
-    """`builtin`, the name of the file or folder, the s3:// address, or the hub id."""
+    """`builtin` or `builtin-code`, the name of the file or folder, the s3:// address, or the hub id."""
     digest: str
     """Hex digest that changes with the text: a sha256, or the commit of a hub data set."""
     licence: str | None = None
@@ -49,12 +49,12 @@ def resolve_source(cfg: CorpusConfig) -> SourceIdentity:
     Reads the first document, so that a wrong column or an empty file is known here. CorpusError in under 5 seconds
     where the source is not there or holds no text; hashing large files for the first time takes longer than that.
     """
-    if cfg.source == "builtin":
+    if cfg.source in builtin_text.PARTS:
         return SourceIdentity(
-            name="builtin",
-            digest=builtin_text.digest(),
-            licence=builtin_text.LICENCE,
-            parts=builtin_text.PARTS,
+            name=cfg.source,
+            digest=builtin_text.digest(cfg.source),
+            licence=builtin_text.LICENCES[cfg.source],
+            parts=builtin_text.PARTS[cfg.source],
         )
     files = text_files.find(cfg.source)
     if files is None:
@@ -65,13 +65,39 @@ def resolve_source(cfg: CorpusConfig) -> SourceIdentity:
     return SourceIdentity(name=text_files.name_of(cfg.source), digest=text_files.digest(files))
 
 
+def foreign_config(corpus: CorpusConfig, evaluate: EvaluateConfig) -> CorpusConfig | None:
+    """The corpus settings of the text in `evaluate.foreign_source`: those of the run but for what names its text."""
+    if evaluate.foreign_source is None:
+        return None
+    return replace(
+        corpus,
+        source=evaluate.foreign_source,
+        subset=None,
+        split="train",
+        revision=None,
+        max_samples=None,
+        max_tokens=evaluate.foreign_tokens,
+    )
+
+
+def resolve_foreign(corpus: CorpusConfig, evaluate: EvaluateConfig) -> SourceIdentity | None:
+    """`resolve_source` of the foreign text; None where none is set."""
+    cfg = foreign_config(corpus, evaluate)
+    if cfg is None:
+        return None
+    try:
+        return resolve_source(cfg)
+    except CorpusError as error:
+        raise CorpusError(str(error).replace("corpus.source", "evaluate.foreign_source")) from error
+
+
 def documents(cfg: CorpusConfig, identity: SourceIdentity) -> list[Iterator[str]]:
     """The documents of each part named in `identity.parts`, in an order that only text and settings decide.
 
     Texts are never empty and can be encoded as UTF-8. CorpusError where a file turns out to be broken.
     """
-    if cfg.source == "builtin":
-        return [iter(part) for part in builtin_text.shuffled(cfg.seed)]
+    if cfg.source in builtin_text.PARTS:
+        return [iter(part) for part in builtin_text.shuffled(cfg.source, cfg.seed)]
     files = text_files.find(cfg.source)
     return [_hub_documents(cfg, identity) if files is None else text_files.read(files, cfg.text_field)]
 

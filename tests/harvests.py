@@ -26,11 +26,11 @@ def row_numbers(rows: Tensor) -> Tensor:
     return (rows[:, :3].long() * torch.tensor([128 * 128, 128, 1])).sum(1)
 
 
-def usual_mask(count: int, context_size: int) -> Tensor:
-    """[count] uint8: the first position of each window, and one row in 41 for other reasons."""
+def usual_mask(count: int, context_size: int, outlier: int = 5) -> Tensor:
+    """[count] uint8: the first position of each window, every 41st row from `outlier` on, and one more in 41."""
     mask = torch.zeros(count, dtype=torch.uint8)
     mask[::context_size] = Mask.SPECIAL
-    mask[5::41] = Mask.OUTLIER
+    mask[outlier::41] = Mask.OUTLIER
     mask[7::41] = Mask.NONFINITE
     return mask
 
@@ -44,13 +44,17 @@ def write_harvest(
     block_tokens: int = 24,
     d_in: int = 6,
     masked: bool = True,
+    outlier: int = 5,
     harvest_id: str = HARVEST,
     hook: str = HOOK,
 ) -> tuple[HookManifest, Tensor, Tensor]:
-    """A whole harvested hook; also its activations [rows, d_in] and mask [rows], for comparison."""
+    """A whole harvested hook; also its activations [rows, d_in] and mask [rows], for comparison.
+
+    Hooks of one harvest differ in d_in and in `outlier`.
+    """
     count = (train_windows + held_out_windows) * context_size
     acts = numbered_rows(count, d_in)
-    mask = usual_mask(count, context_size) if masked else torch.zeros(count, dtype=torch.uint8)
+    mask = usual_mask(count, context_size, outlier) if masked else torch.zeros(count, dtype=torch.uint8)
     norm = acts.float().norm(dim=1)
     plan = block_plan(train_windows, held_out_windows, context_size=context_size, block_tokens=block_tokens)
     rows = {}

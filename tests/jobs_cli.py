@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FORGOTTEN = ("MIDISCOVER_STORE", "MIDISCOVER_DATABASE_URL", "RAY_ADDRESS", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID")
+FORGOTTEN = (
+    "MIDISCOVER_STORE",
+    "MIDISCOVER_DATABASE_URL",
+    "MIDISCOVER_WANDB_PROJECT",
+    "RAY_ADDRESS",
+    "AWS_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+)
 
 
 class Done(NamedTuple):

@@ -1,20 +1,31 @@
 """What every architecture shares: weights, initialisation, folding into the raw activation space.
 
 An SAE trains on x' = scale * (x - mean), whose mean norm is sqrt(d_in). `fold` turns its weights into ones that take
-raw activations and have unit decoder rows, the form in which SAEs are saved, compared and served.
+raw activations and have unit decoder rows, the form in which SAEs are saved, compared and served; `from_folded` reads
+that form.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-DECODER_INIT_NORM = 0.1
-"""Norm of decoder rows at initialisation of SAEs with free decoder norms (SAELens' default)."""
+DENSE_INIT_NORM = 0.1
+
+
+class Normalisation(NamedTuple):
+    """x' = scale * (x - mean), whose mean norm is sqrt(d)."""
+
+    mean: Tensor
+    """[d] float32."""
+    scale: float
+    variance: float
+    """Mean squared distance of raw rows to `mean`, the denominator of FVU."""
 
 
 class Losses(NamedTuple):
@@ -23,9 +34,10 @@ class Losses(NamedTuple):
     total: Tensor
     """What is minimised."""
     mse: Tensor
-    """Squared error summed over d_in, mean over tokens."""
+    """Squared error summed over d_out, mean over tokens."""
     sparsity: Tensor
-    """The unweighted penalty: sum_i f_i * norm(W_dec_i) for L1; the AuxK loss for TopK. Mean over tokens."""
+    """The unweighted penalty: sum_i f_i * norm(W_dec_i) for L1, the count of active features for L0, the AuxK loss for
+    TopK. Mean over tokens."""
     features: Tensor
     """[tokens, d_sae] the code, detached, for counts of what fired."""
 
@@ -33,8 +45,9 @@ class Losses(NamedTuple):
 class StepContext(NamedTuple):
     """What a loss needs besides the batch."""
 
-    l1_scale: float
-    """Position in the L1 warm-up, 0 to 1."""
+    sparsity: float | Tensor
+    """Weight of the sparsity penalty at this step: the coefficient times its warm-up. A scalar tensor where it is
+    steered, so that no step waits for a GPU."""
     dead: Tensor | None
     """[d_sae] bool, features that count as dead; None where nothing asks for them or none is."""
 
@@ -42,8 +55,8 @@ class StepContext(NamedTuple):
 class Sae(nn.Module, ABC):
     """f = activate((x - b_dec) @ W_enc + b_enc);  x_hat = f @ W_dec + b_dec.
 
-    Shapes: x [tokens, d_in], f [tokens, d_sae], W_enc [d_in, d_sae], W_dec [d_sae, d_in].
-    A new architecture is one subclass and one line in `registry.py`.
+    Shapes: x [tokens, d_in], f [tokens, d_sae], W_enc [d_in, d_sae], W_dec [d_sae, d_out]; d_out is d_in but for
+    transcoders, which predict another hook. A new architecture is one subclass and one line in `registry.py`.
     """
 
     kind: ClassVar[str]
@@ -52,35 +65,78 @@ class Sae(nn.Module, ABC):
     """`architecture` in a SAELens cfg.json."""
     uses_dead: ClassVar[bool] = False
     """Whether the loss wants to know which features are dead."""
+    transcodes: ClassVar[bool] = False
+    """Whether the output is another hook than the input."""
+    per_feature: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Names of the parameters [d_sae], in units of pre-activations; 0 at initialisation and where a feature starts
+    anew, unless a class says otherwise."""
+    b_enc: nn.Parameter
+    """[d_sae], in architectures whose `per_feature` names it."""
 
-    def __init__(self, config: Any, d_in: int, d_sae: int) -> None:
+    def __init__(self, config: Any, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
         self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        for name in self.per_feature:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+
+    @property
+    def coefficient(self) -> float:
+        """Weight of the sparsity penalty in the settings; 0 for an architecture without one."""
+        return 0.0
+
+    @property
+    def unit_decoder(self) -> bool:
+        """Whether decoder rows keep norm 1, by projected gradients and a division after each step."""
+        return False
+
+    @property
+    def initial_norm(self) -> float:
+        """Norm of the decoder rows at initialisation.
+
+        1 where few features fire at first. Where about half do, as with biases of 0, their sum must stay small: rows
+        of norm 0.1, SAELens' default.
+        """
+        sparse = getattr(self.config, "initial_density", None) is not None
+        return 1.0 if self.unit_decoder or sparse else DENSE_INIT_NORM
 
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
         """Random decoder directions, the encoder their transpose, zero biases; the same on every machine."""
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
-        rows /= rows.norm(dim=1, keepdim=True)
-        self.W_dec.copy_(rows * self.init_norm)
-        self.W_enc.copy_(self.W_dec.T)
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+        rows = random_directions(self.d_sae, self.d_out, torch.Generator().manual_seed(seed))
+        self.W_dec.copy_(rows * self.initial_norm)
+        if not self.transcodes:
+            self.W_enc.copy_(self.W_dec.T)
+        for name in (*self.per_feature, "b_dec"):
+            self.get_parameter(name).zero_()
 
-    @property
-    def init_norm(self) -> float:
-        """Norm of the decoder rows at initialisation."""
-        return DECODER_INIT_NORM
+    @torch.no_grad()
+    def initialise_neurons_(self) -> None:
+        """The hook's own dimensions as features, each with either sign: f = relu([x, -x]) before any threshold."""
+        eye = torch.eye(self.d_in)
+        rows = torch.cat([eye, -eye])
+        self.W_dec.copy_(rows)
+        self.W_enc.copy_(rows.T)
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> None:
+        """Fit what depends on the data's scale, on the first batch [tokens, d_in]; nothing by default."""
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """[tokens, d_sae] before the activation function."""
         return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def training_pre(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(x - b_dec) @ W_enc + bias for a normalised batch, as a loss should compute it.
+
+        Written x @ W_enc + (bias - b_dec @ W_enc), b_dec's gradient needs no product of [tokens, d_sae] with
+        [d_sae, d_in], a sixth of a step, and the bias no pass of its own. On raw activations, whose mean is far from
+        0, the two terms would cancel and lose digits; there `pre_activations` is right.
+        """
+        return torch.addmm(bias - self.b_dec @ self.W_enc, x, self.W_enc)
 
     @abstractmethod
     def activate(self, pre: Tensor) -> Tensor:
@@ -91,48 +147,109 @@ class Sae(nn.Module, ABC):
         return self.activate(self.pre_activations(x))
 
     def decode(self, features: Tensor) -> Tensor:
-        """Reconstruction [tokens, d_in] of features [tokens, d_sae]."""
+        """Reconstruction [tokens, d_out] of features [tokens, d_sae]."""
         return features @ self.W_dec + self.b_dec
 
+    def output(self, x: Tensor, features: Tensor) -> Tensor:  # noqa: ARG002 - for those that have a way past features
+        """Reconstruction [tokens, d_out] from activations and their features: `decode`, plus what goes past them."""
+        return self.decode(features)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of activations, both [tokens, d_in]."""
-        return self.decode(self.encode(x))
+        """Reconstruction [tokens, d_out] of activations [tokens, d_in]."""
+        return self.output(x, self.encode(x))
 
     @abstractmethod
-    def loss(self, x: Tensor, context: StepContext) -> Losses:
-        """Losses of a normalised batch [tokens, d_in]."""
+    def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
+        """Losses of a normalised batch: x [tokens, d_in], and y [tokens, d_out], which is x but for transcoders."""
 
+    @torch.no_grad()
     def before_step(self) -> None:
-        """Change gradients between the backward pass and the optimiser's step; nothing by default."""
+        """Change gradients between the backward pass and the optimiser's step."""
+        grad = self.W_dec.grad
+        if self.unit_decoder and grad is not None:
+            grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """Restore constraints on the weights after the optimiser's step; nothing by default."""
+        """Restore constraints on the weights after the optimiser's step."""
+        if self.unit_decoder and self.W_dec.requires_grad:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
+
+    @torch.no_grad()
+    def restart_(self, dead: Tensor, alive: Tensor) -> None:  # noqa: ARG002 - for those that start at no constant
+        """Set what belongs to single features, but for directions, where features start anew: indices `dead`.
+
+        alive: [d_sae] bool, features whose values may be copied.
+        """
+        for name in self.per_feature:
+            self.get_parameter(name)[dead] = 0
 
     def saelens_fields(self) -> dict[str, Any]:
         """Fields of cfg.json that only this architecture has."""
         return {}
 
     @torch.no_grad()
-    def fold(self, mean: Tensor, scale: float) -> dict[str, Tensor]:
-        """Weights for raw activations with unit decoder rows; `encode` and `decode` then match the trained SAE.
+    def fold(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        """Weights for raw activations with unit decoder rows, under SAELens' names; float32 copies on the CPU.
 
-        mean: [d_in], scale: the factor of x' = scale * (x - mean). Features come out in raw units: multiplied by
-        the norm of their decoder row and divided by `scale`. Returns float32 copies on the CPU.
+        `inputs` and `outputs` are the same but for transcoders. Features come out in raw units: multiplied by the
+        norm of their decoder row and divided by the scale of the outputs.
         """
-        weights = {name: value.detach().to("cpu", torch.float64) for name, value in self.named_parameters()}
-        norms = (weights["W_dec"].norm(dim=1) / scale).clamp(min=1e-8)
-        folded = {
-            "W_enc": weights["W_enc"] * scale * norms,
-            "b_enc": weights["b_enc"] * norms,
-            "W_dec": weights["W_dec"] / scale / norms[:, None],
-            "b_dec": mean.detach().to("cpu", torch.float64) + weights["b_dec"] / scale,
+        weights = self.folded(_double(inputs), _double(outputs))
+        return {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
+
+    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        """`fold` in float64."""
+        w = self.doubles()
+        norms = feature_norms(w["W_dec"], outputs.scale)
+        return {
+            "W_enc": w["W_enc"] * inputs.scale * norms,
+            **{name: w[name] * norms for name in self.per_feature},
+            "W_dec": w["W_dec"] / outputs.scale / norms[:, None],
+            "b_dec": outputs.mean + w["b_dec"] / outputs.scale,
         }
-        return {name: value.to(torch.float32).contiguous() for name, value in folded.items()}
+
+    def doubles(self) -> dict[str, Tensor]:
+        """Parameters and buffers as float64 on the CPU."""
+        return {name: value.detach().to("cpu", torch.float64) for name, value in self.state_dict().items()}
+
+    @classmethod
+    def from_folded(cls, cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        """The SAE of a SAELens folder of this architecture: its cfg.json and its weights, as `fold` names them."""
+        sae = cls(cls.config_of(cfg), cfg["d_in"], cfg["d_sae"], cfg.get("d_out"))
+        sae.load_state_dict(dict(weights))
+        return sae
+
+    @classmethod
+    @abstractmethod
+    def config_of(cls, cfg: Mapping[str, Any]) -> Any:
+        """The settings that matter for encoding, from a cfg.json."""
 
 
-def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Squared error summed over d_in, mean over tokens; both [tokens, d_in]."""
-    return (x_hat - x).pow(2).sum(-1).mean()
+def random_directions(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """[count, dim] unit vectors, evenly distributed."""
+    rows = torch.randn(count, dim, generator=generator)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def feature_norms(decoder: Tensor, scale: float) -> Tensor:
+    """[d_sae] what multiplies features when decoder rows [d_sae, d_out] are brought to norm 1 in raw units."""
+    return (decoder.norm(dim=1) / scale).clamp(min=1e-8)
+
+
+def _double(n: Normalisation) -> Normalisation:
+    return n._replace(mean=n.mean.detach().to("cpu", torch.float64))
+
+
+def squared_error(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Squared error summed over d_out, mean over tokens; both [tokens, d_out], in the precision of `y`."""
+    return (y_hat.to(y.dtype) - y).pow(2).sum(-1).mean()
+
+
+def bias_for_density(pre: Tensor, density: float) -> Tensor:
+    """[d_sae] biases with which each feature fires on a share `density` of the tokens, for pre-activations without."""
+    rank = min(len(pre) - 1, max(1, round(density * len(pre))))
+    return -pre.float().topk(rank + 1, dim=0, sorted=True).values[rank]
 
 
 def l1_conventions(coefficient: float, *, scale: float, d_in: int, d_sae: int) -> dict[str, float]:

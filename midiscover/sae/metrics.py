@@ -1,6 +1,7 @@
 """Held-out metrics of one SAE, accumulated batch by batch in float64. Definitions: design and README.
 
-All take raw activations and the folded SAE; sums are over every token seen, so batches may have any size.
+All take raw activations and the folded SAE; sums are over every token seen, so batches may have any size. What is
+reconstructed is called x here; for a transcoder that is the hook it predicts.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ DENSITY_EDGES = [round(-6 + 0.25 * i, 2) for i in range(25)]
 INACTIVE_RATE = 1e-3
 """A feature firing on at most this share of tokens is 'inactive' in the seed project's sense."""
 
+FOREIGN = ("tokens_foreign", "l0_foreign", "fvu_foreign")
+"""What is measured on a foreign text."""
+
 
 class MetricSums:
-    """Sums from which every reconstruction and sparsity metric follows; memory O(d_in + d_sae).
+    """Sums from which every reconstruction and sparsity metric follows; memory O(d_out + d_sae).
 
     fvu: residual sum of squares over the sum of squared distances to the global mean.
     explained_variance_legacy: mean over tokens of 1 - |x - x_hat|^2 / |x - mean|^2 (SAELens' older form).
@@ -27,9 +31,9 @@ class MetricSums:
     """
 
     def __init__(self, d_sae: int, mean: Tensor) -> None:
-        """mean: [d_in], the global mean about which FVU measures variance (training rows of the harvest)."""
+        """mean: [d_out], the global mean about which FVU measures variance (training rows of the harvest)."""
         self.mean = mean.double().cpu()
-        self.d_in = self.mean.numel()
+        self.d_out = self.mean.numel()
         self.tokens = 0
         self.fired = torch.zeros(d_sae, dtype=torch.int64)
         self.l0 = self.residual = self.total = self.cosine = self.legacy = 0.0
@@ -39,7 +43,7 @@ class MetricSums:
 
     @torch.no_grad()
     def update(self, x: Tensor, x_hat: Tensor, features: Tensor) -> None:
-        """Add a batch: x, x_hat [tokens, d_in] raw, features [tokens, d_sae]."""
+        """Add a batch: x, x_hat [tokens, d_out] raw, features [tokens, d_sae]."""
         self._move(x.device)
         error = (x_hat.float() - x.float()).double()
         x64 = x.double()
@@ -65,7 +69,7 @@ class MetricSums:
     def result(self) -> dict[str, Any]:
         """The metrics of record.json that need no language model. Call once, after the last batch."""
         n = max(self.tokens, 1)
-        variance_x = self.sum_sq / n - float((self.sum_x / n).pow(2).sum())
+        variance_x = self._variance()
         variance_error = self.residual / n - float((self.sum_error / n).pow(2).sum())
         rate = self.fired.cpu().double() / n
         return {
@@ -75,11 +79,27 @@ class MetricSums:
             "explained_variance_legacy": self.legacy / n,
             "explained_variance_residual": 1 - variance_error / max(variance_x, 1e-12),
             "cosine": self.cosine / n,
-            "mse": self.residual / n / self.d_in,
+            "mse": self.residual / n / self.d_out,
             "dead_share": float((self.fired == 0).double().mean()),
             "inactive_share": float((rate <= INACTIVE_RATE).double().mean()),
             "density": density(rate),
         }
+
+    def foreign(self) -> dict[str, float | int | None]:
+        """The *_foreign entries of record.json, where the batches were of a foreign text.
+
+        FVU is about the mean of these rows themselves: about the mean of training, far from rows of another text, the
+        variance would be larger and any SAE look better. None where no row was usable.
+        """
+        if not self.tokens:
+            return dict.fromkeys(FOREIGN) | {"tokens_foreign": 0}
+        fvu = self.residual / self.tokens / max(self._variance(), 1e-12)
+        return {"tokens_foreign": self.tokens, "l0_foreign": self.l0 / self.tokens, "fvu_foreign": fvu}
+
+    def _variance(self) -> float:
+        """Mean squared distance of the rows seen to their own mean."""
+        n = max(self.tokens, 1)
+        return self.sum_sq / n - float((self.sum_x / n).pow(2).sum())
 
     def log_sparsity(self) -> Tensor:
         """[d_sae] float32 log10(firing rate + 1e-10), SAELens' sparsity.safetensors."""

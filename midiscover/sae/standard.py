@@ -1,34 +1,60 @@
-"""The ReLU SAE with a decoder-weighted L1 penalty."""
+"""The ReLU SAE with an L1 penalty."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from midiscover.config import StandardConfig
-from midiscover.sae.base import Losses, Sae, StepContext, squared_error
+from midiscover.sae.base import Losses, Sae, StepContext, bias_for_density, squared_error
+from midiscover.saeconfig import StandardConfig
 
 
 class StandardSae(Sae):
     """f = relu((x - b_dec) @ W_enc + b_enc); loss = |x_hat - x|^2 + l1 * sum_i f_i * norm(W_dec_i).
 
     Weighting by the decoder's norms makes the penalty independent of how a feature's scale is split between encoder
-    and decoder, so the decoder needs no constraint (Anthropic, "Circuits updates: April 2024").
+    and decoder, so the decoder needs no constraint (Anthropic, "Circuits updates: April 2024"). With `decoder:
+    unit_norm` the rows keep norm 1 and the penalty is the plain L1 norm (Bricken et al. 2023).
     """
 
     kind = "standard"
     saelens_architecture = "standard"
     config: StandardConfig
 
+    @property
+    def coefficient(self) -> float:
+        return self.config.l1_coefficient
+
+    @property
+    def unit_decoder(self) -> bool:
+        return self.config.decoder == "unit_norm"
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> None:
+        if self.config.initial_density is not None:
+            # Biases are 0 here, so these are pre-activations without them.
+            self.b_enc.copy_(bias_for_density(self.pre_activations(x), self.config.initial_density))
+
     def activate(self, pre: Tensor) -> Tensor:
         return torch.relu(pre)
 
-    def loss(self, x: Tensor, context: StepContext) -> Losses:
-        features = self.encode(x)
-        mse = squared_error(self.decode(features).to(x.dtype), x)
-        # Outside autocast: the penalty is a sum over thousands of features, too many for bfloat16's 8 bits.
-        # (f @ norms) instead of (f * norms).sum(): one pass over the code and no [tokens, d_sae] intermediate.
-        with torch.autocast(x.device.type, enabled=False):
-            penalty = (features.to(x.dtype) @ self.W_dec.norm(dim=1)).mean()
-        total = mse + self.config.l1_coefficient * context.l1_scale * penalty
-        return Losses(total, mse.detach(), penalty.detach(), features.detach())
+    def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
+        features = torch.relu(self.training_pre(x, self.b_enc))
+        mse = squared_error(self.decode(features), y)
+        penalty = l1_penalty(features, self.W_dec)
+        return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), features.detach())
+
+    @classmethod
+    def config_of(cls, cfg: Mapping[str, Any]) -> StandardConfig:
+        return StandardConfig(d_sae=cfg["d_sae"])
+
+
+def l1_penalty(features: Tensor, decoder: Tensor) -> Tensor:
+    """sum_i f_i * norm(W_dec_i), mean over tokens; features [tokens, d_sae], decoder [d_sae, d_out]."""
+    # Outside autocast: a sum over thousands of features, too many for bfloat16's 8 bits.
+    # (f @ norms) instead of (f * norms).sum(): one pass over the code and no [tokens, d_sae] intermediate.
+    with torch.autocast(features.device.type, enabled=False):
+        return (features.to(decoder.dtype) @ decoder.norm(dim=1)).mean()

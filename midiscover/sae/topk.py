@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from midiscover.config import TopKConfig
 from midiscover.sae.base import Losses, Sae, StepContext, squared_error
+from midiscover.saeconfig import TopKConfig
 
 
 class TopKSae(Sae):
@@ -25,45 +26,52 @@ class TopKSae(Sae):
     config: TopKConfig
 
     @property
-    def init_norm(self) -> float:
-        return 1.0
+    def unit_decoder(self) -> bool:
+        return True
 
     def activate(self, pre: Tensor) -> Tensor:
-        return _keep_top(pre, min(self.config.k, self.d_sae))
+        return keep_top(pre, min(self.config.k, self.d_sae))
 
-    def loss(self, x: Tensor, context: StepContext) -> Losses:
-        pre = self.pre_activations(x)
-        features = self.activate(pre)
-        x_hat = self.decode(features).to(x.dtype)
-        mse = squared_error(x_hat, x)
-        total, auxk = mse, torch.zeros_like(mse)
-        if context.dead is not None and self.config.auxk_coefficient > 0:
-            auxk = self._auxk(pre, (x - x_hat).detach(), context.dead)
-            total = mse + self.config.auxk_coefficient * auxk
-        return Losses(total, mse.detach(), auxk.detach(), features.detach())
+    def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
+        pre = self.training_pre(x, self.b_enc)
+        features = self.select(pre)
+        reconstruction, residual = self.reconstruction(features, y)
+        mse = residual.pow(2).sum(-1).mean()
+        auxk = self.auxk(pre, residual, context.dead)
+        total = reconstruction + self.config.auxk_coefficient * auxk
+        return Losses(total, mse, auxk.detach(), features.detach())
 
-    def _auxk(self, pre: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        k = min(self.config.k_aux or self.d_in // 2, int(dead.sum()))
-        code = _keep_top(pre.masked_fill(~dead, float("-inf")), k)
+    def select(self, pre: Tensor) -> Tensor:
+        """The code of a training batch's pre-activations, both [tokens, d_sae]."""
+        return self.activate(pre)
+
+    def reconstruction(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the reconstruction of y [tokens, d_out], a scalar, and the residual, detached, like y."""
+        y_hat = self.decode(features).to(y.dtype)
+        return squared_error(y_hat, y), (y - y_hat).detach()
+
+    def auxk(self, pre: Tensor, residual: Tensor, dead: Tensor | None) -> Tensor:
+        """The dead features' squared error on the residual [tokens, d_out] over the residual's variance."""
+        if dead is None or self.config.auxk_coefficient == 0:
+            return residual.new_zeros(())
+        # Only the dead columns: with all of them AuxK would cost three more of a step's five large products, however
+        # few are dead. Their number is the one thing that a step with dead features waits for.
+        columns = dead.nonzero().flatten()
+        k = min(self.config.k_aux or max(1, self.d_in // 2), len(columns))
+        code = keep_top(pre.index_select(1, columns), k)
         variance = (residual - residual.mean(0)).pow(2).sum(-1).mean()
-        return squared_error((code @ self.W_dec).to(residual.dtype), residual) / variance.clamp(min=1e-8)
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        grad = self.W_dec.grad
-        assert grad is not None
-        grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
+        return squared_error(code @ self.W_dec[columns], residual) / variance.clamp(min=1e-8)
 
     def saelens_fields(self) -> dict[str, Any]:
         # With unit decoder rows the rescaling changes nothing, and it makes SAELens' fold_W_dec_norm legal.
         return {"k": self.config.k, "rescale_acts_by_decoder_norm": True}
 
+    @classmethod
+    def config_of(cls, cfg: Mapping[str, Any]) -> TopKConfig:
+        return TopKConfig(d_sae=cfg["d_sae"], k=cfg["k"])
 
-def _keep_top(pre: Tensor, k: int) -> Tensor:
+
+def keep_top(pre: Tensor, k: int) -> Tensor:
     """relu of the k largest entries of each row, zero elsewhere (top-k first, as SAELens does)."""
     values, indices = pre.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter(-1, indices, torch.relu(values))

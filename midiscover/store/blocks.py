@@ -26,6 +26,7 @@ from midiscover.store.manifest import (
     BlockRow,
     BlockSpan,
     HookManifest,
+    Split,
     TokensManifest,
     commit_manifest,
     dump,
@@ -216,6 +217,27 @@ def read_block_into(
     if found != head:
         raise CorruptError(f"{key} in {storage.uri} does not hold {row.rows} rows of {acts.shape[1]} activations.")
     return mask
+
+
+def read_masks(storage: Storage, manifest: HookManifest, split: Split) -> dict[int, Tensor]:
+    """Block index -> its mask [rows] uint8, of all blocks of a split.
+
+    Reads a byte per row and nothing else, so the blocks are not verified; whoever reads them whole can compare.
+    """
+
+    def read(row: BlockRow) -> Tensor:
+        key = layout.block_file(manifest.harvest_id, manifest.hook, row.file)
+        try:
+            data = storage.read(key, row.bytes - row.rows)  # masks are the narrowest tensor, so the last of the file
+        except FileNotFoundError as error:
+            raise CorruptError(f"Block {row.index} is gone: there is no {key} in {storage.uri}.") from error
+        if len(data) != row.rows:
+            raise CorruptError(f"{key} in {storage.uri} does not hold {row.rows} rows.")
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    rows = manifest.split(split)
+    with ThreadPoolExecutor(1 if storage.is_local else _MARKER_READERS) as readers:
+        return dict(zip((row.index for row in rows), readers.map(read, rows), strict=True))
 
 
 def _read_whole(storage: Storage, harvest_id: str, hook: str, row: BlockRow, verify: bool) -> dict[str, Tensor]:

@@ -44,6 +44,11 @@ def model_file(model_id: str, name: str) -> str:
     return f"{model_folder(model_id)}/{name}"
 
 
+def model_manifest(model_id: str) -> str:
+    """Written last: a model without it is not complete."""
+    return model_file(model_id, "manifest.json")
+
+
 def corpus_folder(corpus_id: str) -> str:
     """Token shards of one corpus."""
     return f"{CORPORA}/{corpus_id}"
@@ -127,6 +132,11 @@ def sweep_file(sweep_id: str, name: str) -> str:
 def sweep_record(sweep_id: str) -> str:
     """The resolved configuration and the ids of its SAEs."""
     return sweep_file(sweep_id, "sweep.json")
+
+
+def retired(sweep_id: str, sae_id: str) -> str:
+    """The word that a sweep dropped one of its SAEs because another beats it."""
+    return sweep_file(sweep_id, f"retired/{sae_id}.json")
 
 
 def pack_folder(sweep_id: str, pack: str) -> str:

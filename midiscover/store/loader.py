@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -64,13 +66,21 @@ class ActivationStream:
         seed: int = 0,
         shuffle_tokens: int = 1_000_000,
         start: int = 0,
+        masks: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """ConfigError where all epochs together do not fill one batch."""
-        self.storage, self.manifest = storage, manifest
+        """ConfigError where all epochs together do not fill one batch.
+
+        masks: block index -> [rows] uint8, 0 where a row may be used; leaves out what the blocks mask, and more.
+        """
+        self.storage, self.manifest, self.masks = storage, manifest, masks
         self.blocks = manifest.split(split)
+        if masks is not None:
+            # The order is made of the numbers of usable rows, so streams of other hooks under these masks share it.
+            counts = {index: int((mask == Mask.USABLE).sum()) for index, mask in masks.items()}
+            self.blocks = tuple(replace(row, usable=counts[row.index]) for row in self.blocks)
         self.batch_size, self.epochs, self.seed, self.shuffle_tokens = batch_size, epochs, seed, shuffle_tokens
         self.start = start
-        self.rows_per_epoch = manifest.usable[split]
+        self.rows_per_epoch = sum(row.usable for row in self.blocks)
         if not len(self):
             raise ConfigError(
                 f"train.batch_size {batch_size} is more than the {self.rows_per_epoch} usable {split} rows of "
@@ -92,7 +102,7 @@ class ActivationStream:
         count, rows = pool_rows(self.blocks, shuffle_tokens=self.shuffle_tokens)
         return min(2, count) * rows * self.manifest.d_in * torch.bfloat16.itemsize
 
-    def batches(self, start: int) -> Iterator[Tensor]:
+    def batches(self, start: int) -> Generator[Tensor, None, None]:
         """Batches from number `start` on, exactly as an uninterrupted stream gives them."""
         position, end = start * self.batch_size, len(self) * self.batch_size
         batch, filled = None, 0
@@ -135,14 +145,14 @@ class ActivationStream:
         _, largest = pool_rows(self.blocks, shuffle_tokens=self.shuffle_tokens)
         buffers = _Buffers(largest, self.manifest.d_in)
         try:
-            visits = self._visits(position, end)
-            current = next((self._request(readers, visit, buffers, None) for visit in visits), None)
-            while current is not None:
-                masks = [block.result() for block in current.blocks]
-                previous = current
-                current = next((self._request(readers, visit, buffers, previous) for visit in visits), None)
-                usable = (torch.cat(masks) == Mask.USABLE).nonzero().flatten()
-                yield previous.rows, usable[previous.order.result()]
+            current = None
+            for visit in chain(self._visits(position, end), [None]):
+                # What was given out last is used up, so its memory is free, and the readers need not wait for us.
+                ahead = visit and self._request(readers, visit, buffers, current)
+                if current is not None:
+                    masks = torch.cat([block.result() for block in current.blocks])
+                    yield current.rows, (masks == Mask.USABLE).nonzero().flatten()[current.order.result()]
+                current = ahead
         finally:
             readers.shutdown(wait=True, cancel_futures=True)
 
@@ -162,7 +172,11 @@ class ActivationStream:
         return _Request(visit, rows, blocks, order)
 
     def _read(self, row: BlockRow, place: Tensor) -> Tensor:
-        return read_block_into(self.storage, self.manifest.harvest_id, self.manifest.hook, row, place)
+        mask = read_block_into(self.storage, self.manifest.harvest_id, self.manifest.hook, row, place)
+        if self.masks is None:
+            return mask
+        assert bool((mask <= self.masks[row.index]).all()), f"the given mask of block {row.index} lacks rows of its own"
+        return self.masks[row.index]
 
     def _order(self, visit: _Visit) -> Tensor:
         usable = sum(row.usable for row in visit.blocks)
@@ -211,7 +225,7 @@ def iterate_rows(
     """Usable rows of a split in their order, [at most batch_size, d_in] bfloat16; the last batch may be shorter."""
     left = manifest.usable[split] if max_rows is None else min(max_rows, manifest.usable[split])
     rest = torch.empty(0, manifest.d_in, dtype=torch.bfloat16)
-    with closing(_one_ahead(storage, manifest, manifest.split(split))) as blocks:
+    with closing(iterate_blocks(storage, manifest, split)) as blocks:
         for block in blocks:
             rows = torch.cat([rest, block.acts[block.mask == Mask.USABLE]])[:left]
             full = len(rows) if len(rows) == left else len(rows) // batch_size * batch_size
@@ -238,12 +252,12 @@ def normalisation(storage: Storage, manifest: HookManifest, *, sample_rows: int 
     return Normalisation(mean, math.sqrt(manifest.d_in) * count / total)
 
 
-def _one_ahead(storage: Storage, manifest: HookManifest, blocks: Sequence[BlockRow]) -> Generator[Block, None, None]:
-    """Blocks in order; one is read while the last one is used."""
+def iterate_blocks(storage: Storage, manifest: HookManifest, split: Split) -> Generator[Block, None, None]:
+    """Blocks of a split in order; one is read while the last one is used."""
     ahead = None
     reader = ThreadPoolExecutor(1, "block-reader")
     try:
-        for row in (*blocks, None):
+        for row in (*manifest.split(split), None):
             current, ahead = ahead, None
             if row is not None:
                 ahead = reader.submit(read_block, storage, manifest.harvest_id, manifest.hook, row)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from midiscover.errors import CorruptError, StoreError
 from midiscover.store.layout import check_key
 from midiscover.store.storage import Bytes
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
+_LEFT_SECONDS = 86_400  # a write takes seconds; the rest is for clocks that differ
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +69,53 @@ class LocalStorage:
     def create(self, key: str, data: Bytes) -> bool:
         """See `Storage.create`. A hard link either makes the name or fails where it exists: no other call is both."""
         with self._explained("write", key), self._temporary(key, data) as temporary:
-            try:
-                os.link(temporary, self.local_path(key))
-            except FileExistsError:
-                return self.read(key) == data
-        return True
+            for _ in range(_ATTEMPTS):
+                try:
+                    os.link(temporary, self.local_path(key))
+                    return True
+                except FileExistsError:
+                    with suppress(FileNotFoundError):  # taken back since: the place is free again
+                        return self.read(key) == data
+        raise StoreError(f"{key} in {self.uri} could not be created: other writers kept getting in the way.")
 
     def list(self, prefix: str) -> list[str]:
         """See `Storage.list`."""
         folder = self.local_path(prefix.rstrip("/")) if prefix else self.root
         keys = []
-        for parent, _, names in os.walk(folder):
-            base = Path(parent).relative_to(self.root)
-            keys += [(base / name).as_posix() for name in names if not name.startswith(".")]
+        with self._explained("list", prefix or "what is"):
+            for parent, folders, names in os.walk(folder, onerror=_refuse):
+                base = Path(parent).relative_to(self.root)
+                keys += [(base / name).as_posix() for name in names if not name.startswith(".")]
+                folders[:] = [name for name in folders if not name.startswith(".")]
         return sorted(keys)
 
     def exists(self, key: str) -> bool:
         """See `Storage.exists`."""
-        return self.local_path(key).is_file()
+        with self._explained("look for", key):
+            return self.local_path(key).is_file()
 
     def version(self, key: str) -> str:
         """See `Storage.version`: size and time of the last change."""
-        stat = self.local_path(key).stat()
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
+        with self._explained("look for", key):
+            stat = self.local_path(key).stat()
+            return f"{stat.st_size}-{stat.st_mtime_ns}"
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`."""
         with self._explained("delete", key):
             self.local_path(key).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove the temporary files of writers that were killed, a day after.
+
+        Another process that was suspended for that long in the middle of a write is told that this write failed.
+        """
+        before = time.time() - _LEFT_SECONDS
+        for parent, _, names in os.walk(self.root):
+            for path in (Path(parent, name) for name in names if _TEMPORARY.fullmatch(name)):
+                with suppress(OSError):  # no rights, or somebody else was faster
+                    if path.stat().st_mtime < before:
+                        path.unlink()
 
     @contextmanager
     def _temporary(self, key: str, data: Bytes) -> Iterator[Path]:
@@ -112,10 +137,16 @@ class LocalStorage:
     def _explained(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and verb in ("read", "look for"):
+                raise
             raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that can't be listed is no empty one: its work would be done again."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -83,8 +83,9 @@ def store_uri(uri: str | None = None) -> str:
 def open_store(uri: str | None = None, *, create: bool = True) -> Storage:
     """Open the store at `uri`, else at $MIDISCOVER_STORE, else at ./midiscover-store.
 
-    A bucket is asked once, with one attempt, whether it is there and lets us in. A folder is made where it is absent,
-    unless `create` is False. Raises StoreError with a sentence for every address that can't be used.
+    A bucket is asked once, with one attempt, whether it is there and lets us in. A folder is made where it is absent
+    and freed of what killed writers left, unless `create` is False. Raises StoreError with a sentence for every
+    address that can't be used.
     """
     address = store_uri(uri)
     scheme, separator, rest = address.partition("://")
@@ -116,4 +117,7 @@ def _open_folder(folder: Path, create: bool) -> Storage:
             raise StoreError(f"The store folder {str(folder)!r} can't be made: {error.strerror}.") from error
     elif not folder.is_dir():
         raise StoreError(f"There is no store at {str(folder)!r}: give --store or MIDISCOVER_STORE, or run a job first.")
-    return LocalStorage(folder.resolve())
+    storage = LocalStorage(folder.resolve())
+    if create:
+        storage.sweep()
+    return storage

@@ -34,7 +34,7 @@ if (chartData) {
     const [ink, soft, line, grid] = ["--ink", "--soft", "--line", "--grid"].map((name) => style.getPropertyValue(name).trim());
     return {
       background: "transparent",
-      padding: 4,
+      padding: 8,
       text: { color: soft },
       axis: { labelColor: soft, titleColor: ink, gridColor: grid, domainColor: line, tickColor: line },
       legend: { labelColor: ink, titleColor: soft },
@@ -77,6 +77,17 @@ if (chartData) {
     delete spec.hconcat;
   };
 
+  const fitMaps = (spec, width) => {
+    const first = spec.concat[0].spec;
+    if (width < NARROW) spec.columns = 2;
+    const each = Math.floor((width - AXIS_ROOM - (spec.columns - 1) * (spec.spacing + (width < NARROW ? AXIS_ROOM : 0))) / spec.columns);
+    spec.concat.forEach((map, index) => {
+      map.spec.width = each;
+      // The maps that begin a line name the hooks.
+      if (index % spec.columns === 0) map.spec.layer.forEach((layer, part) => (layer.encoding.y = first.layer[part].encoding.y));
+    });
+  };
+
   const fitted = (name, width) => {
     const spec = structuredClone(specs[name]);
     spec.datasets = datasets;
@@ -88,6 +99,8 @@ if (chartData) {
       spec.autosize = { type: "fit-x", contains: "padding" };
       if (width < NARROW) spec.layer = spec.layer.filter((layer) => layer.name !== "notes");
     } else if (spec.hconcat) fitPair(spec, width);
+    else if (spec.concat) fitMaps(spec, width);
+    else if (spec.facet.row && !spec.facet.column) spec.spec.width = width - AXIS_ROOM;
     else if (spec.facet.column) fitGrid(spec, width);
     else fitWrapped(spec, width);
     return spec;

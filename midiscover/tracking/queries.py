@@ -10,13 +10,22 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from midiscover.errors import NotFoundError
-from midiscover.frontier import frontier_of_hooks
+from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
 from midiscover.tracking.rows import Row
 from midiscover.tracking.tables import artifacts, sae_metrics, saes, steps, sweep_saes, sweeps, tags
 from midiscover.tracking.writes import OWNERS
 
-MEASURES = ("l0", "fvu", "mse", "cosine", "ce_recovered", "kl_recovered", "dead_share", "inactive_share")
+SETTINGS = ("hook", "output_hook", "layer", "kind", "control", "l1", "k", "target_l0", "d_in", "d_sae", "seed")
+"""Columns of an SAE that a row of `compare` has under the same names."""
+
+MEASURES = (
+    *("l0", "fvu", "mse", "cosine", "ce_recovered", "kl_recovered", "dead_share", "inactive_share"),
+    *("fvu_foreign", "l0_foreign"),
+)
 """Measures that a row of `compare` always has; None where one was left out."""
+
+COUNTED = ("done", "failed", "retired")
+"""States of SAEs that `list_runs` counts."""
 
 SHOWN = 5
 """Ids named in an error."""
@@ -57,7 +66,7 @@ def list_runs(connection: Connection) -> list[Row]:
     result = []
     for row in connection.execute(newest).mappings():
         found = counts.get(row["id"], {})
-        numbers = {"saes": sum(found.values()), "done": found.get("done", 0), "failed": found.get("failed", 0)}
+        numbers = {"saes": sum(found.values())} | {status: found.get(status, 0) for status in COUNTED}
         result.append(_plain(row) | {"tags": sorted(tagged.get(row["id"], []))} | numbers)
     return result
 
@@ -74,7 +83,7 @@ def show(connection: Connection, text: str) -> Row:
         "artifacts": _artifacts(connection, kind, name),
     }
     if kind == "sweep":
-        wanted = ("id", "hook", "kind", "l1", "k", "d_sae", "status", "reason", "seconds")
+        wanted = ("id", "hook", "kind", "control", "sparsity", "d_sae", "seed", "status", "reason", "seconds")
         return row | {"saes": _members(connection, name, wanted)}
     scalars = _scalars(connection, sae_metrics.c.sae_id == name)
     evaluations = {evaluation: found for (_, evaluation), found in sorted(scalars.items())}
@@ -91,15 +100,15 @@ def compare(connection: Connection, text: str) -> list[Row]:
     evaluation = connection.execute(select(sweeps.c.evaluation_id).where(sweeps.c.id == sweep_id)).scalar()
     members = select(sweep_saes.c.sae_id).where(sweep_saes.c.sweep_id == sweep_id)
     scalars = _scalars(connection, sae_metrics.c.sae_id.in_(members), sae_metrics.c.evaluation_id == evaluation)
-    wanted = ("id", "hook", "layer", "kind", "l1", "k", "d_in", "d_sae", "seed", "seconds", "status")
     result = []
-    for sae in _members(connection, sweep_id, wanted):
+    for sae in _members(connection, sweep_id, ("id", *SETTINGS, "sparsity", "seconds", "status")):
         measured = scalars.get((sae["id"], evaluation or ""))
         if sae.pop("status") == "done" and measured is not None:
-            row = {"sae_id": sae.pop("id"), **sae, "sparsity_label": sparsity_label(sae)}
+            row = {"sae_id": sae.pop("id"), "sparsity_label": sae.pop("sparsity"), **sae}
             result.append(row | dict.fromkeys(MEASURES) | measured)
-    for row, mark in zip(result, frontier_of_hooks(result), strict=True):
-        row["frontier"] = mark
+    marks = zip(result, frontier_of_hooks(result), frontier_of_kinds(result), strict=True)
+    for row, of_hook, of_kind in marks:
+        row |= {"frontier": of_hook, "best_of_kind": of_kind}
     return result
 
 
@@ -111,13 +120,6 @@ def curve(connection: Connection, text: str) -> dict[str, list[Any]]:
     every_step = sorted({step for step, _ in values})
     names = sorted({name for _, name in values})
     return {"step": every_step} | {name: [values.get((step, name)) for step in every_step] for name in names}
-
-
-def sparsity_label(sae: Mapping[str, Any]) -> str | None:
-    """What sets the sparsity, for people: `l1 3` or `k 32`."""
-    if sae["k"] is not None:
-        return f"k {sae['k']}"
-    return None if sae["l1"] is None else f"l1 {sae['l1']:g}"
 
 
 def _members(connection: Connection, sweep_id: str, wanted: Sequence[str]) -> list[Row]:

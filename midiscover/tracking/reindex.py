@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from midiscover.errors import CorruptError
 from midiscover.store import layout
 from midiscover.tracking.annotations import Annotations, annotations_key, read_annotations
+from midiscover.tracking.sweepfiles import retired_reason
 
 if TYPE_CHECKING:
     from midiscover.store.storage import Storage
@@ -57,6 +58,7 @@ class _Reindex:
         sae_files = _by_folder(self.storage.list(layout.SAES))
         sweeps = {name: self._start(name) for name, files in sweep_files.items() if "sweep.json" in files}
         failures = {name: self._failures(name) for name in sweeps if "failures.json" in sweep_files[name]}
+        retired = {name: self._retired(name, sweep_files[name]) for name in sweeps}
         done = {name for name, files in sae_files.items() if "record.json" in files and self._record(name, files)}
         planned = {sae for sweep in sweeps.values() for sae in sweep.get("sae_ids", ())}
         trained = {
@@ -66,14 +68,15 @@ class _Reindex:
         }
         for name in sorted(sae_files.keys() & (planned | done)):
             self._annotate("sae", name, Annotations(None, []))
-        reasons = {sae: reason for of_sweep in failures.values() for sae, reason in of_sweep.items()}
+        failed, dropped = _merged(failures.values()), _merged(retired.values())
         for sae in sorted(planned - done):
-            status: SaeStatus = "failed" if sae in reasons else "trained" if sae in trained else "planned"
-            self.tracker.sae_status(sae, status, reasons.get(sae))
+            status, reason = _state(sae, failed, trained, dropped)
+            self.tracker.sae_status(sae, status, reason)
         for name, sweep in sweeps.items():
             if sweep:
                 self._files(name, sweep_files[name])
-                self.tracker.finish_sweep(name, _sweep_status(sweep["sae_ids"], done, failures.get(name, {})))
+                missing = set(sweep["sae_ids"]) - done - retired[name].keys()
+                self.tracker.finish_sweep(name, _sweep_status(missing, failures.get(name, {})))
         return Reindexed(**self.counts, unreadable=self.unreadable)
 
     def _start(self, name: str) -> dict[str, Any]:
@@ -86,6 +89,18 @@ class _Reindex:
 
     def _failures(self, name: str) -> dict[str, str]:
         return self._take(layout.sweep_file(name, "failures.json"), lambda _: None, versioned=False)
+
+    def _retired(self, name: str, files: set[str]) -> dict[str, str]:
+        """SAE id -> why the sweep dropped it."""
+        reasons: dict[str, str] = {}
+
+        def take(word: dict[str, Any]) -> None:
+            reasons[word["id"]] = retired_reason(word)
+
+        for file in sorted(files):
+            if file.startswith("retired/"):
+                self._take(layout.sweep_file(name, file), take)
+        return reasons
 
     def _record(self, name: str, files: set[str]) -> bool:
         record = self._take(layout.record(name), self.tracker.record_sae)
@@ -143,8 +158,22 @@ class _Reindex:
         return document
 
 
-def _sweep_status(sae_ids: Iterable[str], done: set[str], failures: dict[str, str]) -> SweepStatus:
-    missing = set(sae_ids) - done
+def _merged(of_sweeps: Iterable[dict[str, str]]) -> dict[str, str]:
+    return {sae: reason for of_sweep in of_sweeps for sae, reason in of_sweep.items()}
+
+
+def _state(
+    sae: str, failed: dict[str, str], trained: set[str], dropped: dict[str, str]
+) -> tuple[SaeStatus, str | None]:
+    """Where an SAE without a record stands, and why. What one sweep dropped, another may have trained."""
+    if sae in failed:
+        return "failed", failed[sae]
+    if sae in trained:
+        return "trained", None
+    return ("retired", dropped[sae]) if sae in dropped else ("planned", None)
+
+
+def _sweep_status(missing: set[str], failures: dict[str, str]) -> SweepStatus:
     if not missing:
         return "done"
     return "failed" if missing & failures.keys() else "interrupted"

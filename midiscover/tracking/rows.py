@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any, TypedDict
 
 from midiscover.errors import TrackingError
+from midiscover.ids import compared_settings, recorded_settings
 from midiscover.store import layout
 
 Row = dict[str, Any]
@@ -21,17 +22,23 @@ class PlannedRow(TypedDict, total=False):
 
     sae_id: str
     hook: str
+    output_hook: str
     layer: int | None
     kind: str
-    d_in: int
-    d_sae: int
+    control: str
+    sparsity_label: str
     l1: float | None
     k: int | None
+    target_l0: float | None
+    d_in: int
+    d_sae: int
     seed: int
     settings: Mapping[str, Any]
 
 
-PLANNED_COLUMNS = ("hook", "layer", "kind", "d_in", "d_sae", "l1", "k", "seed", "settings")
+PLANNED = tuple(name for name in PlannedRow.__annotations__ if name != "sae_id")
+PLANNED_COLUMNS = tuple("sparsity" if name == "sparsity_label" else name for name in PLANNED)
+"""The same names as columns, in the same order."""
 
 
 def sweep_row(sweep: Mapping[str, Any]) -> Row:
@@ -52,19 +59,26 @@ def sweep_row(sweep: Mapping[str, Any]) -> Row:
 
 def planned_row(planned: Mapping[str, Any], owner: str | None) -> Row:
     """The row of an SAE that is only planned; a key that is no column is a mistake of the caller."""
-    unknown = planned.keys() - {"sae_id", *PLANNED_COLUMNS}
+    unknown = planned.keys() - {"sae_id", *PLANNED}
     if unknown:
-        raise ValueError(
-            f"a planned SAE has no {', '.join(sorted(unknown))}; it has sae_id, {', '.join(PLANNED_COLUMNS)}"
-        )
-    row = {name: finite(planned.get(name)) for name in PLANNED_COLUMNS}
+        raise ValueError(f"a planned SAE has no {', '.join(sorted(unknown))}; it has sae_id, {', '.join(PLANNED)}")
+    if "sparsity_label" not in planned and "kind" in planned:
+        planned = _of_first_release(planned)
+    row = {column: finite(planned.get(name)) for name, column in zip(PLANNED, PLANNED_COLUMNS, strict=True)}
     return row | {"id": planned["sae_id"], "owner": owner, "status": "planned"}
+
+
+def _of_first_release(planned: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A sweep.json of 0.1.0 knew one l1 or k for each SAE, and neither controls nor transcoders."""
+    setting = next((f"{name} {planned[name]:g}" for name in ("l1", "k") if planned.get(name) is not None), None)
+    return {**planned, "sparsity_label": setting, "control": "none", "output_hook": planned.get("hook")}
 
 
 def recorded_row(record: Mapping[str, Any]) -> Row:
     """The row of an SAE with its record.json."""
     lineage = record.get("lineage") or {}
     model, code, corpus = (lineage.get(name) or {} for name in ("model", "code", "corpus"))
+    compared = compared_settings(recorded_settings(record["sae"]))
     return {
         "id": record["id"],
         "hook": record["hook"],
@@ -72,8 +86,8 @@ def recorded_row(record: Mapping[str, Any]) -> Row:
         "kind": record["kind"],
         "d_in": record["d_in"],
         "d_sae": record["d_sae"],
-        "l1": (record.get("l1") or {}).get("coefficient"),
-        "k": record["sae"].get("k"),
+        "l1": compared["l1"],
+        "k": compared["k"],
         "seed": lineage.get("seed"),
         "settings": finite({"sae": record["sae"], "train": record["train"]}),
         "status": "done",
@@ -90,6 +104,10 @@ def recorded_row(record: Mapping[str, Any]) -> Row:
         "harvest_id": lineage.get("harvest"),
         "code_version": code.get("version"),
         "code_commit": code.get("commit"),
+        "output_hook": record.get("output_hook") or record["hook"],
+        "control": compared["control"],
+        "sparsity": compared["sparsity_label"],
+        "target_l0": compared["target_l0"],
     }
 
 

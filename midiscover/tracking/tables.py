@@ -112,8 +112,15 @@ saes = Table(
     Column("harvest_id", Text),
     Column("code_version", Text),
     Column("code_commit", Text),
+    Column("output_hook", Text),
+    Column("control", Text),
+    Column("sparsity", Text),
+    Column("target_l0", Float(53)),
 )
-"""What was planned (the first columns), then what the record says. A column is NULL until it is known."""
+"""What was planned (hook to settings, and the last four), then what the record says. NULL until it is known.
+
+`sparsity` is what sets the sparsity, for people: `l1 3`, `k 32`, `L0 60`.
+"""
 
 sweep_saes = Table(
     "sweep_saes",

@@ -26,6 +26,7 @@ from midiscover.tracking import queries, writes
 from midiscover.tracking.annotations import Annotations, write_annotations
 from midiscover.tracking.engine import EXAMPLE, VARIABLE, Database, migrate, parse_url
 from midiscover.tracking.rows import Row, checked_text
+from midiscover.tracking.sweepfiles import read_stability
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from midiscover.store.storage import Storage
 
 SweepStatus = Literal["running", "done", "failed", "interrupted"]
-SaeStatus = Literal["planned", "training", "trained", "failed"]
+SaeStatus = Literal["planned", "training", "trained", "failed", "retired"]
 Kind = Literal["sweep", "sae"]
 
 
@@ -107,7 +108,7 @@ class Tracker:
         self._database.write(lambda connection: writes.finish_sweep(connection, sweep_id, status))
 
     def sae_status(self, sae_id: str, status: SaeStatus, reason: str | None = None) -> None:
-        """An SAE moves on; `reason` says why it failed. `done` comes from `record_sae`."""
+        """An SAE moves on; `reason` says why it failed or was retired. `done` comes from `record_sae`."""
         self._database.write(lambda connection: writes.sae_status(connection, sae_id, status, reason))
 
     def record_steps(self, sae_id: str, history: Mapping[str, Sequence[Any]]) -> None:
@@ -162,7 +163,10 @@ class Tracker:
     # Reading. Ids may be unique prefixes; NotFoundError names the nearest ids.
 
     def list_runs(self) -> list[Row]:
-        """Sweeps, newest first: id, name, status, times, owner, note, tags, and how many SAEs: saes, done, failed."""
+        """Sweeps, newest first: id, name, status, times, owner, note, tags, and how many SAEs there are.
+
+        `saes` counts all, `done`, `failed` and `retired` those.
+        """
         return self._database.read(queries.list_runs)
 
     def show(self, text: str) -> Row:
@@ -170,13 +174,22 @@ class Tracker:
         return self._database.read(lambda connection: queries.show(connection, text))
 
     def compare(self, sweep: str) -> list[Row]:
-        """One row per SAE of a sweep, in the order of its grid.
+        """One row per SAE of a sweep, in the order of its grid, with the keys of the sweep's own table.
 
-        `sae_id, hook, layer, kind, l1, k, d_in, d_sae, seed, seconds, sparsity_label`, then all scalars of the sweep's
-        own evaluation (those of `queries.MEASURES` always, None where left out), then `frontier`: whether no SAE of the
-        same hook beats it in L0 and FVU. SAEs that are not done have no row; `show` lists them.
+        `sae_id, sparsity_label, seconds` and `queries.SETTINGS`, then all scalars of the sweep's own evaluation (those
+        of `queries.MEASURES` always, None where left out), then `frontier` and `best_of_kind`: whether no SAE of the
+        same hook, or of the same hook and architecture, beats it in L0 and FVU; never a control. SAEs that are not done
+        have no row; `show` lists them.
         """
         return self._database.read(lambda connection: queries.compare(connection, sweep))
+
+    def stability(self, sweep: str) -> list[Row]:
+        """Pairs of the sweep's SAEs and the share of features they have in common, as its stability.json has them.
+
+        Empty where the sweep has none, or the tracker no store. CorruptError for a file that can't be read.
+        """
+        _, name = self._database.read(lambda connection: queries.resolve(connection, sweep, kinds=("sweep",)))
+        return [] if self._storage is None else read_stability(self._storage, name)
 
     def steps(self, sae_id: str) -> dict[str, list[Any]]:
         """An SAE's curve as columns, as `record_steps` takes it, all but `step` as floats; None where not finite."""

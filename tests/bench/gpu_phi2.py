@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 from midiscover import tables
-from midiscover.config import HarvestConfig, StandardConfig, TopKConfig, TrainConfig
+from midiscover.config import HarvestConfig, TrainConfig
 from midiscover.harvest import Harvester, HarvestJob
+from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.store.blocks import block_plan
 from midiscover.store.storage import open_store
 from midiscover.train import Member, Progress, train

@@ -36,10 +36,11 @@ from jobs.board import Board, Event, watched
 from jobs.packs import PackJob, run_pack, run_packs
 from jobs.runtime import Slots, cores, pack_slots, ray_session
 from midiscover import ids, tables
-from midiscover.config import HarvestConfig, ResourcesConfig, RunConfig, StandardConfig, TrainConfig
+from midiscover.config import HarvestConfig, ResourcesConfig, RunConfig, TrainConfig
 from midiscover.configio import expand_grid
 from midiscover.models import HookTable, ModelIdentity
 from midiscover.resolve import PlannedSae, Resolved, make_packs
+from midiscover.saeconfig import StandardConfig
 from midiscover.saes import read_json
 from midiscover.store import layout
 from midiscover.store.blocks import Mask, block_plan, commit_block, write_manifest

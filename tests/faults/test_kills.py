@@ -124,9 +124,7 @@ def kill(driver: subprocess.Popen[bytes], victim: psutil.Process) -> None:
     assert driver.poll() is None, "the driver was still at work when its worker was killed"
 
 
-def kill_pack(
-    driver: subprocess.Popen[bytes], store: Path, trainer: str, titles: tuple[str, ...], rest: float
-) -> int:
+def kill_pack(driver: subprocess.Popen[bytes], store: Path, trainer: str, titles: tuple[str, ...], rest: float) -> int:
     """Kill the one pack's worker while it has a checkpoint and SAEs to train; returns the checkpoint's step.
 
     The process that trains is frozen while the store is looked at, so that it can't end in between.

@@ -20,7 +20,18 @@ from sae_lens.load_model import load_model  # pyright: ignore[reportMissingImpor
 from sae_lens.loading import pretrained_sae_loaders as loaders  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file, save_file
 
-METADATA = ("hook_name", "hook_layer", "model_class_name", "context_size", "prepend_bos", "model_name", "dataset_path")
+METADATA = (
+    "hook_name",
+    "hook_layer",
+    "hook_name_out",
+    "model_class_name",
+    "context_size",
+    "prepend_bos",
+    "model_name",
+    "dataset_path",
+    "training_architecture",
+    "training_architecture_details",
+)
 
 
 def read_sae(folder: Path, given: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -34,6 +45,7 @@ def read_sae(folder: Path, given: dict[str, torch.Tensor]) -> tuple[dict[str, An
         "features": sae.encode(given["x"]),
         "x_hat": sae.decode(given["features"]),
         "forward": sae(given["x"]),
+        "folded_forward": folded(given["x"]),
         "folded_features": folded.encode(given["x"]),
         "folded_x_hat": folded.decode(given["features"]),
     }
@@ -45,6 +57,7 @@ def read_sae(folder: Path, given: dict[str, torch.Tensor]) -> tuple[dict[str, An
         "k": getattr(sae.cfg, "k", None),
         "d_in": sae.cfg.d_in,
         "d_sae": sae.cfg.d_sae,
+        "d_out": getattr(sae.cfg, "d_out", sae.cfg.d_in),
         "metadata": {name: getattr(sae.cfg.metadata, name) for name in METADATA},
     }
     return facts, {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "wrong width": (["sweep", "run.yaml", "--sae.d_sae", "0"], "above 0"),
     "unknown model": (["sweep", "run.yaml", "--model.id", "./no/such/model"], "no/such/model"),
     "unknown hub model": (["sweep", "run.yaml", "--model.id", "nobody/nothing-here"], "nobody/nothing-here"),
+    "unknown stored model": (["sweep", "run.yaml", "--model.id", "store:nope", "--store", "made"], "no model 'nope'"),
+    "push of no model": (["model", "push", "./no/such/model", "--store", "new"], "no/such/model"),
     "no such hook": (["sweep", "run.yaml", "--harvest.hooks", "model.layers.0.mlp.down_prj"], "down_proj"),
     "layer out of range": (["sweep", "run.yaml", "--harvest.hooks", "model.layers.99.mlp"], "layers 0 to 2"),
     "missing corpus": (["sweep", "run.yaml", "--corpus.source", "./nothing.jsonl"], "nothing.jsonl"),
@@ -82,6 +84,30 @@ def test_wrong_input(folder: Path, name: str) -> None:
     ] == []
 
 
+@pytest.mark.parametrize(
+    ("hook", "sentence"),
+    [
+        ("model.layers.99.mlp", "layers 0 to 2"),
+        ("model.layers.0.mlp.down_prj", "nearest are model.layers.0.mlp.down_proj,"),
+        ("blocks.0.hook_mlp_out", "has no hook"),
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "store"])
+def test_wrong_hooks_of_a_model_that_is_new(folder: Path, tmp_path: Path, place: str, hook: str, sentence: str) -> None:
+    model = str(folder / "model-llama")
+    env = {"MIDISCOVER_HOME": str(tmp_path / "home"), "MIDISCOVER_STORE": str(tmp_path / "store")}
+    if place == "store":
+        assert midiscover("model", "push", model, cwd=folder, env=env).out == "store:model-llama\n"
+        model = "store:model-llama"
+    done = midiscover("config", "run.yaml", "--model.id", model, "--harvest.hooks", hook, cwd=folder, env=env)
+    assert (done.code, done.out) == (2, "")
+    assert sentence in done.err
+    assert done.err.count("\n") == 1
+    assert done.seconds < SECONDS
+    # Told from the config and the names of the weights: what needs torch was not asked.
+    assert not (tmp_path / "home" / "hooks").exists()
+
+
 def test_a_database_that_does_not_answer(folder: Path) -> None:
     address = f"postgresql://user:secret@127.0.0.1:{free_port()}/db"
     done = midiscover("sweep", "run.yaml", "--store", "new-db", cwd=folder, env={"MIDISCOVER_DATABASE_URL": address})
@@ -105,7 +131,7 @@ def test_an_s3_store_that_does_not_answer(folder: Path) -> None:
 
 def test_help_is_there_for_everyone(folder: Path) -> None:
     assert midiscover("--help", cwd=folder).code == 0
-    for verb in ("inspect", "config", "harvest", "sweep", "train", "runs"):
+    for verb in ("inspect", "config", "harvest", "sweep", "train", "model", "runs"):
         done = midiscover(verb, "--help", cwd=folder)
         assert done.code == 0, done.err
         assert "usage" in done.out

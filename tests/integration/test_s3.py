@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from midiscover.config import ModelConfig
 from midiscover.errors import CorruptError, StoreError
+from midiscover.models import push_model, resolve_model
 from midiscover.store import s3
 from midiscover.store.blocks import committed, read_block, read_manifest
 from midiscover.store.loader import ActivationStream
@@ -20,6 +26,7 @@ from midiscover.store.s3 import S3Storage
 from midiscover.store.storage import open_store
 from tests.harvests import HARVEST, HOOK, write_harvest
 from tests.s3 import FaultProxy, S3Server, s3_server
+from tests.tiny import make_tiny_model
 
 pytestmark = pytest.mark.s3
 
@@ -167,6 +174,28 @@ def test_harvest_and_stream_are_those_of_a_folder(storage: S3Storage, tmp_path_f
     storage.write(key, storage.read(key)[:-1])
     with pytest.raises(CorruptError, match=f"holds {row.bytes - 1} bytes"):
         read_block(storage, HARVEST, HOOK, row)
+
+
+def test_a_model_is_fetched_once_by_two_processes(storage: S3Storage, tmp_path: Path) -> None:
+    folder = make_tiny_model("llama", tmp_path / "tiny")
+    assert push_model(ModelConfig(id=str(folder)), storage.uri)[1]
+    assert not push_model(ModelConfig(id=str(folder)), storage.uri)[1]
+    program = (
+        "from midiscover.models import *; from midiscover.config import ModelConfig\n"
+        f"identity = resolve_model(ModelConfig(id='store:tiny'), {storage.uri!r})\n"
+        "print(identity.digest, model_folder(identity))"
+    )
+    env = os.environ | {"MIDISCOVER_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", program]
+    both = [subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    (out, err), (other_out, other_err) = [process.communicate(timeout=60) for process in both]
+    assert out == other_out, err + other_err
+    assert (err + other_err).count("fetching tiny from s3://") == 1
+    digest, fetched = out.split()
+    assert digest == resolve_model(ModelConfig(id=str(folder))).digest == resolve_model(ModelConfig(id=fetched)).digest
+    storage.delete("models/tiny/model.safetensors")
+    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert (again.stdout, again.stderr) == (out, "")
 
 
 def test_bodies_that_break_off_are_continued(proxied: tuple[S3Storage, FaultProxy]) -> None:

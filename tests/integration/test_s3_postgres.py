@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from midiscover import load_sae
 from midiscover.store.s3 import S3Storage
 from midiscover.store.storage import Storage, open_store
 from tests.jobs_cli import Done, midiscover
-from tests.postgres import NoPostgresError, fresh_database, postgres
+from tests.postgres import fresh_database
 from tests.runs import blocks, weights, write_run, write_text
 from tests.s3 import S3Server, s3_server
 
@@ -57,20 +56,9 @@ def server() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def postgres_server() -> Iterator[str]:
-    try:
-        with postgres() as url:
-            yield url
-    except NoPostgresError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-
-
 @pytest.fixture
-def other_database(postgres_server: str) -> Iterator[str]:
-    with fresh_database(postgres_server) as url:
+def other_database(postgres_url: str) -> Iterator[str]:
+    with fresh_database(postgres_url) as url:
         yield url
 
 
@@ -96,14 +84,21 @@ def local(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def remote(
-    config: Path, server: S3Server, postgres_server: str, tmp_path_factory: pytest.TempPathFactory
+    config: Path, server: S3Server, postgres_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
-    """The same run in a bucket, with PostgreSQL; its harvest was a job of its own."""
-    with fresh_database(postgres_server) as url:
-        env = server.environment | {"MIDISCOVER_DATABASE_URL": url}
+    """The same run in a bucket, with PostgreSQL and a new cache; the model comes from the bucket as well.
+
+    Its harvest was a job of its own.
+    """
+    home = tmp_path_factory.mktemp("home")
+    with fresh_database(postgres_url) as url:
+        env = server.environment | {"MIDISCOVER_DATABASE_URL": url, "MIDISCOVER_HOME": str(home)}
         place = Place(server.uri("team/store"), env, tmp_path_factory.mktemp("remote"))
-        place.run("harvest", str(config))
-        swept = place.run("sweep", str(config), "--tag", "first")
+        stored = place.run("model", "push", str(config.parent / "model-llama")).out.strip()
+        assert stored == "store:model-llama"
+        place.run("harvest", str(config), "--model.id", stored)
+        assert list(home.glob("models/model-llama-*/model.safetensors"))  # fetched by the worker
+        swept = place.run("sweep", str(config), "--model.id", stored, "--tag", "first")
         assert "until the first batch was done" not in swept.err  # no forward pass for blocks that stand
         assert swept.out.strip().endswith("report.html")
         yield place
@@ -167,9 +162,11 @@ def test_the_second_run_does_nothing(config: Path, remote: Place, server: S3Serv
 def test_runs_from_postgres_are_those_from_sqlite(local: Place, remote: Place) -> None:
     (here,), (there,) = local.json("runs", "list"), remote.json("runs", "list")
     assert there["id"] == here["id"]
-    compared = remote.json("runs", "compare", there["id"])
+    found, locally = (place.json("runs", "compare", run["id"]) for place, run in ((remote, there), (local, here)))
+    compared = found["saes"]
     assert len(compared) == 4
-    assert without_times(compared) == without_times(local.json("runs", "compare", here["id"]))
+    assert without_times(compared) == without_times(locally["saes"])
+    assert found["stability"] == locally["stability"] != []
     assert "FVU" in remote.run("runs", "compare", there["id"]).out
     assert "first" in remote.run("runs", "show", there["id"]).out
     assert compared[0]["sae_id"] in remote.run("runs", "show", compared[0]["sae_id"]).out

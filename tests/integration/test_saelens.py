@@ -26,10 +26,13 @@ from midiscover.evaluate import reconstruction_metrics
 from midiscover.lm import LanguageModel
 from midiscover.models import resolve_model
 from midiscover.resolve import PlannedSae, Resolved, resolve
+from midiscover.sae.registry import ARCHITECTURES
+from midiscover.saeconfig import SAE_KINDS, JumpReluConfig, L1Config, TopKConfig
 from midiscover.saes import SAELENS_VERSION, SPARSITY, commit_record, write_trained
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
-from midiscover.train import Member, Progress, Trained, train
+from midiscover.train import Member, Pair, Progress, Trained, train
+from tests.planted import normalisation
 from tests.runs import write_run
 from tests.tiny import make_tiny_model
 from tests.venvs import cached_venv, checked
@@ -43,31 +46,46 @@ TOLERANCE = 1e-5
 SCALES = (1.0, 40.0)
 """Of raw activations: norms of about 10, and of several hundred as in the middle of a real model."""
 GIVEN = [folder for folder in os.environ.get("MIDISCOVER_TEST_SAE_FOLDERS", "").split(":") if folder]
-CLASSES = {"standard": "StandardSAE", "topk": "TopKSAE"}
-MADE = [(kind, scale) for kind in CLASSES for scale in SCALES]
+AS_WHAT = {
+    "standard": ("standard", "StandardSAE"),
+    "gated": ("gated", "GatedSAE"),
+    "topk": ("topk", "TopKSAE"),
+    "batchtopk": ("jumprelu", "JumpReLUSAE"),
+    "jumprelu": ("jumprelu", "JumpReLUSAE"),
+    "matryoshka_batchtopk": ("jumprelu", "JumpReLUSAE"),
+    "transcoder": ("transcoder", "Transcoder"),
+    "skip_transcoder": ("skip_transcoder", "SkipTranscoder"),
+}
+"""Architecture and class that SAELens has for each kind: its own BatchTopK and Matryoshka SAEs are saved so too."""
+SPARSITY_OF = {L1Config: {"l1_coefficient": 0.5}, TopKConfig: {"k": 8}, JumpReluConfig: {"l0_coefficient": 0.1}}
+MADE = [(kind, scale) for kind in AS_WHAT for scale in SCALES]
 NAMES = [f"{kind}, activations x {scale:g}" for kind, scale in MADE] + [Path(folder).name for folder in GIVEN]
 
 
 class MemorySource:
-    """Rows of sparse structure about a mean far from zero, in order."""
+    """Rows of sparse structure about a mean far from zero, in order; for transcoders with rows that depend on them."""
 
     rows_per_epoch, batch_size = ROWS, BATCH
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, d_out: int | None = None) -> None:
+        """d_out: for transcoders, the width of what is predicted."""
         generator = torch.Generator().manual_seed(0)
         atoms = torch.randn(4 * D_IN, D_IN, generator=generator) / math.sqrt(D_IN)
         codes = torch.relu(torch.randn(ROWS, 4 * D_IN, generator=generator) - 1.5)
         self.rows = scale * (4 * codes @ atoms + torch.randn(D_IN, generator=generator))
-        self.mean = self.rows.mean(0)
-        self.scale = math.sqrt(D_IN) / float((self.rows - self.mean).norm(dim=1).mean())
-        self.variance = float((self.rows - self.mean).pow(2).sum(1).mean())
+        self.predicted = self.rows
+        if d_out is not None:
+            noise = torch.randn(D_IN + 1, d_out, generator=generator)
+            self.predicted = torch.tanh(self.rows / scale) @ noise[1:] * (scale / 5) + scale * noise[0]
+        self.inputs, self.outputs = normalisation(self.rows), normalisation(self.predicted)
 
     def __len__(self) -> int:
         return 4 * ROWS // BATCH
 
-    def batches(self, start: int) -> Iterator[Tensor]:
+    def batches(self, start: int) -> Iterator[Tensor | Pair]:
         for step in range(start, len(self)):
-            yield self.rows.roll(-step * BATCH, 0)[:BATCH]
+            x, y = (rows.roll(-step * BATCH, 0)[:BATCH] for rows in (self.rows, self.predicted))
+            yield x if self.predicted is self.rows else Pair(x, y)
 
 
 class SilentWorker:
@@ -117,11 +135,14 @@ def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     storage = open_store(str(tmp_path_factory.mktemp("store")))
     made = []
     for kind, scale in MADE:
-        sparsity = {"l1_coefficient": 0.5} if kind == "standard" else {"k": 8}
-        run = write_run(model.parent, sae={"kind": kind, "expansion_factor": 4, **sparsity}, grid={})
-        resolved = resolve(load_config(run))
+        cls = ARCHITECTURES[kind]
+        sparsity = next(value for config, value in SPARSITY_OF.items() if issubclass(SAE_KINDS[kind], config))
+        sae = {"kind": kind, "expansion_factor": 4, **sparsity}
+        hooks = {"hooks": f"model.layers.{{0,1}}.mlp.{'up_proj:in' if cls.transcodes else 'down_proj'}"}
+        resolved = resolve(load_config(write_run(model.parent, sae=sae, grid={}, harvest=hooks)))
         planned = resolved.saes[SCALES.index(scale)]  # one hook for each scale
-        write_sae(storage, planned, resolved, MemorySource(scale), prepend_bos=kind == "standard")
+        source = MemorySource(scale, planned.d_out if cls.transcodes else None)
+        write_sae(storage, planned, resolved, source, prepend_bos=kind == "standard")
         folder = storage.local_path(layout.sae_folder(planned.id))
         assert folder is not None
         made.append(folder)
@@ -137,18 +158,22 @@ def write_sae(
     assert isinstance(trained, Trained)
     write_trained(storage, planned, resolved, trained, prepend_bos=prepend_bos, run={"threads": 1})
     loaded = load_sae(str(storage.local_path(layout.sae_folder(planned.id))))
-    sums = reconstruction_metrics({planned.id: loaded.module}, [source.rows], source.mean)[planned.id]
+    rows = Pair(source.rows, source.predicted) if loaded.module.transcodes else source.rows
+    sums = reconstruction_metrics({planned.id: loaded.module}, [rows], source.outputs.mean)[planned.id]
     storage.create(layout.sae_file(planned.id, SPARSITY), save({"sparsity": sums.log_sparsity()}))
     commit_record(storage, planned, resolved, metrics=sums.result())
 
 
 def inputs(folder: Path) -> dict[str, Tensor]:
-    """Random activations [4, 16, d_in] about where the SAE expects them, and our features of them."""
+    """Random activations [4, 16, d_in] about where the SAE expects them, and our features of them.
+
+    About 0 for a transcoder, whose weights do not tell the mean of its inputs.
+    """
     sae = load_sae(str(folder))
     norm = json.loads((folder / "training.json").read_text())["normalisation"]["mean_norm"]
     d_in = sae.module.d_in
     noise = torch.randn(4, 16, d_in, generator=torch.Generator().manual_seed(1))
-    x = sae.module.b_dec + noise * norm / math.sqrt(d_in)
+    x = (0 if sae.module.transcodes else sae.module.b_dec) + noise * norm / math.sqrt(d_in)
     return {"x": x, "features": sae.encode(x)}
 
 
@@ -203,6 +228,10 @@ def difference(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs - ours).abs().max()) / max(1.0, float(ours.abs().max()))
 
 
+def test_every_kind_is_here() -> None:
+    assert sorted(AS_WHAT) == sorted(ARCHITECTURES)
+
+
 def test_it_is_the_release_whose_format_we_write(answers: Answers) -> None:
     assert answers.version == SAELENS_VERSION
 
@@ -211,12 +240,16 @@ def test_it_is_the_release_whose_format_we_write(answers: Answers) -> None:
 def test_encode_and_decode_agree(answers: Answers, index: int) -> None:
     folder, given, _, theirs = answers.saes[index]
     sae, features = load_sae(str(folder)), given["features"]
+    whole = sae.reconstruct(given["x"])
     assert 0 < float((features > 0).double().mean()) < 0.9  # neither all silent nor a linear map
     assert difference(theirs["features"], features) < TOLERANCE
     assert difference(theirs["x_hat"], sae.decode(features)) < TOLERANCE
-    assert difference(theirs["forward"], sae.decode(features)) < TOLERANCE
+    assert difference(theirs["forward"], whole) < TOLERANCE
     assert difference(theirs["folded_features"], features) < TOLERANCE
     assert difference(theirs["folded_x_hat"], sae.decode(features)) < TOLERANCE
+    assert difference(theirs["folded_forward"], whole) < TOLERANCE
+    carried = difference(whole, sae.decode(features))
+    assert (carried > 0.01) == (sae.module.kind == "skip_transcoder")  # the skip connection is not nothing
 
 
 @pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
@@ -224,11 +257,14 @@ def test_class_shape_and_metadata_arrive(answers: Answers, index: int) -> None:
     folder, _, facts, _ = answers.saes[index]
     cfg = json.loads((folder / "cfg.json").read_text())
     record = json.loads((folder / "record.json").read_text())
-    assert facts["class"] == CLASSES[record["kind"]]
-    assert facts["architecture"] == record["kind"]
-    assert facts["k"] == record["sae"].get("k")
+    assert (facts["architecture"], facts["class"]) == AS_WHAT[record["kind"]]
+    assert facts["k"] == (record["sae"]["k"] if facts["architecture"] == "topk" else None)
     assert (facts["d_in"], facts["d_sae"]) == (record["d_in"], record["d_sae"])
-    assert facts["metadata"] == {name: cfg["metadata"][name] for name in facts["metadata"]}
+    assert facts["d_out"] == cfg.get("d_out", record["d_in"])
+    assert facts["metadata"] == {name: cfg["metadata"].get(name) for name in facts["metadata"]}
+    assert facts["metadata"]["training_architecture"] == record["kind"]
+    details = facts["metadata"]["training_architecture_details"]
+    assert details == {name: value for name, value in record["sae"].items() if name != "kind"}
     assert facts["metadata"]["hook_name"] == record["hook"]
     assert facts["metadata"]["hook_layer"] == record["layer"]
     assert facts["metadata"]["model_class_name"] == "AutoModelForCausalLM"
@@ -240,7 +276,10 @@ def test_class_shape_and_metadata_arrive(answers: Answers, index: int) -> None:
 def test_metadata_are_those_of_the_run(answers: Answers, index: int) -> None:
     kind, scale = MADE[index]
     metadata = answers.saes[index].facts["metadata"]
-    assert metadata["hook_name"] == f"model.layers.{SCALES.index(scale)}.mlp.down_proj"
+    layer = f"model.layers.{SCALES.index(scale)}.mlp"
+    transcodes = ARCHITECTURES[kind].transcodes
+    assert metadata["hook_name"] == f"{layer}.{'up_proj:in' if transcodes else 'down_proj'}"
+    assert metadata["hook_name_out"] == (f"{layer}.up_proj" if transcodes else None)
     assert metadata["context_size"] == CONTEXT
     assert metadata["prepend_bos"] is (kind == "standard")
     assert metadata["dataset_path"] == "text.jsonl"

@@ -140,11 +140,14 @@ def test_the_tracker_tells_what_was_done_and_is_rebuilt_from_the_store(store: Pa
     assert {run["name"] for run in listed} == {"tiny", "more"}
     (sweep,) = (run["id"] for run in listed if run["name"] == "tiny")
     compared = json.loads(midiscover("runs", "compare", sweep, "--store", str(store), "--json").out)
-    assert len(compared) == 4
+    assert len(compared["saes"]) == 4
+    assert {(pair["axis"], pair["hook"]) for pair in compared["stability"]} == {
+        ("l1", f"model.layers.{layer}.mlp.down_proj") for layer in (0, 1)
+    }
     text = midiscover("runs", "compare", sweep, "--store", str(store))
     assert "FVU" in text.out
-    shown = midiscover("runs", "show", compared[0]["sae_id"], "--store", str(store))
-    assert compared[0]["sae_id"] in shown.out
+    shown = midiscover("runs", "show", compared["saes"][0]["sae_id"], "--store", str(store))
+    assert compared["saes"][0]["sae_id"] in shown.out
     (store / "tracker.db").rename(store / "old.db")
     assert midiscover("runs", "reindex", "--store", str(store)).code == 0
     again = json.loads(midiscover("runs", "compare", sweep, "--store", str(store), "--json").out)

@@ -18,7 +18,7 @@ from midiscover.errors import TrackingError
 from midiscover.tracking import writes
 from midiscover.tracking.engine import Database, migrate, parse_url
 from midiscover.tracking.tracker import Tracker
-from tests.postgres import NoPostgresError, Server, fresh_database, own_server, wheel_binaries
+from tests.postgres import Server, fresh_database, or_skip, own_server, wheel_binaries
 from tests.unit.tracking import samples
 
 pytestmark = pytest.mark.postgres
@@ -27,13 +27,8 @@ pytestmark = pytest.mark.postgres
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server that tests may stop, as long as they start it again."""
-    try:
-        with own_server() as running:
-            yield running
-    except NoPostgresError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
+    with or_skip(), own_server() as running:
+        yield running
 
 
 @pytest.fixture

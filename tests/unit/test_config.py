@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from midiscover.config import RunConfig, StandardConfig, TopKConfig
+from midiscover.config import RunConfig
 from midiscover.configio import (
     build_config,
     expand_braces,
@@ -21,15 +21,16 @@ from midiscover.configio import (
 )
 from midiscover.errors import ConfigError
 from midiscover.launch import parse_job, parse_overrides
+from midiscover.saeconfig import StandardConfig, TopKConfig
 
 HOOKS = {"hooks": ["a.0.b", "a.1.b"]}
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"modl": 1}, "'modl' is not a setting of the config; did you mean 'model'?"),
     ({"train": {"lrr": 1}}, "'train.lrr' is not a setting of 'train'; did you mean 'lr'?"),
-    ({"train": {"lr": "fast"}}, "train.lr is 'fast'; it must be a number."),
+    ({"train": {"lr": "fast"}}, "train.lr is 'fast'; it must be a number or null."),
     ({"train": {"lr": -1.0}}, "train.lr must be above 0."),
-    ({"train": {"lr": float("nan")}}, "train.lr is nan; it must be a number."),
+    ({"train": {"lr": float("nan")}}, "train.lr is nan; it must be a number or null."),
     ({"train": {"epochs": 2.5}}, "train.epochs is 2.5; it must be a whole number."),
     ({"train": {"epochs": "3"}}, "train.epochs is '3'; it must be a whole number."),
     ({"train": {"dtype": "float16"}}, "train.dtype is 'float16'; it must be one of auto, bfloat16, float32."),
@@ -37,7 +38,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sae": {"l1_coefficient": True}}, "sae.l1_coefficient is True; it must be a number."),
     ({"sae": {"l1_coefficient": -3}}, "sae.l1_coefficient must be 0 or above."),
     ({"sae": {"d_sae": 0}}, "sae.d_sae must be a whole number above 0."),
-    ({"sae": {"kind": "gated"}}, "sae.kind is 'gated', which is no architecture; known are standard, topk."),
+    ({"sae": {"kind": "gatd"}}, "sae.kind is 'gatd', which is no architecture; known are standard, gated, topk,"),
     ({"sae": {"kind": "topk", "l1": 3}}, "'sae.l1' is not a setting of 'sae'"),
     ({"corpus": {"held_out": 0}}, "corpus.held_out must lie between 0 and 1"),
     ({"corpus": {"max_samples": 0}}, "corpus.max_samples must be a whole number above 0."),
@@ -110,6 +111,25 @@ def test_a_grid_may_change_the_architecture() -> None:
     assert all(p.sae.expansion_factor == 2 for p in expand_grid(config))
 
 
+def test_several_grids_stand_side_by_side_and_a_flag_goes_into_each_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "many.yaml"
+    path.write_text(
+        "harvest: {hooks: [a.0.b, a.1.b]}\n"
+        "grid:\n"
+        "  - {sae.kind: [standard, jumprelu], sae.target_l0: [20, 60]}\n"
+        "  - {sae.kind: [topk], sae.k: [20, 60]}\n"
+        "  - {sae.control: [untrained, neurons]}\n"
+    )
+    found = [
+        (p.sae.kind, p.sae.control, *p.sae.sparsity()) for p in expand_grid(load_config(path)) if p.hook == "a.0.b"
+    ]
+    penalised = [(kind, "none", "L0", target) for kind in ("standard", "jumprelu") for target in (20, 60)]
+    topk = [("topk", "none", "k", k) for k in (20, 60)]
+    assert found == [*penalised, *topk, ("standard", "untrained", "l1", 5), ("standard", "neurons", "l1", 5)]
+    seeded = load_config(path, parse_job("sweep", [str(path), "--grid.train.seed=[0, 1]"]).overrides)
+    assert len(expand_grid(seeded)) == 2 * len(expand_grid(load_config(path)))
+
+
 def test_braces() -> None:
     assert expand_braces("l.{8, 16}.{a,b}") == ["l.8.a", "l.8.b", "l.16.a", "l.16.b"]
     assert expand_braces("plain") == ["plain"]
@@ -132,7 +152,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
     args = parse_job("sweep", [str(path), "--train.lr", "5e-4", "--grid.sae.l1_coefficient=[3, 4]", "--store", "s"])
     config = load_config(path, args.overrides)
     assert (config.name, config.train.lr, args.store) == ("my", 5e-4, "s")
-    assert config.grid == {"sae.l1_coefficient": (3, 4), "train.seed": (0, 1)}
+    assert config.grid == ({"sae.l1_coefficient": (3, 4), "train.seed": (0, 1)},)
 
 
 @pytest.mark.parametrize(

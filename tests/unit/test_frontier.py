@@ -7,7 +7,7 @@ from math import inf, nan
 
 import pytest
 
-from midiscover.frontier import frontier_of_hooks, on_frontier
+from midiscover.frontier import frontier_of_hooks, frontier_of_kinds, on_frontier
 
 
 def by_definition(points: list[tuple[float, float]]) -> list[bool]:
@@ -34,3 +34,30 @@ def test_hooks_do_not_compete() -> None:
         {"hook": "b", "l0": 30.0, "fvu": 0.9},
     ]
     assert frontier_of_hooks(rows) == [True, False, True]
+
+
+def test_each_architecture_has_a_frontier_of_its_own() -> None:
+    rows = [
+        {"hook": "a", "kind": "topk", "l0": 10.0, "fvu": 0.1},
+        {"hook": "a", "kind": "standard", "l0": 12.0, "fvu": 0.2},
+        {"hook": "a", "kind": "standard", "l0": 13.0, "fvu": 0.3},
+    ]
+    assert frontier_of_hooks(rows) == [True, False, False]
+    assert frontier_of_kinds(rows) == [True, True, False]
+
+
+def test_controls_neither_lie_on_a_frontier_nor_beat_anybody() -> None:
+    rows = [
+        {"hook": "a", "kind": "topk", "control": "untrained", "l0": 1.0, "fvu": 0.0},
+        {"hook": "a", "kind": "topk", "control": "none", "l0": 10.0, "fvu": 0.1},
+    ]
+    assert frontier_of_hooks(rows) == frontier_of_kinds(rows) == [False, True]
+
+
+def test_transcoders_compete_only_with_those_of_the_same_output() -> None:
+    rows = [
+        {"hook": "a:in", "output_hook": "a", "l0": 10.0, "fvu": 0.2},
+        {"hook": "a:in", "output_hook": "b", "l0": 5.0, "fvu": 0.1},
+        {"hook": "a:in", "output_hook": "a:in", "l0": 1.0, "fvu": 0.01},
+    ]
+    assert frontier_of_hooks(rows) == [True, True, True]

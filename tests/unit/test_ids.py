@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 
 from midiscover import ids
-from midiscover.config import (
-    CorpusConfig,
-    EvaluateConfig,
-    HarvestConfig,
-    ModelConfig,
-    SaePoint,
-    StandardConfig,
-    TopKConfig,
-    TrainConfig,
-)
+from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, SaePoint, TrainConfig
+from midiscover.saeconfig import SAE_KINDS, StandardConfig, TopKConfig
 
-POINT = SaePoint(hook="model.layers.16.mlp.fc2", sae=StandardConfig(l1_coefficient=3.0), train=TrainConfig())
+FIRST = StandardConfig(l1_coefficient=3.0, initial_density=None)
+POINT = SaePoint(hook="model.layers.16.mlp.fc2", sae=FIRST, train=TrainConfig(lr=3e-4, l1_warmup=0.05))
+"""An SAE of the first release, in today's settings."""
 
 
 def corpus(config: CorpusConfig, **changes: str) -> str:
@@ -49,25 +43,53 @@ def test_golden_ids() -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
 def test_every_training_setting_but_reports_and_checkpoints_makes_another_sae(name: str) -> None:
-    other: dict[str, Any] = {"betas": (0.5, 0.9), "dtype": "bfloat16", "dead_window": 7}
-    value = (
-        other.get(name, getattr(POINT.train, name) + 1 if name not in other else None)
-        if name
-        not in (
-            "lr_warmup",
-            "lr_decay",
-            "l1_warmup",
-        )
-        else 0.5
-    )
+    other: dict[str, Any] = {"betas": (0.5, 0.9), "dtype": "bfloat16", "dead_window": 7, "resample_at": (0.5,)}
+    other |= dict.fromkeys(("lr_warmup", "lr_decay", "l1_warmup", "retire_after"), 0.5)
+    value = other[name] if name in other else getattr(POINT.train, name) + 1
     changed = dataclasses.replace(POINT, train=dataclasses.replace(POINT.train, **{name: value}))
-    assert (sae(changed) == sae(POINT)) == (name in ("report_every", "checkpoint_every"))
+    assert (sae(changed) == sae(POINT)) == (name in ("report_every", "checkpoint_every", "retire_after"))
+
+
+@pytest.mark.parametrize("kind", list(SAE_KINDS))
+def test_every_setting_of_an_architecture_makes_another_sae(kind: str) -> None:
+    """Found by field, so that a new setting can't be forgotten; and the id says what the SAE is."""
+    base = dataclasses.replace(POINT, sae=SAE_KINDS[kind]())
+    name, value = base.sae.sparsity()
+    assert sae(base).startswith(f"l16.mlp-fc2.{kind}-20480.{name.lower()}-{value:g}.")
+    special: dict[str, Any] = {
+        "control": "untrained",
+        "decoder": "unit_norm",
+        "prefixes": (0.5, 1.0),
+        "output_hook": "x",
+        "target_l0": 30.0,
+        "initial_density": 0.3,
+        "threshold_decay": 0.5,
+        "k_aux": 9,
+        "expansion_factor": 2.0,
+        "d_sae": 77,
+    }
+    for field in dataclasses.fields(base.sae):
+        if field.name == "kind":
+            continue
+        changed = special[field.name] if field.name in special else getattr(base.sae, field.name) + 1
+        other = dataclasses.replace(base, sae=dataclasses.replace(base.sae, **{field.name: changed}))
+        assert sae(other) != sae(base), field.name
+
+
+def test_a_learning_rate_left_to_the_recipe_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(POINT, train=TrainConfig())
+    before = sae(recipe)
+    assert before == "l16.mlp-fc2.standard-20480.l1-3.dfb6862c97"
+    monkeypatch.setattr(ids, "RECIPE_VERSION", 10**6)
+    assert sae(recipe) != before
+    assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.82fe8e537d"
 
 
 def test_equal_widths_are_one_sae_however_they_are_written() -> None:
-    by_width = dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3, d_sae=20480))
-    by_factor = dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3, expansion_factor=8))
-    assert sae(dataclasses.replace(POINT, sae=StandardConfig(l1_coefficient=3))) == sae(POINT)  # 3 and 3.0 alike
+    by_width = dataclasses.replace(POINT, sae=dataclasses.replace(FIRST, d_sae=20480))
+    by_factor = dataclasses.replace(POINT, sae=dataclasses.replace(FIRST, expansion_factor=8))
+    whole = dataclasses.replace(FIRST, l1_coefficient=3)
+    assert sae(dataclasses.replace(POINT, sae=whole)) == sae(POINT)  # 3 and 3.0 alike
     assert sae(by_width) == sae(by_factor) == sae(POINT)
 
 

@@ -131,6 +131,25 @@ def test_memory_is_bounded_by_two_pools(
         assert reads == len(manifest.split("train")), "read once for all epochs"
 
 
+def test_readers_go_on_while_the_first_pool_is_awaited(harvest: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of three blocks leaves one of two readers free; the next pool's memory is free by then, too."""
+    storage, manifest, _, _ = harvest
+    real, begun = loader.read_block_into, threading.Semaphore(0)
+    pool = pools(manifest.split("train"), shuffle_tokens=24, seed=0, epoch=0)[0]
+
+    def waiting(*arguments: object) -> Tensor:
+        if arguments[3] == pool[0]:
+            assert begun.acquire(timeout=10), "the second pool was not begun"
+        else:
+            begun.release()
+        return real(*arguments)  # type: ignore[arg-type]  # passed on as they came
+
+    monkeypatch.setattr(loader, "read_block_into", waiting)
+    monkeypatch.setattr(loader, "_LOCAL_READERS", 2)
+    assert len(pool) == 1
+    assert list(ActivationStream(storage, manifest, batch_size=10, shuffle_tokens=24))
+
+
 def test_closing_early_leaves_no_threads(harvest: Harvest) -> None:
     storage, manifest, _, _ = harvest
     before = threading.active_count()

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from midiscover.cli import TRAIN_FLAGS, VERBS
-from midiscover.configio import build_config, find_config, load_config, parse_value, read_yaml
+from midiscover.configio import build_config, expand_grid, find_config, load_config, parse_value, read_yaml
 from midiscover.launch import parse_job
 from tests.jobs_cli import ROOT
 
@@ -63,7 +63,8 @@ def test_the_yaml_of_the_readme_is_a_config(tmp_path: object) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     config = build_config(parse_value(text))
     assert len(config.harvest.hooks) == 3
-    assert dict(config.grid)["sae.l1_coefficient"] == (1, 3, 8)
+    assert [dict(grid) for grid in config.grid][0]["sae.target_l0"] == (20, 60, 150)
+    assert len(expand_grid(config)) == 3 * (2 * 3 * 2 + 3 + 2)
 
 
 def test_links_and_the_tree_name_what_is_there() -> None:

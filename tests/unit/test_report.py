@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
 from midiscover.report import frontier_png, write_report
-from midiscover.summary import METRICS
+from midiscover.summary import CONTROLS_NEED, METRICS
+from tests.unit.grid_tables import grid_tables, stability_rows
 from tests.unit.plain_tables import Rows, plain_tables
 
 EVIL = "<script>alert('x')</script>&\"</pre>"
@@ -130,12 +132,71 @@ def test_charts_are_complete_and_share_their_data(page: Page) -> None:
         "frontier",
         "shares",
         "density",
+        "layer-density",
+        "map",
         *(f"curves-{m}" for m in ("loss", "mse", "l0", "fvu")),
     }
     used = {spec["data"]["name"] for spec in data["specs"].values()}
-    assert used == set(data["datasets"]) == {"frontier", "shares", "density", "curves-loss"}
+    own = {"frontier", "shares", "density", "layer-density", "map"}
+    assert used == set(data["datasets"]) == own | {"curves-loss"}
     drawn = {attributes["data-chart"] for attributes in page.of("div") if "data-chart" in attributes}
-    assert drawn == {"frontier", "curves-loss", "density", "shares"}
+    assert drawn == own | {"curves-loss"}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Page:
+    """A sweep over everything, with controls, foreign text, pairs, and SAEs that were retired."""
+    rows, curves, densities = grid_tables()
+    retired = {"gone-1": "dropped at step 7: another had a lower L0 and a lower FVU", EVIL: EVIL}
+    told = sweep(rows)
+    html = write_report(
+        rows, curves, densities, told, records(rows), minutes=30, stability=stability_rows(rows), retired=retired
+    )
+    assert len(html) < 3_000_000
+    return Page(html.decode())
+
+
+def test_a_sweep_over_everything_shows_it_all(whole: Page) -> None:
+    data = json.loads(whole.texts["script"][0])
+    assert {"map", "foreign", "stability", "layer-density"} <= data["specs"].keys()
+    drawn = {attributes["data-chart"] for attributes in whole.of("div") if "data-chart" in attributes}
+    assert {"map", "foreign", "stability", "layer-density"} <= drawn
+    anchors = {(attributes["href"] or "")[1:] for attributes in whole.of("a")}
+    assert anchors <= {attributes.get("id") for attributes in whole.of("section")}
+    assert {"retired", "map", "foreign", "stability"} <= anchors
+    assert {"control", "FVU foreign", "kind", "seed", "sparsity"} <= set(whole.texts["button"])
+    facts = dict(zip(whole.texts["dt"], whole.texts["dd"], strict=True))
+    assert facts["SAEs"] == "66 of 66, 2 retired"
+    assert EVIL in whole.texts["dd"]
+    assert any("lower L0 and a lower FVU" in text for text in whole.texts["dd"])
+
+
+def test_controls_are_marked_and_explained_once(whole: Page) -> None:
+    rows, _, _ = grid_tables()
+    classes = [attributes.get("class") for attributes in whole.of("tr")]
+    assert classes.count("control") == sum(row["control"] != "none" for row in rows)
+    assert sum(CONTROLS_NEED in text for text in whole.texts["p"]) == 1
+    cells = [text for text in whole.texts["td"] if text in ("yes", "of its kind")]
+    assert cells.count("yes") == sum(frontier_of_hooks(rows))
+    assert cells.count("yes") + cells.count("of its kind") == sum(
+        a or b for a, b in zip(frontier_of_hooks(rows), frontier_of_kinds(rows), strict=True)
+    )
+
+
+def test_what_was_not_measured_has_no_section(page: Page) -> None:
+    sections = {attributes.get("id") for attributes in page.of("section")}
+    assert not sections & {"foreign", "stability", "retired"}
+    assert "map" in sections
+    assert not any(CONTROLS_NEED in text for text in page.texts["p"])
+    rows, curves, densities = plain_tables(layers=[10])
+    alone = Page(write_report(rows, curves, densities, sweep(rows), records(rows)).decode())
+    assert not {attributes.get("id") for attributes in alone.of("section")} & {"map", "layer-density"}
+
+
+def test_sparsity_settings_sort_by_their_value(whole: Page) -> None:
+    keys = [attributes["data-key"] or "" for attributes in whole.of("td") if "data-key" in attributes]
+    ks = sorted({key for key in keys if re.fullmatch(r"k \d+\.\d+", key)})
+    assert [float(key[2:]) for key in ks] == [16, 48, 128]
 
 
 def test_what_stands_in_names_stays_text() -> None:

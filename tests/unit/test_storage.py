@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +18,7 @@ from midiscover.errors import CorruptError, StoreError
 from midiscover.store import layout, s3
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import open_store
+from tests.jobs_cli import environment
 
 
 @pytest.fixture
@@ -84,6 +88,104 @@ def test_list_is_by_folder_sorted_and_without_half_written_files(storage: LocalS
     assert storage.list("a") == ["a/1/x", "a/2"] == storage.list("a/")
     assert storage.list("") == ["a-b", "a/1/x", "a/2", "ab/1", "top"]
     assert storage.list("none") == []
+
+
+def test_list_leaves_out_what_is_no_key(storage: LocalStorage) -> None:
+    storage.write("a/1", b"")
+    hidden = storage.root / "a" / ".cache"
+    hidden.mkdir()
+    (hidden / "2").write_bytes(b"")
+    assert storage.list("") == ["a/1"] == [layout.check_key(key) for key in storage.list("a")]
+
+
+def test_what_can_not_be_looked_at_is_not_taken_for_absent(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write("a/b/1", b"")
+
+    def denied(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for prefix, words in (("a", "list a"), ("", "list what is")):
+        with pytest.raises(StoreError, match=rf"Can't {words} in the store .*: Permission denied"):
+            storage.list(prefix)
+    monkeypatch.setattr(Path, "stat", denied)
+    for look in (storage.exists, storage.version):
+        with pytest.raises(StoreError, match=r"Can't look for a/b/1 in the store .*: Permission denied"):
+            look("a/b/1")
+
+
+def test_create_where_the_first_was_taken_back(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write("x", b"theirs")
+    real, gone = LocalStorage.read, []
+
+    def taken_back(self: LocalStorage, key: str) -> bytes:
+        if not gone:
+            gone.append(key)
+            self.delete(key)
+        return real(self, key)
+
+    monkeypatch.setattr(LocalStorage, "read", taken_back)
+    assert storage.create("x", b"ours")
+    assert gone == ["x"]
+    assert storage.local_path("x").read_bytes() == b"ours"
+    os.symlink("nowhere", storage.root / "y")
+    with pytest.raises(StoreError, match="y in .* could not be created"):
+        storage.create("y", b"ours")
+    assert sorted(os.listdir(storage.root)) == ["x", "y"]
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from midiscover.store.local import LocalStorage
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+LocalStorage(Path(sys.argv[1])).write("saes/s/record.json", b"half")
+"""
+
+
+def test_opening_sweeps_what_killed_writers_left(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("saes/s/cfg.json", b"{}")
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path)], env=environment(), check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "saes" / "s").glob(".record.json.*")
+    others = [tmp_path / ".git", tmp_path / "saes" / ".notes.0f", tmp_path / "saes" / "old.0123456789abcdef"]
+    for path in others:
+        path.write_bytes(b"")
+        _age(path, days=9)
+
+    open_store(str(tmp_path))
+    assert left.exists(), "young: it may be one that is being written"
+    _age(left, days=2)
+    open_store(str(tmp_path), create=False)
+    assert left.exists(), "a reader changes nothing"
+    open_store(str(tmp_path))
+    assert not left.exists()
+    assert all(path.exists() for path in others), "files that are not ours"
+    assert storage.read("saes/s/cfg.json") == b"{}"
+
+
+def test_a_write_whose_file_was_swept_fails(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a day's sleep between the bytes and the rename."""
+    real = os.fsync
+
+    def sleep(descriptor: int) -> None:
+        real(descriptor)
+        for path in storage.root.glob(".x.*"):
+            _age(path, days=2)
+            storage.sweep()
+
+    monkeypatch.setattr(os, "fsync", sleep)
+    with pytest.raises(StoreError, match=r"Can't write x in the store .*: No such file"):
+        storage.write("x", b"new")
+    assert os.listdir(storage.root) == []
+
+
+def _age(path: Path, *, days: float) -> None:
+    then = time.time() - days * 86_400
+    os.utime(path, (then, then))
 
 
 def test_failed_write_leaves_nothing(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from midiscover.summary import columns, compact, fixed, hook_names, in_order, natural_key, percent, quality
+from midiscover.summary import columns, compact, fixed, hook_names, in_order, natural_key, percent, quality, strength
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -57,6 +57,44 @@ def test_columns_appear_where_rows_differ() -> None:
     assert [column.title for column in mixed][:5] == ["hook", "kind", "width", "sparsity", "seed"]
     empty = row(l1=None, **dict.fromkeys(("l0", "fvu", "ce_recovered", "dead_share", "inactive_share", "seconds")))
     assert [column.text(empty) for column in columns([empty])][2:] == ["-"] * 6
+
+
+def test_columns_of_a_sweep_with_controls_and_foreign_text() -> None:
+    """A control's own width makes no column: `neurons` has another one wherever it stands."""
+    rows = [row(fvu_foreign=0.7), row(fvu_foreign=None), row(control="neurons", d_sae=32, kind="topk", seed=7)]
+    shown = columns(rows)
+    assert [column.title for column in shown][:5] == ["hook", "control", "l1", "L0", "FVU"]
+    assert "FVU foreign" in [column.title for column in shown]
+    assert [shown[1].text(r | {"control": r.get("control", "none")}) for r in rows] == ["none", "none", "neurons"]
+
+
+def test_the_sparsity_column_is_the_setting_that_all_have() -> None:
+    targets = [row(l1=None, target_l0=60.0, sparsity_label="L0 60")]
+    jump = row(l1=None, sparsity_label="l0c 0.5")
+    assert columns(targets)[1].title == "target L0"
+    assert columns([*targets, row()])[1].text(targets[0]) == "L0 60"
+    assert columns([jump])[1].text(jump) == "l0c 0.5"
+
+
+def test_strength_reads_settings_and_labels() -> None:
+    assert strength(row(l1=1e-5)) == ("l1", 1e-5)
+    assert strength(row(l1=None, sparsity_label="l0c 1e-05")) == ("l0c", 1e-5)
+    assert strength(row(l1=None, target_l0=60.0)) == ("L0", 60)
+    assert strength(row(l1=None, sparsity_label=None)) == ("", math.inf)
+
+
+def test_controls_come_last_of_their_hook() -> None:
+    rows = [row(control="untrained", l1=1.0), row(kind="topk"), row(layer=9, hook="model.layers.9.mlp")]
+    assert [(r["layer"], r["kind"], r.get("control")) for r in in_order(rows)] == [
+        (9, "standard", None),
+        (10, "topk", None),
+        (10, "standard", "untrained"),
+    ]
+
+
+def test_controls_are_not_judged() -> None:
+    judged = quality([row(sae_id="a", inactive_share=0.9), row(sae_id="b", inactive_share=0.25, control="untrained")])
+    assert (judged.best_id, judged.indicators[0].passing) == ("a", "0 of 1")
 
 
 def test_quality_counts_passes_and_names_the_best() -> None:

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 from rich.console import RenderableType
 
-from midiscover.tables import compare_table, details, hooks_table, quality_box, runs_table, show, sweep_table
+from midiscover.tables import (
+    MAPS,
+    compare_table,
+    comparison,
+    details,
+    hooks_table,
+    layer_map,
+    quality_box,
+    runs_table,
+    show,
+    stability_table,
+    sweep_table,
+)
+from tests.unit.grid_tables import CONTROLS, LAYERS, grid_tables, stability_rows
 from tests.unit.plain_tables import plain_tables
 
 
@@ -75,6 +88,89 @@ def test_a_beaten_sae_is_unmarked_and_missing_values_are_dashes() -> None:
     assert line.split()[2:] == ["500.0", "0.990", "-", "2.2%", "22.0%", "-"]
 
 
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_a_sweep_over_everything_keeps_settings_and_ids_whole(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    rows, _, _ = grid_tables()
+    lines = printed(sweep_table(rows))
+    assert max(map(len, lines)) <= int(width)
+    listed = [line.split() for line in lines if line.startswith("layer ")]
+    assert len(listed) == len(rows)
+    assert sum("frozen_decoder" in line for line in listed) == len(LAYERS)
+    compared = printed(compare_table(rows))
+    assert max(map(len, compared)) <= int(width)
+    assert all(any(line.startswith(row["sae_id"] + " ") for line in compared) for row in rows)
+
+
+def test_marks_tell_the_best_from_the_best_of_their_kind() -> None:
+    rows, _, _ = grid_tables()
+    for table in (sweep_table(rows), compare_table(rows)):
+        lines = printed(table)
+        marked = {mark: [line for line in lines if line.endswith(f" {mark}")] for mark in ("*", "+")}
+        assert all(marked.values())
+        assert not any(control in line for found in marked.values() for line in found for _, control in CONTROLS)
+        notes = " ".join(lines[-5:])
+        assert "frontier of its own architecture" in notes
+        assert "Controls show what a score is worth" in notes
+
+
+def test_controls_are_dim_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    rows, _, _ = grid_tables()
+    terminal = Terminal()
+    show(sweep_table(rows), terminal)
+    lines = [line for line in terminal.getvalue().splitlines() if "model.layers.10." in line]
+    assert len(lines) == sum(row["layer"] == 10 for row in rows)
+    dim = [line for line in lines if "\x1b[2m" in line]
+    assert len(dim) == len(CONTROLS)
+    assert all(any(control in line for line in dim) for _, control in CONTROLS)
+
+
+def test_a_map_holds_the_means_of_seeds_and_no_control() -> None:
+    rows, _, _ = grid_tables()
+    lines = [line.split() for line in printed(layer_map(rows, "fvu"))]
+    start = next(index for index, line in enumerate(lines) if line[:1] == ["standard"])
+    for line, layer in zip(lines[start : start + len(LAYERS)], LAYERS, strict=True):
+        expected = [
+            sum(row["fvu"] for row in rows if (row["layer"], row["l1"], row["control"]) == (layer, l1, "none")) / 2
+            for l1 in (2.2, 5.0, 15.0)
+        ]
+        assert line[-3:] == [f"{value:.3f}" for value in expected]
+
+
+def test_a_map_that_is_too_wide_has_a_table_per_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _, _ = grid_tables()
+    assert sum("FVU," in line for line in printed(layer_map(rows, "fvu"))) == 1
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = printed(layer_map(rows, "fvu"))
+    assert sum("FVU," in line for line in lines) == 4
+    assert max(map(len, lines)) <= 50
+
+
+def test_stability_is_summed_up_by_axis_and_hook() -> None:
+    rows, _, _ = grid_tables()
+    pairs = stability_rows(rows)
+    lines = [line.split() for line in printed(stability_table(pairs))]
+    first = next(line for line in lines if line[:2] == ["another", "seed"])
+    found = [pair["matched"] for pair in pairs if (pair["axis"], pair["layer"]) == ("seed", 10)]
+    shares = [f"{100 * value:.1f}%" for value in (sum(found) / len(found), min(found), max(found))]
+    assert first[2:-1] == ["layer", "10", str(len(found)), *shares]
+    unmeasured = stability_table([pair | {"matched": None, "cosine": None} for pair in pairs])
+    assert not any("another" in line for line in printed(unmeasured))
+
+
+def test_a_comparison_has_maps_of_several_hooks_and_stability_where_there_is_some() -> None:
+    rows, _, _ = grid_tables()
+    whole = "\n".join(printed(comparison(rows, stability_rows(rows))))
+    assert all(f"{title}, model.layers.*" in whole for title, _ in MAPS.values())
+    assert "Features in common" in whole
+    alone = "\n".join(printed(comparison([row for row in rows if row["layer"] == 10])))
+    assert "model.layers" not in alone
+    assert "Features in common" not in alone
+    unmeasured = "\n".join(printed(comparison([row | {"ce_recovered": None} for row in rows])))
+    assert "CE recovered, model.layers.*" not in unmeasured
+
+
 def test_topk_sweeps_are_listed_by_k() -> None:
     rows, _, _ = plain_tables(layers=[10], l1s=[3])
     lines = printed(sweep_table([rows[0] | {"kind": "topk", "l1": None, "k": 32, "sparsity_label": "k 32"}]))
@@ -105,6 +201,8 @@ def test_runs_table() -> None:
     }
     lines = printed(runs_table([run | {"owner": None, "saes": 9, "done": 8, "failed": 1}]))
     assert lines[-1].split() == ["demo.01", "a[b]c", "2026-01-02", "03:04", "8/9,", "1", "failed", "done", "-"]
+    lines = printed(runs_table([run | {"owner": None, "saes": 9, "done": 6, "failed": 1, "retired": 2}]))
+    assert lines[-1].split()[4:9] == ["6/9,", "1", "failed,", "2", "retired"]
     assert printed(runs_table([])) == ["No runs yet."]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import email.message
 import gzip
+import hashlib
+import inspect
 import json
+import pydoc_data.topics
 import threading
 import time
 from collections.abc import Iterator
@@ -125,6 +129,32 @@ def test_builtin_topics_hold_no_paragraph_twice() -> None:
     for number, topic in enumerate(builtin_text.texts()[0]):
         for paragraph in {" ".join(p.split()) for p in topic.split("\n\n")}:
             assert paragraphs.setdefault(paragraph, number) == number, paragraph
+
+
+def test_builtin_code_is_the_standard_library_without_its_tests() -> None:
+    cfg = CorpusConfig(source="builtin-code")
+    identity = resolve_source(cfg)
+    assert (identity.name, identity.parts) == ("builtin-code", ("stdlib",))
+    (found,) = map(list, documents(cfg, identity))
+    sources = {inspect.getsource(module).strip() for module in (json, threading, email.message)}
+    assert sources <= set(found)
+    others = [inspect.getsource(module) for module in (pytest, pydoc_data.topics)]
+    others += [path.read_text() for path in Path(threading.__file__).parent.glob("test/test_a*.py")]
+    assert not {text.strip() for text in others} & set(found)
+    assert len(found) == len(set(found)) > 300
+    assert found == list(documents(cfg, identity)[0])
+    assert found != list(documents(CorpusConfig(source="builtin-code", seed=1), identity)[0])
+    whole = hashlib.sha256()
+    for text in ("stdlib", *builtin_text.texts("builtin-code")[0]):
+        whole.update(hashlib.sha256(text.encode()).digest())
+    assert identity.digest == whole.hexdigest() != resolve_source(CorpusConfig()).digest
+
+
+def test_builtin_code_where_python_has_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builtin_text._stdlib.cache_clear()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(CorpusError, match=r"Python's standard library, and .* holds none"):
+        resolve_source(CorpusConfig(source="builtin-code"))
 
 
 def test_builtin_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

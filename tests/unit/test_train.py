@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from midiscover.config import StandardConfig, TopKConfig, TrainConfig
+from midiscover.config import TrainConfig
 from midiscover.errors import CorruptError
+from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.registry import make_sae
-from midiscover.train import Diverged, Member, Progress, Trained, dead_window, l1_scale, lr_scale, train
+from midiscover.sae.schedule import dead_window, l1_scale, lr_scale, peak_lr
+from midiscover.saeconfig import StandardConfig, TopKConfig
+from midiscover.train import Diverged, Member, Progress, Retired, Trained, train
 
 D_IN, ROWS, BATCH = 10, 160, 16
 TRAIN = TrainConfig(batch_size=BATCH, epochs=3, lr=1e-2, report_every=4, checkpoint_every=1e-9, dead_window=40)
@@ -25,9 +28,9 @@ class MemorySource:
 
     def __init__(self, rows: Tensor, epochs: int = 3) -> None:
         self.rows, self.epochs = rows, epochs
-        self.mean = rows.mean(0)
-        self.scale = math.sqrt(D_IN) / float((rows - self.mean).norm(dim=1).mean())
-        self.variance = float((rows - self.mean).pow(2).sum(1).mean())
+        mean = rows.mean(0)
+        scale = math.sqrt(D_IN) / float((rows - mean).norm(dim=1).mean())
+        self.inputs = self.outputs = Normalisation(mean, scale, float((rows - mean).pow(2).sum(1).mean()))
         self.rows_per_epoch, self.batch_size = len(rows), BATCH
 
     def __len__(self) -> int:
@@ -77,7 +80,7 @@ def members() -> list[Member]:
     ]
 
 
-def trained(results: list[Trained | Diverged]) -> list[Trained]:
+def trained(results: list[Trained | Diverged | Retired]) -> list[Trained]:
     assert all(isinstance(result, Trained) for result in results)
     return [result for result in results if isinstance(result, Trained)]
 
@@ -123,14 +126,16 @@ def test_a_checkpoint_of_the_whole_pack_serves_the_part_that_is_missing(source: 
 
 def test_training_equals_a_plain_loop(source: MemorySource) -> None:
     """Adam by its formula, gradients by autograd of the naive loss, schedules written out."""
-    (ours,) = trained(train(members()[:1], source, MemoryWorker()))
-    sae = make_sae(StandardConfig(), D_IN, 32)
+    config = StandardConfig(l1_coefficient=0.3, initial_density=None)
+    settings = dataclasses.replace(TRAIN, l1_warmup=0.05)
+    (ours,) = trained(train([Member(id="a", config=config, train=settings, d_sae=32)], source, MemoryWorker()))
+    sae = make_sae(config, D_IN, 32)
     sae.initialise_(0)
     params = list(sae.parameters())
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     steps = len(source)
     for step, raw in enumerate(source.batches(0)):
-        x = (raw.float() - source.mean) * source.scale
+        x = (raw.float() - source.inputs.mean) * source.inputs.scale
         f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
         error = ((f @ sae.W_dec + sae.b_dec - x) ** 2).sum(1).mean()
         ramp = min(1, step / round(0.05 * steps))
@@ -145,7 +150,7 @@ def test_training_equals_a_plain_loop(source: MemorySource) -> None:
                 v.mul_(0.999).add_(0.001 * g * g)
                 unbiased = m / (1 - 0.9 ** (step + 1))
                 p -= lr * unbiased / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-    expected = sae.fold(source.mean, source.scale)
+    expected = sae.fold(source.inputs, source.outputs)
     for name, value in expected.items():
         assert torch.allclose(ours.weights[name], value, atol=2e-3), name
     assert ours.history["fvu"][-1] < 0.5 * ours.history["fvu"][0]
@@ -177,7 +182,9 @@ def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemoryS
     (result,) = trained(train([Member(id="s", config=TopKConfig(k=1), train=still, d_sae=64)], source, MemoryWorker()))
     sae = make_sae(TopKConfig(k=1), D_IN, 64)
     sae.initialise_(0)
-    last = torch.cat([(raw.float() - source.mean) * source.scale for raw in source.batches(len(source) - 3)])
+    last = torch.cat(
+        [(raw.float() - source.inputs.mean) * source.inputs.scale for raw in source.batches(len(source) - 3)]
+    )
     silent = ~(sae.encode(last) > 0).any(0)  # 40 tokens without firing are reached after three batches of 16
     assert 0 < silent.sum() < 64
     assert result.dead_in_window == pytest.approx(float(silent.double().mean()))
@@ -203,3 +210,73 @@ def test_checkpoints_hold_tensors_and_fields_and_refuse_other_bytes() -> None:
     for broken in (b"", b"no such file", pack_state(tensors, {})[:-1]):
         with pytest.raises(CorruptError):
             unpack_state(broken)
+
+
+def test_a_target_l0_is_reached_and_its_control_resumes_bit_for_bit(source: MemorySource) -> None:
+    long = MemorySource(source.rows, epochs=100)
+    config = dataclasses.replace(TRAIN, epochs=100, lr=3e-3, checkpoint_every=1e9)
+    steered = [Member(id=str(t), config=StandardConfig(target_l0=t), train=config, d_sae=32) for t in (2, 4)]
+    whole = trained(train(steered, long, MemoryWorker()))
+    for member, result in zip(steered, whole, strict=True):
+        target = member.config.target_l0 if isinstance(member.config, StandardConfig) else None
+        assert target is not None
+        x = (source.rows - source.inputs.mean) * source.inputs.scale
+        l0 = float((result.sae.encode(x) > 0).sum(1).double().mean())
+        assert l0 == pytest.approx(target, rel=0.1)
+        assert result.coefficient == pytest.approx(result.history["coefficient"][-1])
+        assert result.coefficient != member.config.l1_coefficient
+    often = [dataclasses.replace(m, train=dataclasses.replace(m.train, checkpoint_every=1e-9)) for m in steered]
+    first = MemoryWorker(stop_at=500)
+    with pytest.raises(KeyboardInterrupt):
+        train(often, long, first)
+    for one, two in zip(whole, trained(train(steered, long, MemoryWorker(data=first.data))), strict=True):
+        assert_equal(one, two)
+
+
+def test_a_dominated_sae_is_dropped_and_the_others_are_unchanged(source: MemorySource) -> None:
+    """A crippled twin (its learning rate is a thousandth) is worse at FVU and, still dense, at L0."""
+    good = dataclasses.replace(TRAIN, retire_after=0.5)
+    bad = dataclasses.replace(good, lr=1e-5)
+    pack = [
+        Member(id="good", config=StandardConfig(l1_coefficient=0.3), train=good, d_sae=32),
+        Member(id="bad", config=StandardConfig(l1_coefficient=0.3, initial_density=None), train=bad, d_sae=32),
+        Member(id="sparse", config=StandardConfig(l1_coefficient=3), train=good, d_sae=32),
+    ]
+    one, two, three = train(pack, source, MemoryWorker())
+    assert isinstance(two, Retired)
+    assert two.by in ("good", "sparse")
+    assert 15 <= two.step < 29
+    alone = trained(train([pack[0], pack[2]], source, MemoryWorker()))
+    for survivor, undisturbed in zip(trained([one, three]), alone, strict=True):
+        assert_equal(survivor, undisturbed)
+    off = [dataclasses.replace(m, train=dataclasses.replace(m.train, retire_after=None)) for m in pack]
+    assert len(trained(train(off, source, MemoryWorker()))) == 3
+
+
+def test_controls_without_training_take_no_step_and_a_frozen_decoder_stays(source: MemorySource) -> None:
+    kinds = ("untrained", "neurons", "frozen_decoder")
+    configs = {control: StandardConfig(l1_coefficient=0.3, control=control) for control in kinds}
+    pack = [Member(id=c, config=config, train=TRAIN, d_sae=config.width(D_IN)) for c, config in configs.items()]
+    untrained, neurons, frozen = trained(train([*members()[:1], *pack], source, MemoryWorker()))[1:]
+    initial = make_sae(configs["untrained"], D_IN, pack[0].d_sae)
+    initial.initialise_(0)
+    initial.calibrate_((next(source.batches(0)).float() - source.inputs.mean) * source.inputs.scale)
+    for name, value in initial.fold(source.inputs, source.outputs).items():
+        assert torch.equal(untrained.weights[name], value)
+    assert (untrained.steps, untrained.tokens, untrained.history["step"]) == (0, 0, [])
+    rows = source.rows - source.inputs.mean
+    features = torch.relu(rows @ neurons.weights["W_enc"] + neurons.weights["b_enc"])
+    assert torch.allclose(features, torch.cat([rows.clamp(min=0), (-rows).clamp(min=0)], 1), atol=1e-5)
+    directions = torch.nn.functional.normalize(frozen.weights["W_dec"], dim=1)
+    initial = make_sae(configs["frozen_decoder"], D_IN, pack[2].d_sae)
+    initial.initialise_(0)
+    assert torch.allclose(directions, torch.nn.functional.normalize(initial.W_dec.detach(), dim=1), atol=1e-6)
+    assert frozen.history["fvu"][-1] < 0.8 * frozen.history["fvu"][0]
+
+
+def test_the_learning_rate_follows_width_and_steps() -> None:
+    auto = TrainConfig()
+    base = peak_lr(auto, d_sae=4608, steps=300)
+    assert peak_lr(auto, d_sae=4 * 4608, steps=300) == pytest.approx(base / 2)
+    assert peak_lr(auto, d_sae=4608, steps=30_000) == pytest.approx(base * 100**-0.4)
+    assert peak_lr(TrainConfig(lr=0.7), d_sae=4608, steps=300) == 0.7

@@ -7,9 +7,20 @@ import math
 import pytest
 import torch
 
-from midiscover.sae.metrics import DENSITY_EDGES, MetricSums, density, recovered
+from midiscover.sae.metrics import DENSITY_EDGES, FOREIGN, MetricSums, density, recovered
 
 TOKENS, D_IN, D_SAE = 50, 6, 20
+CHECKED = {
+    "tokens",
+    "l0",
+    "fvu",
+    "mse",
+    "explained_variance_legacy",
+    "explained_variance_residual",
+    "cosine",
+    "dead_share",
+    "inactive_share",
+}
 
 
 @pytest.fixture
@@ -29,6 +40,7 @@ def test_metrics_equal_their_definitions_whatever_the_batches(data: tuple[torch.
     for start, stop in ((0, 7), (7, 8), (8, TOKENS)):
         sums.update(x[start:stop], x_hat[start:stop], features[start:stop])
     found = sums.result()
+    assert set(found) == CHECKED | {"density"}, "a metric without its closed form here"
     x64, e64 = x.double(), (x_hat - x).double()
     squared = (e64**2).sum(1)
     spread = ((x64 - mean.double()) ** 2).sum(1)
@@ -62,6 +74,40 @@ def test_perfect_and_mean_reconstruction_are_the_ends_of_fvu() -> None:
         sums = MetricSums(1, x.mean(0))
         sums.update(x, x_hat, torch.ones(100, 1))
         assert sums.result()["fvu"] == pytest.approx(fvu, abs=1e-6)
+
+
+def test_foreign_fvu_is_about_the_mean_of_its_own_rows(data: tuple[torch.Tensor, ...]) -> None:
+    x, x_hat, features = data
+    for given in (torch.zeros(D_IN), torch.full((D_IN,), 50.0)):  # the mean that the sums are given changes nothing
+        sums = MetricSums(D_SAE, given)
+        for rows in torch.arange(TOKENS).split(16):
+            sums.update(x[rows], x_hat[rows], features[rows])
+        found = sums.foreign()
+        x64 = x.double()
+        variance = ((x64 - x64.mean(0)) ** 2).sum()
+        assert tuple(found) == FOREIGN
+        assert found["fvu_foreign"] == pytest.approx(float((x_hat - x).double().pow(2).sum() / variance), rel=1e-9)
+        assert found["l0_foreign"] == pytest.approx((features > 0).double().sum(1).mean().item())
+        assert found["tokens_foreign"] == TOKENS
+
+
+def test_foreign_metrics_without_a_usable_row_are_unknown() -> None:
+    assert MetricSums(3, torch.zeros(2)).foreign() == {
+        "tokens_foreign": 0,
+        "l0_foreign": None,
+        "fvu_foreign": None,
+    }
+
+
+def test_inactive_features_fire_on_at_most_one_token_in_a_thousand() -> None:
+    features = torch.zeros(3000, 4)
+    for feature, fires in enumerate((0, 2, 3, 4)):
+        features[:fires, feature] = 1
+    sums = MetricSums(4, torch.zeros(2))
+    sums.update(torch.ones(3000, 2), torch.ones(3000, 2), features)
+    found = sums.result()
+    assert found["dead_share"] == 1 / 4
+    assert found["inactive_share"] == 3 / 4
 
 
 def test_density_counts_each_feature_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,21 +9,9 @@ import pytest
 
 from midiscover.store.storage import Storage, open_store
 from midiscover.tracking.tracker import Tracker
-from tests.postgres import NoPostgresError, fresh_database, postgres
+from tests.postgres import fresh_database
 
 BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
-
-
-@pytest.fixture(scope="session")
-def server_url() -> Iterator[str]:
-    """A PostgreSQL server. Without one, tests are skipped on a person's machine and fail in CI."""
-    try:
-        with postgres() as url:
-            yield url
-    except NoPostgresError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture(params=BOTH)
@@ -33,7 +20,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'tracker.db'}"
         return
-    with fresh_database(request.getfixturevalue("server_url")) as url:
+    with fresh_database(request.getfixturevalue("postgres_url")) as url:
         yield url
 
 

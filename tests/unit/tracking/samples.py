@@ -26,12 +26,16 @@ def plan(hook: str, l1: float) -> dict[str, Any]:
     return {
         "sae_id": sae_id(hook, l1),
         "hook": hook,
+        "output_hook": hook,
         "layer": int(hook.split(".")[2]),
         "kind": "standard",
-        "d_in": 16,
-        "d_sae": 64,
+        "control": "none",
+        "sparsity_label": f"l1 {l1:g}",
         "l1": l1,
         "k": None,
+        "target_l0": None,
+        "d_in": 16,
+        "d_sae": 64,
         "seed": 0,
         "settings": {"sae": {"kind": "standard", "l1_coefficient": l1}, "train": {"lr": 3e-4, "betas": [0.9, 0.999]}},
     }

@@ -68,6 +68,37 @@ def test_down_and_up_again(database: Database, address: str) -> None:
     assert tables_of(address) == TABLES
 
 
+def test_a_database_of_the_first_release_keeps_its_rows_and_gains_columns(database: Database, address: str) -> None:
+    def build(connection) -> None:
+        command.upgrade(alembic_config(connection), "0001")
+        rows = [
+            {"id": "a", "hook": "layers.1.mlp", "kind": "standard", "l1": 2.5, "k": None, "status": "done"},
+            {"id": "b", "hook": "layers.3.mlp", "kind": "topk", "l1": None, "k": 32, "status": "trained"},
+            {"id": "c", "hook": None, "kind": None, "l1": None, "k": None, "status": "planned"},
+        ]
+        names = ", ".join(rows[0])
+        places = ", ".join(f":{name}" for name in rows[0])
+        connection.execute(text(f"INSERT INTO saes ({names}) VALUES ({places})"), rows)
+        connection.execute(text("INSERT INTO sae_metrics VALUES ('a', 'e', 'l0', 7.5)"))
+
+    database.write(build)
+    Tracker.open(address).close()
+    assert database.read(lambda c: c.execute(text("SELECT version_num FROM alembic_version")).scalar()) == HEAD
+    names = ("id", "status", "l1", "k", "output_hook", "control", "sparsity", "target_l0")
+    assert [tuple(row[name] for name in names) for row in samples.dump(address)["saes"]] == [
+        ("a", "done", 2.5, None, "layers.1.mlp", "none", "l1 2.5", None),
+        ("b", "trained", None, 32, "layers.3.mlp", "none", "k 32", None),
+        ("c", "planned", None, None, None, None, None, None),
+    ]
+    database.write(lambda connection: command.downgrade(alembic_config(connection), "0001"))
+    assert database.read(lambda c: c.execute(text("SELECT id, k FROM saes ORDER BY id")).all()) == [
+        ("a", None),
+        ("b", 32),
+        ("c", None),
+    ]
+    assert database.read(lambda c: c.execute(text("SELECT value FROM sae_metrics")).all()) == [(7.5,)]
+
+
 def test_a_migration_that_breaks_off_leaves_nothing(
     database: Database, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from midiscover.store import layout
 from midiscover.store.storage import Storage
 from midiscover.tracking.annotations import annotations_key
 from midiscover.tracking.reindex import reindex
+from midiscover.tracking.sweepfiles import retired_reason
 from midiscover.tracking.tracker import Tracker
 from tests.unit.tracking import samples
 
@@ -19,8 +20,8 @@ from tests.unit.tracking import samples
 def told(tracker: Tracker, storage: Storage) -> Tracker:
     """A store with two sweeps, and the tracker as their drivers left it.
 
-    One sweep is done; the other shares two SAEs with it, has one that failed, one that is trained but not measured and
-    one that was never begun. A person annotated both, and one of the SAEs.
+    One sweep is done; the other shares two SAEs with it, has one that failed, one that is trained but not measured, one
+    that was retired and one that was never begun. A person annotated both, and one of the SAEs.
     """
     whole, part = samples.sweep(), samples.sweep("part", (8.0, 20.0, 50.0), evaluation_id="e.other", note=None, tags=[])
     for sweep in (whole, part):
@@ -49,6 +50,10 @@ def told(tracker: Tracker, storage: Storage) -> Tracker:
     tracker.sae_status(trained["sae_id"], "trained")
     samples.put(storage, layout.sweep_file(part["id"], "failures.json"), {failed["sae_id"]: "out of memory"})
     tracker.sae_status(failed["sae_id"], "failed", "out of memory")
+    dropped = part["saes"][4]
+    word = {"v": 1, "id": dropped["sae_id"], "step": 40, "by": shared["sae_id"]}
+    samples.put(storage, layout.retired(part["id"], dropped["sae_id"]), word)
+    tracker.sae_status(dropped["sae_id"], "retired", retired_reason(word))
     tracker.finish_sweep(part["id"], "failed")
 
     tracker.annotate(whole["id"], "the one for the paper", add_tags=["paper"], remove_tags=["small"])
@@ -88,6 +93,38 @@ def test_what_the_database_missed_is_filled_in(tracker: Tracker, storage: Storag
     assert shown["status"] == "interrupted"
     assert [sae["status"] for sae in shown["saes"]] == ["done", *["planned"] * 5]
     assert len(tracker.compare("demo")) == 1
+
+
+def test_a_sweep_whose_missing_saes_were_all_retired_is_done(tracker: Tracker, storage: Storage) -> None:
+    sweep = samples.sweep()
+    samples.put(storage, layout.sweep_record(sweep["id"]), sweep)
+    for planned in sweep["saes"][:-1]:
+        samples.put_sae(storage, samples.record(planned))
+    last = sweep["sae_ids"][-1]
+    samples.put(storage, layout.retired(sweep["id"], last), {"v": 1, "id": last, "step": 7, "by": "another"})
+    reindex(storage, tracker)
+    shown = tracker.show(sweep["id"])
+    assert (shown["status"], shown["saes"][-1]["status"]) == ("done", "retired")
+    assert shown["saes"][-1]["reason"] == "dropped at step 7: another had a lower L0 and a lower FVU"
+
+
+def test_a_store_of_the_first_release_fills_the_new_columns(tracker: Tracker, storage: Storage) -> None:
+    """Plans without output hook, label, control and target; records whose settings have neither control nor target."""
+    new = ("output_hook", "control", "sparsity_label", "target_l0")
+    sweep = samples.sweep()
+    old = [{name: value for name, value in row.items() if name not in new} for row in sweep["saes"]]
+    old[1] |= {"kind": "topk", "l1": None, "k": 32}
+    samples.put(storage, layout.sweep_record(sweep["id"]), sweep | {"saes": old})
+    samples.put_sae(storage, samples.record(sweep["saes"][0]))
+    reindex(storage, tracker)
+    found = [tracker.show(row["sae_id"]) for row in old[:3]]
+    assert [(sae["status"], sae["sparsity"], sae["control"], sae["target_l0"]) for sae in found] == [
+        ("done", "l1 1", "none", None),
+        ("planned", "k 32", "none", None),
+        ("planned", "l1 8", "none", None),
+    ]
+    assert [sae["output_hook"] for sae in found] == [row["hook"] for row in old[:3]]
+    assert tracker.compare("demo")[0]["sparsity_label"] == "l1 1"
 
 
 def test_an_sae_without_a_sweep_is_found(tracker: Tracker, storage: Storage) -> None:

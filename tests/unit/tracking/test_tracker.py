@@ -8,10 +8,13 @@ from datetime import UTC, datetime
 
 import pytest
 
-from midiscover.errors import NotFoundError, StoreError, TrackingError
+from midiscover.errors import CorruptError, NotFoundError, StoreError, TrackingError
+from midiscover.results import FOREIGN_METRICS, ROW_METRICS
 from midiscover.store import layout
 from midiscover.store.storage import Storage
 from midiscover.tracking.annotations import Annotations, read_annotations
+from midiscover.tracking.rows import PLANNED
+from midiscover.tracking.sweepfiles import stability_document
 from midiscover.tracking.tracker import Tracker
 from tests.unit.tracking import samples
 
@@ -44,7 +47,7 @@ def test_a_run_from_start_to_end(tracker: Tracker, demo: dict) -> None:
     assert (shown["corpus_id"], shown["harvest_id"]) == (demo["corpus"], demo["harvest"])
     assert shown["saes"][1]["reason"] == "loss is not finite at step 7"
     [listed] = tracker.list_runs()
-    assert (listed["saes"], listed["done"], listed["failed"], listed["status"]) == (6, 5, 1, "failed")
+    assert [listed[name] for name in ("saes", "done", "failed", "retired", "status")] == [6, 5, 1, 0, "failed"]
     assert listed["started_at"] <= listed["ended_at"]
     json.dumps([shown, listed, tracker.compare(demo["id"])])
 
@@ -141,8 +144,10 @@ def test_compare_marks_the_frontier_of_each_hook(tracker: Tracker, demo: dict) -
     assert [row["sae_id"] for row in rows] == demo["sae_ids"]
     assert [(row["l0"], row["fvu"]) for row in rows] == points
     assert [row["frontier"] for row in rows] == [True, True, False, False, False, True]
-    wanted = "sae_id hook layer kind l1 k d_in d_sae seed l0 fvu mse cosine ce_recovered kl_recovered dead_share"
-    assert {*wanted.split(), "inactive_share", "seconds", "sparsity_label"} <= rows[0].keys()
+    assert {*PLANNED, *ROW_METRICS, *FOREIGN_METRICS, "sae_id", "seconds"} - {"settings"} <= rows[0].keys()
+    assert {(row["control"], row["output_hook"] == row["hook"], row["fvu_foreign"]) for row in rows} == {
+        ("none", True, None)
+    }
     assert [row["sparsity_label"] for row in rows[:3]] == ["l1 1", "l1 3", "l1 8"]
     assert rows[0]["ce_recovered"] is None
 
@@ -161,11 +166,67 @@ def test_compare_reads_the_evaluation_of_its_sweep(tracker: Tracker, demo: dict)
 
 
 def test_a_topk_sae_is_named_by_its_k(tracker: Tracker) -> None:
-    planned = samples.plan(samples.HOOKS[0], 1.0) | {"kind": "topk", "l1": None, "k": 32}
+    planned = samples.plan(samples.HOOKS[0], 1.0) | {"kind": "topk", "l1": None, "k": 32, "sparsity_label": "k 32"}
     tracker.start_sweep(samples.sweep(sae_ids=[planned["sae_id"]], saes=[planned]))
     tracker.record_sae(samples.record(planned, kind="topk", l1=None, sae={"kind": "topk", "k": 32}))
     [row] = tracker.compare("demo")
     assert (row["sparsity_label"], row["k"], row["l1"]) == ("k 32", 32, None)
+
+
+def test_a_steered_sae_is_named_by_its_target_and_not_by_where_its_coefficient_ended(tracker: Tracker) -> None:
+    settings = {"sae": {"kind": "standard", "l1_coefficient": 5.0, "target_l0": 60.0}, "train": {}}
+    planned = samples.plan(samples.HOOKS[0], 5.0) | {"l1": None, "target_l0": 60.0, "sparsity_label": "L0 60"}
+    planned["settings"] = settings
+    tracker.start_sweep(samples.sweep(sae_ids=[planned["sae_id"]], saes=[planned]))
+    before = tracker.show(planned["sae_id"])
+    tracker.record_sae(samples.record(planned, l1={"coefficient": 3.21, "raw_scale": 0.5, "seed": 77.0}))
+    [row] = tracker.compare("demo")
+    assert (row["sparsity_label"], row["target_l0"], row["l1"]) == ("L0 60", 60.0, None)
+    shown = tracker.show(planned["sae_id"])
+    assert all(before[name] == shown[name] for name in ("sparsity", "target_l0", "l1", "k", "control", "output_hook"))
+
+
+def test_controls_are_compared_but_on_no_frontier(tracker: Tracker) -> None:
+    """The same numbers under the name of a control: neither marked, nor in the way of others."""
+    trained, control = samples.plan(samples.HOOKS[0], 1.0), samples.plan(samples.HOOKS[0], 3.0)
+    control |= {"control": "untrained", "settings": {"sae": control["settings"]["sae"] | {"control": "untrained"}}}
+    control["settings"]["train"] = trained["settings"]["train"]
+    tracker.start_sweep(samples.sweep(sae_ids=[trained["sae_id"], control["sae_id"]], saes=[trained, control]))
+    tracker.record_sae(samples.record(trained, l0=50.0, fvu=0.5))
+    tracker.record_sae(samples.record(control, l0=5.0, fvu=0.1))
+    found = [(row["control"], row["frontier"], row["best_of_kind"]) for row in tracker.compare("demo")]
+    assert found == [("none", True, True), ("untrained", False, False)]
+
+
+def test_foreign_measures_come_out_as_they_went_in(tracker: Tracker, demo: dict) -> None:
+    metrics = samples.metrics(20.0, 0.3) | {"fvu_foreign": 0.71, "l0_foreign": 24.0}
+    tracker.record_sae(samples.record(demo["saes"][0], metrics=metrics))
+    [row] = tracker.compare("demo")
+    assert (row["fvu_foreign"], row["l0_foreign"]) == (0.71, 24.0)
+
+
+def test_a_retired_sae_is_counted_with_its_reason(tracker: Tracker, demo: dict) -> None:
+    name, reason = demo["sae_ids"][0], "dropped at step 7"
+    tracker.sae_status(name, "retired", reason)
+    tracker.start_sweep(demo)  # goes on: what was dropped stays dropped
+    assert (tracker.show(name)["status"], tracker.show(name)["reason"]) == ("retired", reason)
+    [listed] = tracker.list_runs()
+    assert (listed["saes"], listed["retired"], listed["failed"]) == (6, 1, 0)
+    assert tracker.compare("demo") == []
+
+
+def test_stability_is_what_lies_in_the_store(tracker: Tracker, storage: Storage, demo: dict, address: str) -> None:
+    assert tracker.stability("demo") == []
+    pairs = [{"axis": "seed", "a": "x", "b": "y", "matched": 0.5}]
+    key = layout.sweep_file(demo["id"], "stability.json")
+    samples.put(storage, key, stability_document(pairs))
+    assert tracker.stability("demo") == pairs
+    with Tracker.open(address) as without_store:
+        assert without_store.stability("demo") == []
+    for damaged in (b"{", b'{"v": 2}', b"[]"):
+        storage.write(key, damaged)
+        with pytest.raises(CorruptError, match=r"stability\.json"):
+            tracker.stability("demo")
 
 
 def test_runs_are_listed_newest_first(tracker: Tracker) -> None:

@@ -1,0 +1,227 @@
+"""One SAE in training: its weights, its optimiser, its counters, and one step of it.
+
+`train.py` steps many of them on one stream; each sees only its own state, so that its weights do not depend on who
+shares its pack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midiscover.config import TrainConfig
+from midiscover.sae.base import Losses, Normalisation, Sae, StepContext
+from midiscover.sae.l0control import CoefficientControl, L0Control, ThresholdControl
+from midiscover.sae.registry import make_sae
+from midiscover.sae.resample import resample_
+from midiscover.sae.schedule import dead_window, l1_scale, lr_scale, peak_lr
+from midiscover.saeconfig import UNSTEPPED_CONTROLS, JumpReluConfig, PenaltyConfig, SaeConfig
+
+HISTORY = ("step", "tokens", "loss", "mse", "sparsity", "l0", "fvu", "lr", "coefficient")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One SAE to be trained in a pack."""
+
+    id: str
+    config: SaeConfig
+    train: TrainConfig
+    d_sae: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A trained SAE: weights folded for raw activations, and how they came about."""
+
+    member: Member
+    sae: Sae
+    weights: dict[str, Tensor]
+    """Folded: raw inputs, unit decoder rows, float32 on the CPU."""
+    history: dict[str, list[float]]
+    steps: int
+    tokens: int
+    seconds: float
+    dead_in_window: float | None
+    """Share of features that did not fire in the last `dead_window` training tokens; None without training."""
+    scale: float
+    """The factor that gave centred rows the mean norm sqrt(d_in)."""
+    lr: float
+    """Peak learning rate."""
+    coefficient: float
+    """The sparsity coefficient of the last step; 0 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diverged:
+    """An SAE whose loss stopped being finite; the others of its pack go on without it."""
+
+    member: Member
+    step: int
+    lr: float
+
+    @property
+    def reason(self) -> str:
+        """For the user: what happened and what to change."""
+        return f"the loss was not finite at step {self.step}; lower train.lr (it was {self.lr:g})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retired:
+    """An SAE that was dropped because another of its pack was better at L0 and FVU alike."""
+
+    member: Member
+    step: int
+    by: str
+    """Id of the other."""
+
+
+class Slot:
+    """A member with everything that changes while it trains."""
+
+    def __init__(
+        self,
+        member: Member,
+        inputs: Normalisation,
+        outputs: Normalisation,
+        *,
+        rows_per_epoch: int,
+        steps: int,
+        device: torch.device,
+    ) -> None:
+        self.member, self.inputs, self.outputs, self.steps = member, inputs, outputs, steps
+        config, train = member.config, member.train
+        if config.control == "neurons" and isinstance(config, PenaltyConfig):
+            config = replace(config, initial_density=None)  # the neurons as they are
+        sae = make_sae(config, inputs.mean.numel(), member.d_sae, outputs.mean.numel())
+        sae.initialise_(train.seed)
+        if config.control == "neurons":
+            sae.initialise_neurons_()
+        sae.W_dec.requires_grad_(config.control != "frozen_decoder")
+        self.sae = sae.to(device)
+        self.lr = peak_lr(train, d_sae=member.d_sae, steps=steps)
+        learned = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, lr=self.lr, betas=train.betas, fused=True)
+        self.window = dead_window(train, rows_per_epoch)
+        self.since_fired = torch.zeros(member.d_sae, dtype=torch.int64, device=device)
+        self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
+        self.seconds = 0.0
+        self.diverged: int | None = None
+        self.retired: tuple[int, str] | None = None
+        self.control: L0Control | None = None
+        if isinstance(config, PenaltyConfig) and config.target_l0 is not None:
+            first = round(train.l1_warmup * steps)
+            kind = ThresholdControl if isinstance(config, JumpReluConfig) else CoefficientControl
+            self.control = kind(sae.coefficient, config.target_l0, steps=steps, first=first, device=device)
+        self.resample_steps = {round(share * steps) for share in train.resample_at}
+
+    @property
+    def learns(self) -> bool:
+        """Whether this member takes steps: controls without training do not, and none that has ended."""
+        unstepped = self.member.config.control in UNSTEPPED_CONTROLS
+        return not unstepped and self.diverged is None and self.retired is None
+
+    def coefficient(self) -> float | Tensor:
+        """The sparsity coefficient without its warm-up."""
+        return self.sae.coefficient if self.control is None else self.control.coefficient()
+
+    def step(self, x: Tensor, y: Tensor, step: int) -> Losses:
+        """One step of Adam on a normalised batch: x [tokens, d_in], y [tokens, d_out]."""
+        config, sae = self.member.train, self.sae
+        if step in self.resample_steps:
+            resample_(sae, self.optimizer, self.since_fired, x, y, window=self.window, seed=config.seed + step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_scale(step, self.steps, config)
+        weight = self.coefficient() * l1_scale(step, self.steps, config)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            losses = sae.loss(x, y, StepContext(sparsity=weight, dead=self._dead()))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
+        sae.before_step()
+        self.optimizer.step()
+        sae.after_step()
+        if self.control is not None:
+            self.control.observe(sae, losses.features, step)
+        fired = (losses.features > 0).any(0)
+        self.since_fired = torch.where(fired, 0, self.since_fired + len(x))
+        return losses
+
+    def _dead(self) -> Tensor | None:
+        if not self.sae.uses_dead:
+            return None
+        dead = self.since_fired >= self.window
+        return dead if bool(dead.any()) else None
+
+    def record(self, losses: Losses, step: int, batch_size: int) -> None:
+        """A point of the loss curve; where the loss is not finite, the end of this SAE."""
+        mse = float(losses.mse)
+        values = {
+            "step": step,
+            "tokens": (step + 1) * batch_size,
+            "loss": float(losses.total.detach()),
+            "mse": mse,
+            "sparsity": float(losses.sparsity),
+            "l0": float((losses.features > 0).sum()) / len(losses.features),
+            "fvu": mse / (self.outputs.scale**2 * self.outputs.variance),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "coefficient": float(self.coefficient()),
+        }
+        if not math.isfinite(values["loss"]):
+            self.diverged = step
+            return
+        for name, value in values.items():
+            self.history[name].append(value)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the remaining steps depend on: tensors by name, and plain fields."""
+        tensors = {"since_fired": self.since_fired}
+        tensors |= {f"sae/{name}": value for name, value in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            tensors |= {f"adam/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        if self.control is not None:
+            tensors["control"] = self.control.state
+        ended = {"diverged": self.diverged, "retired": self.retired}
+        return tensors, {"id": self.member.id, "history": self.history, "seconds": self.seconds} | ended
+
+    def restore(self, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+        """Take up a state that `state` gave."""
+        device = self.since_fired.device
+        self.since_fired = tensors["since_fired"].to(device)
+        self.history, self.seconds, self.diverged = fields["history"], fields["seconds"], fields["diverged"]
+        self.retired = tuple(fields["retired"]) if fields["retired"] else None
+        self.sae.load_state_dict({k.removeprefix("sae/"): v for k, v in tensors.items() if k.startswith("sae/")})
+        for name, parameter in self.sae.named_parameters():
+            prefix = f"adam/{name}/"
+            held = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+            if held:
+                self.optimizer.state[parameter] = held
+        if self.control is not None:
+            self.control.state = tensors["control"].to(device)
+
+    def finish(self, tokens: int) -> Trained | Diverged | Retired:
+        """What became of the member, after `tokens` training tokens."""
+        if self.diverged is not None:
+            return Diverged(member=self.member, step=self.diverged, lr=self.lr)
+        if self.retired is not None:
+            return Retired(member=self.member, step=self.retired[0], by=self.retired[1])
+        unstepped = self.member.config.control in UNSTEPPED_CONTROLS
+        return Trained(
+            member=self.member,
+            sae=self.sae,
+            weights=self.sae.fold(self.inputs, self.outputs),
+            history=self.history,
+            steps=0 if unstepped else self.steps,
+            tokens=0 if unstepped else tokens,
+            seconds=self.seconds,
+            dead_in_window=None if unstepped else float((self.since_fired >= self.window).double().mean()),
+            scale=self.inputs.scale,
+            lr=self.lr,
+            coefficient=float(self.coefficient()),
+        )

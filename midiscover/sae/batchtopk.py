@@ -1,0 +1,71 @@
+"""The BatchTopK SAE: k features per token in the mean over a batch, and a threshold outside training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midiscover.sae.base import Normalisation, feature_norms
+from midiscover.sae.topk import TopKSae
+from midiscover.saeconfig import BatchTopKConfig
+
+
+class BatchTopKSae(TopKSae):
+    """In training, f = the k * tokens largest of relu(pre) in the batch; the loss is that of TopK, with AuxK.
+
+    Outside training a token's features must not depend on the others of its batch: f = pre where pre > threshold, the
+    running mean of the smallest pre-activation that was kept (Bussmann et al. 2024, arXiv 2412.06410, section 3). So
+    it is saved as a JumpReLU SAE, as which SAELens saves its own.
+    """
+
+    kind = "batchtopk"
+    saelens_architecture = "jumprelu"
+    threshold: Tensor
+    """Scalar, at least 0."""
+
+    def __init__(self, config: BatchTopKConfig, d_in: int, d_sae: int, d_out: int | None = None) -> None:
+        super().__init__(config, d_in, d_sae, d_out)
+        self.decay = config.threshold_decay
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> None:
+        # The threshold at which this batch has L0 = k: an SAE that is never trained needs one too.
+        _, smallest = keep_top_of_batch(self.pre_activations(x), self.config.k)
+        self.threshold.copy_(torch.where(smallest.isfinite(), smallest, 0))
+
+    def activate(self, pre: Tensor) -> Tensor:
+        if self.training:
+            return keep_top_of_batch(pre, self.config.k)[0]
+        return torch.where(pre > self.threshold, pre, 0)
+
+    def select(self, pre: Tensor) -> Tensor:
+        features, smallest = keep_top_of_batch(pre, self.config.k)
+        with torch.no_grad():
+            moved = self.threshold.lerp(smallest.to(self.threshold), 1 - self.decay)
+            self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        return features
+
+    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        w = self.doubles()
+        norms = feature_norms(w["W_dec"], outputs.scale)
+        return super().folded(inputs, outputs) | {"threshold": w["threshold"] * norms}
+
+    def saelens_fields(self) -> dict[str, Any]:
+        return {}
+
+
+def keep_top_of_batch(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """relu of the k * tokens largest entries of [tokens, d_sae], zero elsewhere; and the smallest positive one kept.
+
+    Exactly so many are kept, however many are equal. The second is infinite where nothing is positive.
+    """
+    flat = pre.flatten()
+    # In bfloat16 the CPU's top-k takes more than twice as long.
+    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    values, indices = wide.topk(min(k * len(pre), flat.numel()), sorted=False)
+    features = torch.zeros_like(flat).scatter(0, indices, torch.relu(values).to(flat.dtype)).view_as(pre)
+    values = values.detach()
+    return features, torch.where(values > 0, values, float("inf")).amin()

@@ -1,0 +1,81 @@
+"""Steering the sparsity so that training ends at a given L0, in tensors: no step waits for a GPU."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from midiscover.sae.base import Sae
+
+SMOOTHING = 0.1
+"""Weight of the newest batch in the running L0."""
+APPROACH = 0.5
+"""Share of the steps over which the L0 asked for falls from where it starts to the target."""
+PROPORTIONAL = 0.5
+GAIN = 12.0
+"""How far, in units of log(L0 / asked), the log coefficient moves over a whole run of constant error."""
+SHIFT = 0.05
+"""How far a step moves all thresholds, in units of pre-activations, for an error of 1 in log L0."""
+
+
+class L0Control(ABC):
+    """What both ways of steering share: the running L0, and the range of L0 that is asked for at a step.
+
+    What is asked at most falls geometrically from the L0 found at the first controlled step to the target, so that
+    nothing winds up while an SAE is still dense, which would kill its features. What is asked at least is the target.
+    """
+
+    def __init__(self, start: float, target: float, *, steps: int, first: int, device: torch.device) -> None:
+        """start: the coefficient to begin with; first: step of the first correction, after the warm-up of it."""
+        start = max(start, 1e-6)
+        self.target, self.steps, self.first = target, steps, first
+        self.state = torch.tensor([math.log(start), 0.0, 0.0, start], device=device)
+        """[4]: the integral, the running log L0, log L0 at the first correction, the coefficient."""
+
+    def coefficient(self) -> Tensor:
+        """The coefficient of the coming step, a scalar tensor."""
+        return self.state[3]
+
+    def observe(self, sae: Sae, features: Tensor, step: int) -> None:
+        """Take a step's code [tokens, d_sae] into account; may change `sae`."""
+        log_l0 = torch.log((features > 0).sum().float() / len(features) + 1e-2)
+        integral, previous, begin, coefficient = self.state
+        running = log_l0 if step == 0 else previous + SMOOTHING * (log_l0 - previous)
+        if step <= self.first:
+            begin = running
+        else:
+            goal = math.log(self.target)
+            share = min(1.0, (step - self.first) / max(1.0, APPROACH * self.steps))
+            asked = (1 - share) * begin.clamp(min=goal) + share * goal
+            error = (running - asked).clamp(min=0) - (goal - running).clamp(min=0)
+            integral, coefficient = self.corrected(sae, error.clamp(-1, 1), integral, coefficient)
+        self.state = torch.stack([integral, running, begin, coefficient])
+
+    @abstractmethod
+    def corrected(self, sae: Sae, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        """The new integral and coefficient for an error of log L0, at most 1."""
+
+
+class CoefficientControl(L0Control):
+    """A PI controller of log(coefficient), for penalties whose L0 settles at a level of its own for each (L1)."""
+
+    def corrected(self, sae: Sae, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        integral = integral + GAIN / self.steps * error
+        return integral, torch.exp(integral + PROPORTIONAL * error)
+
+
+class ThresholdControl(L0Control):
+    """Moves the thresholds of a JumpReLU SAE, all by the same, and leaves the coefficient alone.
+
+    Through its coefficient L0 can't be steered in a short run: a penalty moves thresholds at Adam's pace, so that L0 is
+    its integral over time and swings.
+    """
+
+    @torch.no_grad()
+    def corrected(self, sae: Sae, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        threshold = sae.get_parameter("threshold")
+        threshold.add_(SHIFT * error).clamp_(min=0)
+        return integral, coefficient

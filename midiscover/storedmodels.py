@@ -1,0 +1,211 @@
+"""Language models in a store, `models/<name>/`, so that nodes which share no disk can fetch them. Loads no torch.
+
+A model is a folder as transformers saves it, with a manifest that is written last and never changes. A bucket's files
+are fetched once per machine into the cache, each checked against its sha256; a store in a folder is read where it is.
+Whose digest a model has is `models.py`'s matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from midiscover.digests import cache_dir, files_sha256
+from midiscover.errors import CorruptError, ModelError, StoreError
+from midiscover.ids import canonical_json
+from midiscover.modelfiles import INDEX_FILE, MODEL_FILES, NAME_FILE, weight_files
+from midiscover.store import layout
+from midiscover.store.storage import Storage, open_store
+
+VERSION = 1
+"""Format of a model's manifest."""
+
+CHUNK_BYTES = 64 << 20
+"""What is held in memory of a file while it is fetched."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """One file of a stored model."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredModel:
+    """A model in a store, as its manifest tells."""
+
+    store: str
+    """Address of the store; a node that needs the files opens it with its own credentials."""
+    key: str
+    """Name below `models/`."""
+    name: str
+    """What the model is called in records."""
+    digest: str
+    """That of the same files in a local folder."""
+    tokenizer_digest: str
+    files: Mapping[str, StoredFile]
+
+    def document(self) -> bytes:
+        """The manifest: the same bytes wherever the store lies."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("store", "key")}
+        return canonical_json({"v": VERSION, **fields}).encode()
+
+
+def read_stored(name: str, storage: Storage) -> StoredModel:
+    """The model `name` of a store; its files are not touched. ModelError names the models that the store holds."""
+    where = f"models/{name} in {storage.uri}"
+    try:
+        if not _NAME.fullmatch(name):
+            raise FileNotFoundError
+        fields = json.loads(storage.read(layout.model_manifest(name)))
+        if fields.pop("v") != VERSION:
+            raise StoreError(f"{where} has another format version than {VERSION}, which this miDiscover reads.")
+        files = {file: StoredFile(**facts) for file, facts in fields.pop("files").items()}
+        stored = StoredModel(store=storage.uri, key=name, files=files, **fields)
+    except FileNotFoundError:
+        raise ModelError(_absent(name, storage)) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptError(f"The manifest of {where} can't be read: {error}. {_REMEDY}") from error
+    _check_names(files, where)
+    return stored
+
+
+_REMEDY = "Remove its folder from the store, then push the model again."
+
+
+def _absent(name: str, storage: Storage) -> str:
+    keys = storage.list(layout.MODELS)
+    if any(key.startswith(f"{layout.MODELS}/{name}/") for key in keys):
+        return (
+            f"The model {name!r} in the store {storage.uri} has no manifest, so it is not complete: "
+            "push it again with `midiscover model push`."
+        )
+    manifests = [key for key in keys if key == layout.model_manifest(key.split("/")[1])]
+    there = ", ".join(key.split("/")[1] for key in manifests) or "none; `midiscover model push` puts one there"
+    return f"The store {storage.uri} holds no model {name!r}. Its models: {there}."
+
+
+def model_files(folder: Path) -> dict[str, StoredFile]:
+    """The files of a model folder that travel: config, tokenizer and safetensors weights, nothing that can run."""
+    names = [name for name in (*MODEL_FILES, NAME_FILE, INDEX_FILE) if (folder / name).is_file()]
+    names += [file.relative_to(folder).as_posix() for file in weight_files(folder)]
+    _check_names(names, str(folder))
+    paths = [folder / name for name in names]
+    digests = files_sha256(paths)
+    return {
+        name: StoredFile(sha256=digest, size=path.stat().st_size)
+        for name, path, digest in zip(names, paths, digests, strict=True)
+    }
+
+
+def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
+    """Write a model's files, then its manifest. False: it stands already. ModelError: another stands by that name."""
+    if not _NAME.fullmatch(model.key):
+        raise ModelError(f"{model.key!r} can't be a model's name: letters, digits, '_', '.' and '-'; give --name.")
+    if _stands(model, storage):
+        return False
+    for name in model.files:
+        storage.write(layout.model_file(model.key, name), (folder / name).read_bytes())
+    if not storage.create(layout.model_manifest(model.key), model.document()):
+        _stands(model, storage)
+    return True
+
+
+def _stands(model: StoredModel, storage: Storage) -> bool:
+    if not storage.exists(layout.model_manifest(model.key)):
+        return False
+    if read_stored(model.key, storage).digest != model.digest:
+        raise ModelError(f"The store {storage.uri} holds another model by the name {model.key!r}; give --name.")
+    return True
+
+
+def stored_folder(model: StoredModel, *, weights: bool) -> Path:
+    """A folder on this machine with a model's files, all or all but its weights; fetched once, and verified.
+
+    CorruptError: a file is not the one that was pushed.
+    """
+    names = [name for name in model.files if weights or not _is_weights(name)]
+    folder = cache_dir() / "models" / f"{model.key}-{model.digest[:10]}"
+    if all((folder / name).is_file() for name in names):
+        return folder
+    storage = open_store(model.store, create=False)
+    local = storage.local_path(layout.model_folder(model.key))
+    if local is not None:
+        _verify(model, names, local)
+        return local
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            missing = [name for name in names if not (folder / name).is_file()]
+            if any(_is_weights(name) for name in missing):
+                size = sum(model.files[name].size for name in missing) / 1e9
+                print(f"midiscover: fetching {model.name} from {model.store}, once ({size:.1f} GB)", file=sys.stderr)
+            for name in missing:
+                _fetch(model, name, storage, folder)
+    except OSError as error:
+        raise ModelError(f"Model {model.name} can't be kept in {folder}: {error.strerror}.") from error
+    return folder
+
+
+def read_part(model: StoredModel, name: str, start: int, length: int | None) -> bytes:
+    """Bytes of a file where it lies, without fetching it; FileNotFoundError where the model has none by that name."""
+    if name not in model.files:
+        raise FileNotFoundError(name)
+    storage = open_store(model.store, create=False)
+    return storage.read(layout.model_file(model.key, name), start, length)
+
+
+def _fetch(model: StoredModel, name: str, storage: Storage, folder: Path) -> None:
+    expected, key = model.files[name], layout.model_file(model.key, name)
+    sha256, done = hashlib.sha256(), 0
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+        with (Path(temporary) / name).open("xb") as file:
+            while done < expected.size:
+                try:
+                    chunk = storage.read(key, done, CHUNK_BYTES)
+                except FileNotFoundError:
+                    break
+                if not chunk:
+                    break
+                file.write(chunk)
+                sha256.update(chunk)
+                done += len(chunk)
+        if done != expected.size or sha256.hexdigest() != expected.sha256:
+            raise CorruptError(_corrupt(model, name))
+        (Path(temporary) / name).replace(folder / name)
+
+
+def _verify(model: StoredModel, names: list[str], folder: Path) -> None:
+    for name in names:
+        file = folder / name
+        if not file.is_file() or files_sha256([file]) != [model.files[name].sha256]:
+            raise CorruptError(_corrupt(model, name))
+
+
+def _corrupt(model: StoredModel, name: str) -> str:
+    return f"{layout.model_file(model.key, name)} in {model.store} is not the file that was pushed. {_REMEDY}"
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    for name in names:
+        plain = _NAME.fullmatch(name) and _is_weights(name)
+        if not plain and name not in (*MODEL_FILES, NAME_FILE, INDEX_FILE):
+            raise ModelError(
+                f"The model at {where} has a file {name!r}, which can't travel: no plain safetensors file."
+            )

@@ -1,0 +1,99 @@
+"""What the runners of all sides share: jobs are read, the same batches handed out, folded weights written.
+
+    python run_SIDE.py JOBS.json
+
+Runs in a peer's own environment and knows nothing of miDiscover. JOBS.json is a list of jobs (`Job`). Each is
+answered by NAME.safetensors (W_enc, b_enc, W_dec, b_dec of raw inputs, float32) and, last, by NAME.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROWS_PER_BATCH = 4096
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    name: str
+    kind: str
+    variant: str
+    """Which of a peer's trainers or settings, where it documents several."""
+    lr: float
+    sparsity: float
+    """k, or the L1 coefficient in the side's own convention."""
+    seed: int
+    steps: int
+    batch_size: int
+    d_sae: int
+    threads: int
+    rows: str
+    """Folder of train.safetensors and held_out.safetensors, each with `rows` [rows, d_in] bfloat16."""
+    out: str
+
+
+class Batches:
+    """The training rows in their order; every pass begins anew, every batch is a new float32 tensor."""
+
+    def __init__(self, job: Job) -> None:
+        self.rows = load_file(Path(job.rows) / "train.safetensors")["rows"]
+        self.size, self.steps = job.batch_size, job.steps
+        assert len(self.rows) == self.size * self.steps, "one file holds exactly the batches of a training"
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for step in range(self.steps):
+            yield self.rows[step * self.size : (step + 1) * self.size].float()
+
+
+class Made(NamedTuple):
+    """A trained SAE of raw inputs."""
+
+    cfg: dict[str, Any]
+    """`architecture` and what else SAELens' cfg.json says of it."""
+    weights: dict[str, Tensor]
+    numbers: dict[str, float]
+    """L0 and FVU of the held-out rows (FVU about their own mean), as the peer's own code gives them."""
+
+
+def measured(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, float]:
+    """L0 and FVU about the rows' own mean, with a peer's encode and decode; rows [rows, d_in] float32."""
+    mean = rows.double().mean(0)
+    active = residual = total = 0.0
+    with torch.no_grad():
+        for x in rows.split(ROWS_PER_BATCH):
+            features = encode(x)
+            active += float((features != 0).sum())
+            residual += float((decode(features).double() - x.double()).pow(2).sum())
+            total += float((x.double() - mean).pow(2).sum())
+    return {"l0": active / len(rows), "fvu": residual / total}
+
+
+def main(train: Callable[[Job, Batches, Tensor], Made]) -> None:
+    """Answer the jobs of the file that the command line names; `train` also gets the held-out rows, float32."""
+    jobs = [Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    torch.set_num_threads(jobs[0].threads)
+    batches = Batches(jobs[0])
+    held_out = load_file(Path(jobs[0].rows) / "held_out.safetensors")["rows"].float()
+    for job in jobs:
+        torch.manual_seed(job.seed)
+        began, cpu = time.perf_counter(), time.process_time()
+        made = train(job, batches, held_out)
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        path = Path(job.out) / job.name
+        save_file(
+            {name: value.detach().float().contiguous() for name, value in made.weights.items()}, f"{path}.safetensors"
+        )
+        Path(f"{path}.json").write_text(json.dumps({"cfg": made.cfg, "own": made.numbers, **seconds}))

@@ -1,0 +1,132 @@
+"""What the task of one site writes, without a Ray: for a standard SAE, a transcoder and a random-model control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.evaluation import FOREIGN, NO_SPLICE, Site, _foreign_text, by_site, measure_site, splice_passes
+from jobs.harvest import ModelPlace, commit_manifests, model_place, plan_of
+from jobs.runtime import Slots
+from midiscover.configio import load_config
+from midiscover.corpus import Corpus, build_corpus
+from midiscover.errors import CorpusError
+from midiscover.foreign import foreign_rows
+from midiscover.harvest import Harvester, HarvestJob
+from midiscover.lm import LanguageModel, load_tokenizer
+from midiscover.resolve import PlannedSae, Resolved, resolve
+from midiscover.saes import load_trained, read_json, write_trained
+from midiscover.source import open_source
+from midiscover.store import layout
+from midiscover.store.storage import Storage, open_store
+from midiscover.train import Member, Trained, train
+from tests.runs import write_run
+from tests.unit.test_train import MemoryWorker
+
+HOOK = "model.layers.0.mlp:in"
+GRID = [{"sae.kind": ["standard", "transcoder"]}, {"sae.control": ["random_model"]}]
+EVALUATE = {"ce_tokens": 256, "foreign_source": "builtin-code", "foreign_tokens": 700}
+SLOTS = Slots(count=1, cpus=1, gpus=0, threads=1)
+
+
+class SilentBoard:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def post(self, kind: str, key: str, data: Any = None) -> None:
+        self.kinds.append(kind)
+
+
+def made(folder: Path, evaluate: dict[str, Any]) -> tuple[Resolved, Storage]:
+    """Corpus, activations of both language models, and trained SAEs."""
+    config = load_config(write_run(folder, harvest={"hooks": [HOOK]}, grid=GRID, evaluate=evaluate))
+    resolved, storage = resolve(config), open_store(str(folder / "store"))
+    tokenizer = load_tokenizer(resolved.model)
+    manifest = build_corpus(config.corpus, resolved.source, tokenizer, storage, resolved.corpus_id, lineage={})
+    for part in resolved.parts():
+        job = HarvestJob(harvest_id=part.harvest_id, hooks=part.hooks, config=config.harvest)
+        harvester = Harvester(job, model_place(part, SLOTS).load(), Corpus(storage, manifest), storage)
+        list(harvester.run([(span, list(part.hooks)) for span in plan_of(part, manifest)]))
+        commit_manifests(part, manifest, storage)
+    for planned in resolved.saes:
+        point = planned.point
+        source = open_source(storage, planned.harvest_id, point.hook, planned.output_hook, point.train)
+        member = Member(id=planned.id, config=point.sae, train=point.train, d_sae=planned.d_sae)
+        (trained,) = train([member], source, MemoryWorker())
+        assert isinstance(trained, Trained)
+        write_trained(storage, planned, resolved.part_of(planned), trained, prepend_bos=True, run={})
+    return resolved, storage
+
+
+def measured(resolved: Resolved, storage: Storage, planned: PlannedSae) -> dict[str, Any]:
+    document = read_json(storage, layout.evaluation(planned.id, resolved.evaluation_id))
+    assert document is not None
+    return document["metrics"]
+
+
+def test_each_kind_of_sae_gets_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved, storage = made(tmp_path, EVALUATE)
+    groups, board = by_site(resolved.saes), SilentBoard()
+    assert {site.output_hook for site in groups} == {HOOK, "model.layers.0.mlp"}
+    assert len({site.harvest_id for site in groups}) == 2
+    assert len(groups) == 3
+    assert splice_passes(groups) == 2 * 3, "clean, zero and one SAE; none for the random model"
+    loaded: list[str] = []
+    load = ModelPlace.load
+
+    def counted(place: ModelPlace) -> LanguageModel:
+        loaded.append(place.weights)
+        return load(place)
+
+    monkeypatch.setattr(ModelPlace, "load", counted)
+    windows = _foreign_text(resolved, storage)
+    assert windows is not None
+    for site, planned in groups.items():
+        part = resolved.part_of(planned[0])
+        measure_site._function(model_place(part, SLOTS), part, storage, site, planned, windows, board)
+    assert sorted(loaded) == ["shuffled", "trained", "trained"]
+    assert {"spliced", "measured"} == set(board.kinds)
+    for site, (planned,) in groups.items():
+        metrics = measured(resolved, storage, planned)
+        control = planned.point.sae.control == "random_model"
+        assert [metrics[name] is None for name in NO_SPLICE] == [control] * len(NO_SPLICE)
+        assert 0 < metrics["fvu"] < 1
+        assert_foreign_metrics(resolved, storage, site, planned, metrics)
+
+
+def assert_foreign_metrics(
+    resolved: Resolved, storage: Storage, site: Site, planned: PlannedSae, metrics: dict[str, Any]
+) -> None:
+    """Against all rows at once, in float64."""
+    part = resolved.part_of(planned)
+    model, windows = model_place(part, SLOTS).load(), _foreign_text(resolved, storage)
+    assert windows is not None
+    hooks = (site.hook, site.output_hook)
+    (rows,) = foreign_rows(model, windows, *hooks, harvest=part.config.harvest, batch_size=10**6)
+    x, y = (part.float() for part in ((rows, rows) if isinstance(rows, torch.Tensor) else rows))
+    sae = load_trained(storage, planned.id)
+    with torch.no_grad():
+        features, error = sae.encode(x), (sae(x) - y).double()
+    variance = (y.double() - y.double().mean(0)).pow(2).sum()
+    assert metrics["tokens_foreign"] == len(x)
+    assert metrics["fvu_foreign"] == pytest.approx(float(error.pow(2).sum() / variance), rel=1e-5)
+    assert metrics["l0_foreign"] == pytest.approx(float((features > 0).sum()) / len(x), rel=1e-5)
+
+
+def test_without_a_foreign_text_its_metrics_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved, storage = made(tmp_path, {"ce_tokens": 0})
+    assert _foreign_text(resolved, storage) is None
+    monkeypatch.setattr(ModelPlace, "load", lambda place: pytest.fail("nothing asks for the language model"))
+    site, (planned,) = next(iter(by_site(resolved.saes).items()))
+    measure_site._function(model_place(resolved, SLOTS), resolved, storage, site, [planned], None, SilentBoard())
+    metrics = measured(resolved, storage, planned)
+    assert {name for name, value in metrics.items() if value is None} == {*NO_SPLICE, *FOREIGN}
+
+
+def test_a_foreign_text_that_is_not_there_is_known_before_anything_runs(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, evaluate={"foreign_source": "./nowhere"}))
+    with pytest.raises(CorpusError, match=r"nowhere does not exist; evaluate\.foreign_source"):
+        resolve(config)

@@ -1,0 +1,70 @@
+"""What a config resolves to: hooks of transcoders, harvests of controls, packs that share a stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from midiscover.configio import load_config
+from midiscover.errors import ConfigError, ModelError
+from midiscover.resolve import Resolved, make_packs, resolve
+from tests.runs import write_run
+
+
+def resolved(folder: Path, **changes: object) -> Resolved:
+    return resolve(load_config(write_run(folder, **changes)))
+
+
+HOOK = "model.layers.1.mlp"
+
+
+def test_a_transcoder_predicts_the_output_of_the_module_that_it_reads(tmp_path: Path) -> None:
+    run = resolved(tmp_path, harvest={"hooks": f"{HOOK}:in"}, sae={"kind": "transcoder"}, grid={})
+    (sae,) = run.saes
+    assert (sae.point.hook, sae.output_hook) == (f"{HOOK}:in", HOOK)
+    assert list(run.hooks) == [f"{HOOK}:in", HOOK]
+    assert sae.row()["output_hook"] == HOOK
+
+
+def test_the_layer_of_a_named_output_is_filled_in(tmp_path: Path) -> None:
+    sae = {"kind": "skip_transcoder", "output_hook": "model.layers.{layer}.mlp.down_proj"}
+    run = resolved(tmp_path, harvest={"hooks": "model.layers.{0,1}.mlp:in"}, sae=sae, grid={})
+    assert [p.output_hook for p in run.saes] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("sae", "error", "sentence"),
+    [
+        ({"kind": "transcoder"}, ConfigError, "needs sae.output_hook"),
+        ({"kind": "transcoder", "output_hook": "model.layers.9.mlp"}, ModelError, "out of range"),
+        ({"kind": "transcoder", "output_hook": "model.layers.0.mlp"}, ConfigError, "fires before"),
+        ({"kind": "topk", "k": 1000}, ConfigError, "more than the 96 features"),
+        ({"target_l0": 90}, ConfigError, "more than half of the 96 features"),
+        ({"kind": "transcoder", "output_hook": HOOK, "control": "neurons"}, ConfigError, "has no meaning"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    tmp_path: Path, sae: dict[str, object], error: type[Exception], sentence: str
+) -> None:
+    width = {} if "d_sae" in sae else {"d_sae": 96}
+    with pytest.raises(error, match=sentence):
+        resolved(tmp_path, harvest={"hooks": HOOK}, sae=width | sae, grid={})
+
+
+def test_a_random_model_has_a_harvest_of_its_own(tmp_path: Path) -> None:
+    run = resolved(tmp_path, grid={"sae.control": ["none", "random_model", "untrained"]})
+    trained, shuffled = run.parts()
+    assert trained.harvest_id == run.harvest_id != shuffled.harvest_id
+    assert (trained.config.model.weights, shuffled.config.model.weights) == ("trained", "shuffled")
+    assert {p.point.sae.control for p in trained.saes} == {"none", "untrained"}
+    assert {p.point.sae.control for p in shuffled.saes} == {"random_model"}
+    assert all(run.part_of(sae).harvest_id == sae.harvest_id for sae in run.saes)
+    packs = make_packs(run.saes, None, {sae.id for sae in run.saes})
+    assert all(len({sae.harvest_id for sae in pack.saes}) == 1 for pack in packs)
+    assert len(resolved(tmp_path).parts()) == 1
+
+
+def test_neurons_have_two_features_for_each_dimension(tmp_path: Path) -> None:
+    run = resolved(tmp_path, grid={"sae.control": ["none", "neurons"]})
+    assert {(p.point.sae.control, p.d_sae // p.d_in) for p in run.saes} == {("none", 4), ("neurons", 2)}

@@ -1,0 +1,78 @@
+"""Feature stability of a sweep, from SAEs as they lie in a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from midiscover import results
+from midiscover.results import sae_stability
+from midiscover.saes import dump
+from midiscover.store import layout
+from midiscover.store.storage import Storage, open_store
+
+D_IN, D_SAE = 64, 40
+
+
+def directions(seed: int) -> Tensor:
+    rows = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def put(storage: Storage, sae_id: str, decoder: Tensor, dead: int = 0) -> None:
+    """A folded SAE; its last `dead` features never fire."""
+    cfg = {"architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32"}
+    bias = {"b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(D_IN)}
+    weights = {"W_enc": decoder.T.contiguous(), "W_dec": decoder, **bias}
+    rate = torch.full((D_SAE,), 1e-6)
+    rate[D_SAE - dead :] = 0
+    storage.write(layout.sae_file(sae_id, "cfg.json"), dump(cfg))
+    storage.write(layout.sae_file(sae_id, "sae_weights.safetensors"), save(weights))
+    storage.write(layout.sae_file(sae_id, "sparsity.safetensors"), save({"sparsity": torch.log10(rate + 1e-10)}))
+
+
+def row(sae_id: str, **changes: Any) -> dict[str, Any]:
+    settings = {"kind": "standard", "control": "none", "l1": 5.0, "k": None, "target_l0": None, "d_sae": D_SAE}
+    base = {"sae_id": sae_id, "hook": "h.1.mlp", "output_hook": "h.1.mlp", "layer": 1, "seed": 0}
+    return base | settings | {"sparsity_label": "l1 5"} | changes
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_store(str(tmp_path / "store"))
+
+
+def test_pairs_are_loaded_compared_and_plain(storage: Storage) -> None:
+    """Two seeds that share half of their features, and one whose shared half is dead; an untrained control."""
+    first, other = directions(0), directions(1)
+    put(storage, "a", first)
+    put(storage, "b", torch.cat([first[:20], other[20:]]))
+    put(storage, "c", torch.cat([other[:20], first[20:]]), dead=20)
+    put(storage, "d", directions(7))
+    rows = [row("a"), row("b", seed=1), row("c", seed=2), row("d", control="untrained")]
+    found = {(pair["a"], pair["b"]): pair for pair in sae_stability(storage, rows)}
+    assert {names: (pair["axis"], pair["matched"]) for names, pair in found.items()} == {
+        ("a", "b"): ("seed", 0.5),
+        ("a", "c"): ("seed", 0),
+        ("b", "c"): ("seed", 0),
+        ("a", "d"): ("control", 0),
+    }
+    assert (found["a", "c"]["live_a"], found["a", "c"]["live_b"]) == (40, 20)
+    assert found["a", "b"]["setting"] == "standard 40 l1 5"
+    dump(list(found.values()))  # JSON can hold them
+
+
+def test_a_huge_sweep_is_compared_up_to_a_number_of_pairs(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "DECODERS_HELD", 2)
+    rows = []
+    for l1 in (1.0, 2.0, 3.0):
+        for seed in (0, 1):
+            put(storage, f"{l1} {seed}", directions(0))
+            rows.append(row(f"{l1} {seed}", l1=l1, seed=seed))
+    assert [pair["axis"] for pair in sae_stability(storage, rows, most=4)] == ["seed"] * 3 + ["sparsity"]
+    assert sae_stability(storage, rows, most=0) == []
