@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -278,23 +278,33 @@ def forget(prepared: Prepared) -> None:
 def main(argv: list[str]) -> int:
     """Run the stage; returns the exit code."""
     prepared = prepare(parse_job("harvest", argv))
+    storage = prepared.storage
+    parts = [replace(prepared, resolved=part) for part in prepared.resolved.parts()]
     with Bars("harvest") as bars:
         if prepared.args.force:
-            forget(prepared)
+            for part in parts:
+                forget(part)
         corpus = ensure_corpus(prepared, bars)
-        if missing_spans(prepared.resolved, corpus, prepared.storage):
+        if any(missing_spans(part.resolved, corpus, storage) for part in parts):
             with ray_session() as cluster:
-                harvest(prepared, corpus, cluster, bars)
+                for part in parts:
+                    harvest(part, corpus, cluster, bars)
         else:
             bars.say("every block is committed; the model is not run")
-        commit_manifests(prepared.resolved, corpus, prepared.storage)
-        for hook in prepared.resolved.hooks:
-            manifest = read_manifest(prepared.storage, prepared.resolved.harvest_id, hook)
-            if manifest is None:
-                raise MiDiscoverError(f"The harvest of '{hook}' has no manifest.")
-            bars.say(f"{hook}: {manifest.rows:,} rows x {manifest.d_in}, left out {_masked(manifest.masked)}")
-    print(f"{prepared.storage.uri}/{layout.harvest_folder(prepared.resolved.harvest_id)}")
+        for part in parts:
+            commit_manifests(part.resolved, corpus, storage)
+            _say_rows(part.resolved, storage, bars)
+    for part in parts:
+        print(f"{storage.uri}/{layout.harvest_folder(part.resolved.harvest_id)}")
     return 0
+
+
+def _say_rows(resolved: Resolved, storage: Storage, bars: Bars) -> None:
+    for hook in resolved.hooks:
+        manifest = read_manifest(storage, resolved.harvest_id, hook)
+        if manifest is None:
+            raise MiDiscoverError(f"The harvest of '{hook}' has no manifest.")
+        bars.say(f"{hook}: {manifest.rows:,} rows x {manifest.d_in}, left out {_masked(manifest.masked)}")
 
 
 def _masked(masked: Mapping[str, int]) -> str:

@@ -22,7 +22,7 @@ from jobs.board import Board
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.resolve import Pack, PlannedSae, Resolved
-from midiscover.saes import dump, write_trained
+from midiscover.saes import dump, has_ended, write_trained
 from midiscover.source import open_source
 from midiscover.store import layout
 from midiscover.store.storage import Storage
@@ -163,8 +163,7 @@ def _fail(job: PackJob, pack: Pack, reason: str) -> None:
 
 
 def _ended(job: PackJob, planned: PlannedSae) -> bool:
-    keys = (layout.training(planned.id), layout.retired(job.resolved.sweep_id, planned.id))
-    return any(job.storage.exists(key) for key in keys)
+    return has_ended(job.storage, job.resolved.sweep_id, planned)
 
 
 def _reason(error: Exception) -> str:

@@ -23,12 +23,12 @@ from jobs.runtime import Cluster, model_slots, pack_slots, ray_session, run_main
 from midiscover import figures, lineage, tables
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
-from midiscover.errors import CorpusError
+from midiscover.errors import CorpusError, MiDiscoverError
 from midiscover.launch import Prepared, parse_job, prepare
 from midiscover.report import write_report
 from midiscover.resolve import PlannedSae, auto_pack_size, make_packs
 from midiscover.results import Results, sae_results, sae_stability
-from midiscover.saes import commit_record, dump, harvest_lineage, read_json
+from midiscover.saes import commit_record, dump, harvest_lineage, has_ended, read_json
 from midiscover.store import layout
 from midiscover.tracking.sweepfiles import retired_reason, stability_document
 
@@ -114,16 +114,21 @@ class SweepRun:
             )
 
     def _untrained(self) -> list[PlannedSae]:
-        def ended(sae: PlannedSae) -> bool:
-            keys = (layout.training(sae.id), layout.retired(self.id, sae.id))
-            return any(self.storage.exists(key) for key in keys)
-
-        return [sae for sae in self.resolved.saes if not ended(sae)]
+        return [sae for sae in self.resolved.saes if not has_ended(self.storage, self.id, sae)]
 
     def retired(self) -> dict[str, str]:
-        """SAE id -> why it was dropped, in this run of the sweep or an earlier one."""
-        words = {sae.id: read_json(self.storage, layout.retired(self.id, sae.id)) for sae in self.resolved.saes}
-        return {sae_id: retired_reason(word) for sae_id, word in words.items() if word is not None}
+        """SAE id -> why it was dropped, in this run of the sweep or an earlier one, of those not trained since."""
+        asked = [sae for sae in self.resolved.saes if sae.point.train.retire_after is not None]
+        words = {sae.id: read_json(self.storage, layout.retired(self.id, sae.id)) for sae in asked}
+        return {
+            sae_id: retired_reason(word)
+            for sae_id, word in words.items()
+            if word is not None and not self.storage.exists(layout.training(sae_id))
+        }
+
+    def missing(self, results: Results) -> set[str]:
+        """Ids of the SAEs of the grid that have no result and were not dropped on purpose."""
+        return {sae.id for sae in self.resolved.saes} - {row["sae_id"] for row in results.rows} - self.retired().keys()
 
     def _unmeasured(self) -> list[PlannedSae]:
         key = self.resolved.evaluation_id
@@ -218,7 +223,12 @@ class SweepRun:
         if standing is not None and standing["saes"] == ids:
             return standing["pairs"]
         began = time.monotonic()
-        pairs = sae_stability(self.storage, results.rows, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            pairs = sae_stability(self.storage, results.rows, device=device)
+        except MiDiscoverError as error:
+            self.bars.say(f"features in common were not measured: {error}")
+            return []
         self.storage.write(key, dump(stability_document(pairs) | {"saes": ids}))
         if pairs:
             self.bars.say(f"features in common: {len(pairs)} pairs of SAEs in {time.monotonic() - began:.1f} s")
@@ -261,8 +271,7 @@ class SweepRun:
         minutes = (time.monotonic() - self.began) / 60
         sweep = read_json(self.storage, layout.sweep_record(self.id)) or {}
         self._report(sweep, results, minutes)
-        whole = len(results.rows) + len(self.retired()) == len(self.resolved.saes)
-        status = "done" if whole and not failures else "failed"
+        status = "failed" if failures or self.missing(results) else "done"
         self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
         return results
 
@@ -280,13 +289,12 @@ def main(argv: list[str]) -> int:
         results = run.run()
     tables.show(tables.sweep_table(results.rows))
     tables.show(tables.quality_box(results.rows, (time.monotonic() - began) / 60))
-    retired = run.retired()
-    for sae, reason in retired.items():
+    for sae, reason in run.retired().items():
         print(f"retired: {sae}: {reason}")
     for sae, reason in run.recorder.failures.items():
         print(f"failed: {sae}: {reason}")
     print(f"{run.id}\n{prepared.storage.uri}/{layout.sweep_file(run.id, 'report.html')}")
-    return 1 if len(results.rows) + len(retired) < len(prepared.resolved.saes) else 0
+    return 1 if run.missing(results) else 0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
-CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, phi2_layers_by_l1.
+CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, kinds,
+phi2_layers_by_l1.
 `midiscover VERB --help` tells a verb's arguments. Exit code 2: wrong input, 1: a stage failed, 130: interrupted.
 """
 
@@ -199,7 +200,7 @@ def _ids(resolved: Resolved, store: str | None) -> dict[str, Any]:
         "model": {"name": resolved.model.name, "digest": resolved.model.digest},
         "text": {"name": resolved.source.name, "digest": resolved.source.digest},
         "corpus": layout.corpus_folder(resolved.corpus_id),
-        "activations": layout.harvest_folder(resolved.harvest_id),
+        "activations": [layout.harvest_folder(part.harvest_id) for part in resolved.parts()],
         "sweep": layout.sweep_folder(resolved.sweep_id),
         "packs": len(packs),
         "saes": [layout.sae_folder(sae.id) for sae in resolved.saes],

@@ -98,7 +98,7 @@ class TrainConfig:
     batch_size: int = 4096
     """Tokens per step."""
     lr: float | None = None
-    """Peak learning rate of Adam; null: what suits the architecture, its width and the number of steps."""
+    """Peak learning rate of Adam; null: what suits the width and the number of steps."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     lr_warmup: float = 0.05
@@ -114,7 +114,8 @@ class TrainConfig:
     shuffle_tokens: int = 1_000_000
     """Rows shuffled together; the loader holds two such pools in memory, or one that is everything."""
     dead_window: int | None = None
-    """A feature that did not fire in this many training tokens counts as dead; null: half an epoch, at most 10M."""
+    """A feature that did not fire in this many training tokens counts as dead; null: half an epoch, at most 10M,
+    and with resampling at most half of what comes before its first time."""
     resample_at: tuple[float, ...] = ()
     """Shares of the steps at which dead features are pointed at what is reconstructed worst (Bricken et al. 2023)."""
     retire_after: float | None = None

@@ -27,7 +27,7 @@ LATER_SETTINGS: dict[str, Any] = {
 }
 """Settings that came after the first ids, at the meaning that those ids have: there they are left out."""
 RECIPE_VERSION = 1
-"""Of `sae.recipes`: counts where the learning rate is left to it."""
+"""Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
 
 
 def canonical_json(value: Any) -> str:
@@ -139,7 +139,7 @@ def evaluation_id(evaluate: EvaluateConfig, *, foreign_digest: str | None = None
     if evaluate.foreign_source is None:
         del given["foreign_tokens"]
     else:
-        given["foreign_digest"] = foreign_digest
+        given["foreign_source"] = foreign_digest  # the text, wherever it lies
     return "e." + fingerprint("evaluation", 1, given)
 
 

@@ -51,6 +51,8 @@ class Trained:
     """Share of features that did not fire in the last `dead_window` training tokens; None without training."""
     scale: float
     """The factor that gave centred rows the mean norm sqrt(d_in)."""
+    output_scale: float
+    """The same for the rows that are reconstructed; `scale` but for transcoders."""
     lr: float
     """Peak learning rate."""
     coefficient: float
@@ -195,7 +197,8 @@ class Slot:
         device = self.since_fired.device
         self.since_fired = tensors["since_fired"].to(device)
         self.history, self.seconds, self.diverged = fields["history"], fields["seconds"], fields["diverged"]
-        self.retired = tuple(fields["retired"]) if fields["retired"] else None
+        asked = self.member.train.retire_after is not None
+        self.retired = tuple(fields["retired"]) if asked and fields["retired"] else None
         self.sae.load_state_dict({k.removeprefix("sae/"): v for k, v in tensors.items() if k.startswith("sae/")})
         for name, parameter in self.sae.named_parameters():
             prefix = f"adam/{name}/"
@@ -222,6 +225,7 @@ class Slot:
             seconds=self.seconds,
             dead_in_window=None if unstepped else float((self.since_fired >= self.window).double().mean()),
             scale=self.inputs.scale,
+            output_scale=self.outputs.scale,
             lr=self.lr,
             coefficient=float(self.coefficient()),
         )

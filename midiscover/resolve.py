@@ -6,7 +6,7 @@ Every driver and `midiscover config` begin here, so that what is shown is what r
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ from midiscover.config import RunConfig, SaePoint
 from midiscover.configio import expand_grid
 from midiscover.errors import ConfigError
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
-from midiscover.saeconfig import PenaltyConfig, TopKConfig, TranscoderConfig
+from midiscover.saeconfig import UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig, TranscoderConfig
 from midiscover.texts import SourceIdentity, resolve_foreign, resolve_source
 
 
@@ -128,7 +128,7 @@ def resolve(config: RunConfig, store: str | None = None) -> Resolved:
         return ids.harvest_id(settings, config.harvest, model_digest=model.digest, corpus=corpus)
 
     harvest, shuffled = harvest_id(config.model.weights), harvest_id("shuffled")
-    saes = tuple(
+    saes = _distinct(
         _planned(point, shuffled if point.sae.control == "random_model" else harvest, hooks, outputs[point])
         for point in points
     )
@@ -204,9 +204,30 @@ def _output_hook(point: SaePoint) -> str:
     return path
 
 
+def _distinct(saes: Iterable[PlannedSae]) -> tuple[PlannedSae, ...]:
+    """The SAEs of a grid. Neurons are the same at every width, so they stand once; else no SAE may stand twice."""
+    found: dict[str, PlannedSae] = {}
+    for sae in saes:
+        if sae.id in found and sae.point.sae.control != "neurons":
+            raise ConfigError(
+                f"The grid names {sae.id} twice: what two of its points differ in makes no other SAE, such as a width "
+                "in two spellings or train.retire_after."
+            )
+        found.setdefault(sae.id, sae)
+    return tuple(found.values())
+
+
 def _planned(point: SaePoint, harvest: str, hooks: Mapping[str, int], output_hook: str) -> PlannedSae:
+    if isinstance(point.sae, TranscoderConfig):
+        # The hook itself, however it was given: what is counted in the id, and what the record says.
+        point = replace(point, sae=replace(point.sae, output_hook=output_hook))
     sae, d_in = point.sae, hooks[point.hook]
     d_sae = sae.width(d_in)
+    if sae.control in UNSTEPPED_CONTROLS and isinstance(sae, PenaltyConfig) and sae.target_l0 is not None:
+        raise ConfigError(
+            f"sae.target_l0 has no meaning for sae.control '{sae.control}', which is not trained; give that control a "
+            "grid of its own."
+        )
     if isinstance(sae, TopKConfig) and sae.k > d_sae:
         raise ConfigError(f"sae.k is {sae.k}, more than the {d_sae} features of the SAE; choose a smaller k.")
     if isinstance(sae, PenaltyConfig) and sae.target_l0 is not None and sae.target_l0 > d_sae / 2:

@@ -22,7 +22,12 @@ def dominated(slots: Sequence[Slot], step: int, steps: int) -> Iterator[tuple[Sl
     learning = [slot for slot in slots if slot.learns and slot.member.config.control == "none"]
     for slot in learning:
         after = slot.member.train.retire_after
-        if after is None or step < after * steps or not slot.history["step"] or slot.history["step"][-1] != step:
+        if (
+            after is None
+            or not after * steps <= step < steps - 1
+            or not slot.history["step"]
+            or slot.history["step"][-1] != step
+        ):
             continue
         better = next((other for other in learning if other is not slot and _beats(other, slot)), None)
         if better is not None:

@@ -52,8 +52,8 @@ class PenaltyConfig(CommonConfig):
     """Architectures whose sparsity is a penalty's doing: a coefficient, or the L0 that it is steered to."""
 
     target_l0: float | None = None
-    """Features per token to end at, within 10 %: the coefficient is then only where its control starts. An L0 above
-    that of the SAE without any penalty can't be reached."""
+    """Features per token to end at, within 10 %. The coefficient is then where its control starts; of JumpReLU it
+    stays, and the thresholds are moved. An L0 above that of the SAE without any penalty can't be reached."""
     initial_density: float | None = 0.02
     """Share of tokens on which each feature fires at initialisation, set by its bias or threshold on the first batch;
     null: biases start at 0 and about half of the features fire, fewer where there is an initial threshold."""
@@ -112,14 +112,11 @@ class JumpReluConfig(PenaltyConfig):
     """Weight of the number of active features, on inputs whose mean norm is sqrt(d_in)."""
     bandwidth: float = 0.3
     """Width of the kernel around the threshold within which a pre-activation moves the threshold."""
-    initial_threshold: float = 0.5
-    """Every feature's threshold at the first step; pre-activations then have a standard deviation of about 1."""
 
     def __post_init__(self) -> None:
         PenaltyConfig.__post_init__(self)
         require(self.l0_coefficient >= 0, "sae.l0_coefficient must be 0 or above")
         require(self.bandwidth > 0, "sae.bandwidth must be above 0")
-        require(self.initial_threshold >= 0, "sae.initial_threshold must be 0 or above")
 
     def sparsity(self) -> tuple[str, float]:
         """What sets the sparsity: the setting's short name and its value."""

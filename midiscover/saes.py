@@ -112,11 +112,23 @@ def write_trained(
         "dead_in_window": trained.dead_in_window,
         "lr": trained.lr,
         "coefficient": trained.coefficient,
-        "normalisation": {"scale": trained.scale, "mean_norm": planned.d_in**0.5 / trained.scale},
+        "normalisation": {
+            "scale": trained.scale,
+            "mean_norm": planned.d_in**0.5 / trained.scale,
+            "output_scale": trained.output_scale,
+        },
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "run": dict(run),
     }
     storage.create(layout.training(planned.id), dump(training))
+
+
+def has_ended(storage: Storage, sweep_id: str, planned: PlannedSae) -> bool:
+    """Whether an SAE of a sweep is trained, or was dropped by the retirement that its settings ask for."""
+    if storage.exists(layout.training(planned.id)):
+        return True
+    asked = planned.point.train.retire_after is not None
+    return asked and storage.exists(layout.retired(sweep_id, planned.id))
 
 
 def read_json(storage: Storage, key: str) -> dict[str, Any] | None:
@@ -142,8 +154,9 @@ def commit_record(
     sae, train = planned.point.sae, planned.point.train
     conventions = None
     if isinstance(sae, L1Config):
+        normalisation = training["normalisation"]
         conventions = l1_conventions(
-            training["coefficient"], scale=training["normalisation"]["scale"], d_in=planned.d_in, d_sae=planned.d_sae
+            training["coefficient"], scale=normalisation["output_scale"], d_in=planned.d_out, d_sae=planned.d_sae
         )
     files = {
         name: hashlib.sha256(storage.read(layout.sae_file(planned.id, name))).hexdigest()

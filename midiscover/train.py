@@ -113,6 +113,8 @@ class _Loop:
         self.every = slots[0].member.train.checkpoint_every
 
     def run(self, start: int) -> None:
+        before = {slot.member.id: slot.seconds for slot in self.slots}
+        taken = dict.fromkeys(before, 0)
         for step, raw in enumerate(self.source.batches(start), start=start):
             x, y = self._normalise(raw)
             if step == 0:
@@ -127,13 +129,15 @@ class _Loop:
                 if self._reports(slot, step):
                     slot.record(losses, step, self.source.batch_size)
                 slot.seconds += time.perf_counter() - began
+                taken[slot.member.id] += 1
             self._retire(step)
             self._after(step, start)
         if self.worker.device.type == "cuda":
-            # Kernels run behind the calls that launch them, so only the pack's time is known; members share it evenly.
+            # Kernels run behind the calls that launch them, so only the pack's time is known, and shared out by steps.
             torch.cuda.synchronize(self.worker.device)
+            spent = time.monotonic() - self.started_at
             for slot in self.slots:
-                slot.seconds = (time.monotonic() - self.started_at) / len(self.slots)
+                slot.seconds = before[slot.member.id] + spent * taken[slot.member.id] / max(1, sum(taken.values()))
 
     def _normalise(self, raw: Tensor | Pair) -> tuple[Tensor, Tensor]:
         device, source = self.worker.device, self.source

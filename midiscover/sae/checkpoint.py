@@ -11,7 +11,7 @@ from torch import Tensor
 
 from midiscover.errors import CorruptError
 
-VERSION = 1
+VERSION = 2
 
 
 def pack_state(tensors: dict[str, Tensor], fields: dict[str, Any]) -> bytes:

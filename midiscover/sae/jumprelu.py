@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from midiscover.sae.base import Losses, Sae, StepContext, bias_for_density, squared_error
 from midiscover.saeconfig import JumpReluConfig
 
+INITIAL_THRESHOLD = 0.5
+"""Where `initial_density` does not set it, in units of pre-activations, whose standard deviation is about 1."""
+
 
 class JumpReluSae(Sae):
     """f = pre where pre > threshold, zero elsewhere; loss = |x_hat - x|^2 + l0 * count(f > 0).
@@ -40,7 +43,7 @@ class JumpReluSae(Sae):
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
         super().initialise_(seed)
-        self.threshold.fill_(self.config.initial_threshold)
+        self.threshold.fill_(INITIAL_THRESHOLD)
 
     @torch.no_grad()
     def initialise_neurons_(self) -> None:

@@ -30,7 +30,7 @@ class L0Control(ABC):
 
     def __init__(self, start: float, target: float, *, steps: int, first: int, device: torch.device) -> None:
         """start: the coefficient to begin with; first: step of the first correction, after the warm-up of it."""
-        start = max(start, 1e-6)
+        start = max(start, 1e-2)
         self.target, self.steps, self.first = target, steps, first
         self.state = torch.tensor([math.log(start), 0.0, 0.0, start], device=device)
         """[4]: the integral, the running log L0, log L0 at the first correction, the coefficient."""

@@ -41,6 +41,9 @@ def resample_(
     alive = ~silent if not bool(silent.all()) else silent
     residual = y - sae(x)
     loss = residual.pow(2).sum(1).cpu().double()
+    if not bool(loss.isfinite().all()):
+        return 0  # this SAE has diverged, which its next point will say
+    loss = loss / loss.max().clamp(min=1e-12)
     generator = torch.Generator().manual_seed(seed)
     # The floor lets rows of no loss be drawn last, where there are too few others.
     rows = torch.multinomial(loss**2 + 1e-12, len(dead), replacement=False, generator=generator).to(x.device)

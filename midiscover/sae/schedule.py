@@ -40,5 +40,13 @@ def l1_scale(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def dead_window(config: TrainConfig, rows_per_epoch: int) -> int:
-    """Training tokens without firing after which a feature counts as dead."""
-    return config.dead_window or min(MAX_DEAD_WINDOW, max(1, rows_per_epoch // 2))
+    """Training tokens without firing after which a feature counts as dead: by default half an epoch, at most 10M.
+
+    With resampling, at most half of what comes before the first time, so that there can be dead features by then.
+    """
+    if config.dead_window is not None:
+        return config.dead_window
+    window = min(MAX_DEAD_WINDOW, rows_per_epoch // 2)
+    if config.resample_at:
+        window = min(window, int(min(config.resample_at) * rows_per_epoch * config.epochs / 2))
+    return max(1, window)

@@ -40,6 +40,7 @@ def test_the_layer_of_a_named_output_is_filled_in(tmp_path: Path) -> None:
         ({"kind": "transcoder", "output_hook": "model.layers.9.mlp"}, ModelError, "out of range"),
         ({"kind": "transcoder", "output_hook": "model.layers.0.mlp"}, ConfigError, "fires before"),
         ({"kind": "topk", "k": 1000}, ConfigError, "more than the 96 features"),
+        ({"target_l0": 9, "control": "untrained"}, ConfigError, "has no meaning"),
         ({"target_l0": 90}, ConfigError, "more than half of the 96 features"),
         ({"kind": "transcoder", "output_hook": HOOK, "control": "neurons"}, ConfigError, "has no meaning"),
     ],
@@ -63,6 +64,30 @@ def test_a_random_model_has_a_harvest_of_its_own(tmp_path: Path) -> None:
     packs = make_packs(run.saes, None, {sae.id for sae in run.saes})
     assert all(len({sae.harvest_id for sae in pack.saes}) == 1 for pack in packs)
     assert len(resolved(tmp_path).parts()) == 1
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [{"sae.d_sae": [48], "sae.expansion_factor": [1, 2]}, {"train.retire_after": [None, 0.5]}],
+)
+def test_a_grid_that_names_an_sae_twice_is_refused(tmp_path: Path, grid: dict[str, list[object]]) -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        resolved(tmp_path, grid=grid)
+
+
+def test_neurons_stand_once_however_many_widths_there_are(tmp_path: Path) -> None:
+    run = resolved(tmp_path, grid={"sae.expansion_factor": [4, 8], "sae.control": ["none", "neurons"]}, sae={})
+    per_hook = [p.point.sae.control for p in run.saes if p.point.hook == run.saes[0].point.hook]
+    assert per_hook.count("neurons") == 1
+    assert per_hook.count("none") == 2
+
+
+def test_one_output_hook_makes_one_transcoder_however_it_is_spelt(tmp_path: Path) -> None:
+    ids = set()
+    for output in (None, HOOK, "model.layers.{layer}.mlp"):
+        sae = {"kind": "transcoder", "output_hook": output}
+        ids |= {p.id for p in resolved(tmp_path, harvest={"hooks": f"{HOOK}:in"}, sae=sae, grid={}).saes}
+    assert len(ids) == 1
 
 
 def test_neurons_have_two_features_for_each_dimension(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ def test_a_diverging_sae_is_named_and_the_others_go_on(source: MemorySource) -> 
     assert_equal(second, alone)
 
 
+def test_a_diverged_sae_that_is_to_be_resampled_leaves_its_pack_alone(source: MemorySource) -> None:
+    """The loss is not finite before its next point says so, and resampling comes in between."""
+    config = dataclasses.replace(TRAIN, lr=1e30, clip=0, report_every=20, resample_at=(0.3,), dead_window=1)
+    wild = Member(id="wild", config=StandardConfig(), train=config, d_sae=16)
+    first, second = train([wild, members()[0]], source, MemoryWorker())
+    assert isinstance(first, Diverged)
+    assert isinstance(second, Trained)
+
+
 def test_schedules_follow_their_formulas() -> None:
     config = TrainConfig(lr_warmup=0.1, lr_decay=0.2, l1_warmup=0.5)
     rates = [lr_scale(step, 100, config) for step in range(100)]
@@ -191,6 +200,8 @@ def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemoryS
     assert dead_window(TrainConfig(), 1000) == 500
     assert dead_window(TrainConfig(), 10**9) == 10_000_000
     assert dead_window(TRAIN, 10**9) == 40
+    # Resampling first after 30 % of two epochs of 1,000: at most half of that.
+    assert dead_window(TrainConfig(epochs=2, resample_at=(0.6, 0.3)), 1000) == 300
 
 
 def test_bfloat16_products_train_to_nearly_the_same_loss(source: MemorySource) -> None:

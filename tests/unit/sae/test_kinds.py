@@ -187,15 +187,13 @@ def test_jumprelu_passes_what_is_above_its_threshold_whole(x: Tensor) -> None:
 
 
 def test_a_threshold_never_falls_below_zero(x: Tensor) -> None:
-    sae = make_used(JumpReluConfig(initial_threshold=0.0))
+    sae = make_used(JumpReluConfig())
     threshold = sae.get_parameter("threshold")
     with torch.no_grad():
         threshold.copy_(torch.linspace(-1, 1, D_SAE))
     sae.after_step()
     assert torch.equal(threshold, torch.linspace(-1, 1, D_SAE).double().clamp(min=0))
-    assert torch.equal(
-        make(JumpReluConfig(initial_threshold=0.3)).get_parameter("threshold"), torch.full((D_SAE,), 0.3)
-    )
+    assert torch.equal(make(JumpReluConfig()).get_parameter("threshold"), torch.full((D_SAE,), 0.5))
 
 
 def test_a_dense_start_of_jumprelu_needs_biases() -> None:
