@@ -142,7 +142,7 @@ def test_the_tracker_tells_what_was_done_and_is_rebuilt_from_the_store(store: Pa
     compared = json.loads(midiscover("runs", "compare", sweep, "--store", str(store), "--json").out)
     assert len(compared["saes"]) == 4
     assert {(pair["axis"], pair["hook"]) for pair in compared["stability"]} == {
-        ("l1", f"model.layers.{layer}.mlp.down_proj") for layer in (0, 1)
+        ("sparsity", f"model.layers.{layer}.mlp.down_proj") for layer in (0, 1)
     }
     text = midiscover("runs", "compare", sweep, "--store", str(store))
     assert "FVU" in text.out
