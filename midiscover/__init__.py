@@ -3,7 +3,7 @@
 Importing this package loads neither torch nor ray. `load_sae` is the one name that lives here:
 
     >>> from midiscover import load_sae
-    >>> sae = load_sae("l15.mlp-down_proj.standard-4608.l1-5", store="./midiscover-store")
+    >>> sae = load_sae("l15.mlp-down_proj.standard-4608.l1-2", store="./midiscover-store")
     >>> features = sae.encode(activations)  # [tokens, d_in] -> [tokens, d_sae]
 """
 

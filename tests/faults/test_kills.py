@@ -28,6 +28,7 @@ SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrang
 SLOW = {
     # Work enough that a kill falls into it: small blocks, small batches, a checkpoint after every report.
     "harvest": {"hooks": "model.layers.{0,1}.mlp.down_proj", "block_tokens": 256, "batch_tokens": 32},
+    "evaluate": {"ce_tokens": 0},  # what is compared are weights and blocks
     "train": {"epochs": 3, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5},
 }
 ONE_PACK = ("--harvest.hooks", "[model.layers.1.mlp.down_proj]", "--resources.pack_size", "2")
