@@ -22,7 +22,6 @@ LATER_SETTINGS: dict[str, Any] = {
     "control": "none",
     "decoder": "free",
     "resample_at": (),
-    "retire_after": None,
     "foreign_source": None,
 }
 """Settings that came after the first ids, at the meaning that those ids have: there they are left out."""

@@ -98,6 +98,7 @@ class Slot:
     ) -> None:
         self.member, self.inputs, self.outputs, self.steps = member, inputs, outputs, steps
         config, train = member.config, member.train
+        self.unstepped = config.control in UNSTEPPED_CONTROLS
         if config.control == "neurons" and isinstance(config, PenaltyConfig):
             config = replace(config, initial_density=None)  # the neurons as they are
         sae = make_sae(config, inputs.mean.numel(), member.d_sae, outputs.mean.numel())
@@ -125,8 +126,7 @@ class Slot:
     @property
     def learns(self) -> bool:
         """Whether this member takes steps: controls without training do not, and none that has ended."""
-        unstepped = self.member.config.control in UNSTEPPED_CONTROLS
-        return not unstepped and self.diverged is None and self.retired is None
+        return not self.unstepped and self.diverged is None and self.retired is None
 
     def coefficient(self) -> float | Tensor:
         """The sparsity coefficient without its warm-up."""
@@ -214,16 +214,15 @@ class Slot:
             return Diverged(member=self.member, step=self.diverged, lr=self.lr)
         if self.retired is not None:
             return Retired(member=self.member, step=self.retired[0], by=self.retired[1])
-        unstepped = self.member.config.control in UNSTEPPED_CONTROLS
         return Trained(
             member=self.member,
             sae=self.sae,
             weights=self.sae.fold(self.inputs, self.outputs),
             history=self.history,
-            steps=0 if unstepped else self.steps,
-            tokens=0 if unstepped else tokens,
+            steps=0 if self.unstepped else self.steps,
+            tokens=0 if self.unstepped else tokens,
             seconds=self.seconds,
-            dead_in_window=None if unstepped else float((self.since_fired >= self.window).double().mean()),
+            dead_in_window=None if self.unstepped else float((self.since_fired >= self.window).double().mean()),
             scale=self.inputs.scale,
             output_scale=self.outputs.scale,
             lr=self.lr,

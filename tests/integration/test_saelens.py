@@ -31,11 +31,12 @@ from midiscover.saeconfig import SAE_KINDS, JumpReluConfig, L1Config, TopKConfig
 from midiscover.saes import SAELENS_VERSION, SPARSITY, commit_record, write_trained
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
-from midiscover.train import Member, Pair, Progress, Trained, train
+from midiscover.train import Member, Pair, Trained, train
 from tests.planted import normalisation
 from tests.runs import write_run
 from tests.tiny import make_tiny_model
 from tests.venvs import cached_venv, checked
+from tests.workers import SilentWorker
 
 # The first run on a machine downloads torch once more; what was made is kept.
 pytestmark = [pytest.mark.saelens, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -86,21 +87,6 @@ class MemorySource:
         for step in range(start, len(self)):
             x, y = (rows.roll(-step * BATCH, 0)[:BATCH] for rows in (self.rows, self.predicted))
             yield x if self.predicted is self.rows else Pair(x, y)
-
-
-class SilentWorker:
-    """Neither checkpoints nor progress."""
-
-    device = torch.device("cpu")
-
-    def load_checkpoint(self) -> None:
-        return None
-
-    def save_checkpoint(self, step: int, data: bytes) -> None:
-        return None
-
-    def report(self, progress: Progress) -> None:
-        return None
 
 
 class Answer(NamedTuple):

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from midiscover.config import ModelConfig
 from midiscover.corpus import Corpus
 from midiscover.errors import ModelError
 from midiscover.evaluate import SplicedSums, SpliceResult, reconstruction_metrics, splice_metrics
 from midiscover.lm import LanguageModel
-from midiscover.models import resolve_model
 from midiscover.sae.base import Sae
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import SkipTranscoderConfig, StandardConfig
-from midiscover.store.storage import open_store
 from midiscover.train import Pair
-from tests.tiny import make_tiny_model
-from tests.unit.test_harvest import CONTEXT, tiny_corpus
+from tests.unit.test_harvest import CONTEXT
 
 HOOK, D_IN = "model.layers.0.mlp.down_proj", 24
 WIDE = 2 * D_IN + 8  # of `model.layers.0.mlp.down_proj:in`
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    folder = make_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama")
-    return LanguageModel.load(resolve_model(ModelConfig(id=str(folder))), dtype="float32")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, model: LanguageModel) -> Corpus:
-    return tiny_corpus(tmp_path, model, open_store(str(tmp_path / "store")))
 
 
 def identity_sae() -> Sae:

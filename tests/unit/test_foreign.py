@@ -8,34 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig
+from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig
 from midiscover.corpus import Corpus
 from midiscover.errors import CorpusError
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel
-from midiscover.models import resolve_model
 from midiscover.packing import Windows
 from midiscover.store.blocks import Mask, block_plan, read_block
-from midiscover.store.storage import open_store
 from midiscover.texts import foreign_config, resolve_foreign
 from midiscover.train import Pair
-from tests.tiny import make_tiny_model
-from tests.unit.test_harvest import CONTEXT, tiny_corpus
+from tests.unit.test_harvest import CONTEXT
 
 HOOK, OUTPUT = "model.layers.0.mlp.down_proj:in", "model.layers.1.mlp"
 HARVEST = HarvestConfig(hooks=(HOOK, OUTPUT), block_tokens=7 * CONTEXT, outlier_norm=1.5)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    folder = make_tiny_model("llama", tmp_path_factory.mktemp("model") / "llama")
-    return LanguageModel.load(resolve_model(ModelConfig(id=str(folder))), dtype="float32")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, model: LanguageModel) -> Corpus:
-    return tiny_corpus(tmp_path, model, open_store(str(tmp_path / "store")))
 
 
 def test_rows_are_those_of_a_harvest_of_the_same_windows(

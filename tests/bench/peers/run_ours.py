@@ -14,8 +14,9 @@ from midiscover.config import TrainConfig
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import ARCHITECTURES, folded_sae
 from midiscover.saeconfig import SAE_KINDS, TopKConfig
-from midiscover.train import Member, Progress, Trained
+from midiscover.train import Member, Trained
 from midiscover.train import train as train_members
+from tests.workers import SilentWorker
 
 
 @cache
@@ -43,21 +44,6 @@ class RowSource:
     def batches(self, start: int) -> Iterator[Tensor]:
         assert start == 0, "a bench does not resume inside a training"
         return iter(self.rows)
-
-
-class SilentWorker:
-    """Neither checkpoints nor progress."""
-
-    device = torch.device("cpu")
-
-    def load_checkpoint(self) -> None:
-        return None
-
-    def save_checkpoint(self, step: int, data: bytes) -> None:
-        return None
-
-    def report(self, progress: Progress) -> None:
-        return None
 
 
 def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
