@@ -7,6 +7,7 @@ is in doubt is left to the table.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import re
@@ -93,9 +94,10 @@ def refuse_impossible(hooks: Sequence[str], *, model: str, config: Mapping[str, 
     `config` is the content of config.json. `weights` are the names of the model's tensors, where they are known: they
     give the nearest hooks, and keep a layer that has weights from being refused.
     """
-    words = _module_words(config)
+    sources = _sources(config)
+    words = None if sources is None else _words(sources)
     for hook in hooks:
-        if words is not None and not _is_spelled(hook, words):
+        if sources is not None and words is not None and not _may_be_there(hook, weights, sources, words):
             raise _unknown(hook, model, _modules_near(hook, weights, words), "`midiscover inspect` lists its hooks")
         layer, n_layers = hook_layer(hook), _layer_count(config)
         if layer is not None and n_layers is not None and _is_beyond(hook, layer, config, weights):
@@ -144,8 +146,53 @@ def _is_spelled(hook: str, words: frozenset[str]) -> bool:
     return all(part.isdigit() or part in words for part in hook.removesuffix(":in").split("."))
 
 
-def _module_words(config: Mapping[str, Any]) -> frozenset[str] | None:
-    """Every word that can be part of a module path of this model; None where that can't be told.
+def _may_be_there(hook: str, weights: Sequence[str], sources: Sequence[str], words: frozenset[str]) -> bool:
+    """False where a word of the hook is none of the model's, or stands where its class assigns no such attribute.
+
+    The class of a module is not known, but its parts with weights are: the classes whose code assigns all of them.
+    """
+    if not _is_spelled(hook, words):
+        return False
+    paths = {name.rpartition(".")[0] for name in weights}
+    paths |= {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
+    place, parts = "", hook.removesuffix(":in").split(".")
+    for part in parts:
+        inner = f"{place}.{part}".lstrip(".")
+        if inner not in paths:
+            break
+        place = inner
+    else:
+        return True
+    children = {path.removeprefix(f"{place}.").partition(".")[0] for path in paths if path.startswith(f"{place}.")}
+    if not place:
+        children = {path.partition(".")[0] for path in paths}
+    # A list has numbers for parts, and weights saved without the model's own prefix begin with one's parts.
+    if not children or part.isdigit() or any(child.isdigit() for child in children):
+        return True
+    fitting = [attributes for attributes in _attributes(sources) if children <= attributes]
+    return not fitting or any(part in attributes for attributes in fitting)
+
+
+def _attributes(sources: Sequence[str]) -> list[frozenset[str]]:
+    """Of each class in the source code, the attributes that its methods assign to `self`, those of its bases too."""
+    own: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
+    for text in sources:
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef):
+                targets = (inner for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
+                stored = {inner.attr for inner in targets if isinstance(inner.ctx, ast.Store)}
+                own[node.name] = own.get(node.name, set()) | stored
+                bases[node.name] = [ast.unparse(base) for base in node.bases]
+
+    def inherited(name: str) -> set[str]:
+        return own.get(name, set()).union(*(inherited(base) for base in bases.get(name, ()) if base != name))
+
+    return [frozenset(inherited(name)) for name in own]
+
+
+def _sources(config: Mapping[str, Any]) -> list[str] | None:
+    """The code that the modules of this model come from; None where that can't be told.
 
     A module gets its name from an attribute, or a string, in the source code of the model's family. What stands there
     neither as the one nor as the other is the name of no module.
@@ -167,7 +214,11 @@ def _module_words(config: Mapping[str, Any]) -> frozenset[str] | None:
     if any(_COMPOSED.search(text) for text in sources):
         return None
     shared = (*(transformers / name for name in _OF_TRANSFORMERS), *(torch / "nn" / name for name in _OF_TORCH))
-    sources += [file.read_text() for file in shared if file.is_file()]
+    return sources + [file.read_text() for file in shared if file.is_file()]
+
+
+def _words(sources: Sequence[str]) -> frozenset[str]:
+    """Every word that can be part of a module path of this model."""
     return frozenset(word for text in sources for pair in _WORD.findall(text) for word in pair if word)
 
 

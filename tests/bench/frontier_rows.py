@@ -129,7 +129,7 @@ class Rows:
         self.folder.mkdir(parents=True, exist_ok=True)
         tree = {
             "name": "frontier",
-            "model": {"id": wanted.model},
+            "model": {"id": wanted.model, "dtype": "auto"},
             "corpus": {
                 "source": wanted.text,
                 "max_tokens": round(TOKENS_PER_ROW * max(wanted.steps * wanted.batch_size, 10 * wanted.held_out)),

@@ -90,10 +90,13 @@ def test_wrong_hooks_are_refused_as_the_table_does(family: Family) -> None:
         ("model.layers.99.mlp.down_prj", "nearest are model.layers."),
         ("blocks.1.hook_mlp_out", "has no hook"),
         ("", "has no hook ''"),
+        # Each word is the name of a module, but not there.
+        ("model.layers.1.self_attn.down_proj", "nearest are model.layers.1.self_attn."),
+        ("model.layers.1.down_proj:in", "nearest are model.layers.1.mlp.down_proj:in, "),
+        ("layers.1.mlp", "nearest are model.layers.1.mlp, "),
         # Perhaps there, perhaps without weights: the table knows.
         ("model.layers.1.mlp.act_fn", None),
-        ("model.layers.1.self_attn.down_proj", None),
-        ("layers.1.mlp", None),
+        ("model.layers.1.mlp.down_proj.act_fn", None),
         ("model.layers.01.mlp", None),
     ],
 )
