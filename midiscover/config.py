@@ -165,6 +165,75 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturesConfig:
+    """What is written down of each feature, from stored training activations."""
+
+    max_tokens: int = 1_000_000
+    """Training rows that are read, in whole blocks spread evenly over the harvest."""
+    top_contexts: int = 20
+    """Contexts with the highest activations, one per window of the corpus at most."""
+    interval_contexts: int = 5
+    """Contexts drawn at random from each of up to 8 equal intervals of activation."""
+    random_contexts: int = 5
+    """Contexts drawn at random from all rows, whether the feature fires there or not."""
+    context_before: int = 24
+    """Tokens of a context before the one it is about."""
+    context_after: int = 8
+    """Tokens of a context after it."""
+    sample_tokens: int = 16_384
+    """Rows, drawn at random, on which a feature's correlations with other features and with neurons are measured."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_contexts", "sample_tokens"):
+            _require(getattr(self, name) > 0, f"features.{name} must be above 0")
+        for name in ("interval_contexts", "random_contexts", "context_before", "context_after"):
+            _require(getattr(self, name) >= 0, f"features.{name} must be 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeuronpediaConfig:
+    """How SAEs are called on Neuronpedia."""
+
+    model: str | None = None
+    """Its id of the language model, such as `phi-2`; null: made from the model's name."""
+    release: str = "midiscover"
+    """Name of the release."""
+    source_set: str | None = None
+    """Name of the source set, without dots; null: made from hook, width and sparsity, such as `mdc-mlp-20k-l1-3`."""
+    creator_name: str = "miDiscover"
+    """Who is shown as the creator."""
+    creator_id: str = "clkht01d40000jv08hvalcvly"
+    """A user that the importing Neuronpedia knows."""
+    url: str | None = None
+    """Where people read about the release."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishConfig:
+    """What `midiscover publish` writes of a sweep, and where."""
+
+    formats: tuple[str, ...] = ("saelens", "neuronpedia", "bundle")
+    """Any of saelens, neuronpedia, bundle."""
+    saes: str = "frontier"
+    """Which SAEs of the sweep: `all`; `frontier`, those no other SAE of their hook beats, without controls; `best`, of
+    each hook the one of these with the lowest FVU; or the beginning of an id."""
+    out: str | None = None
+    """Folder or s3:// prefix; null: `exports/` in the folder of each SAE in the store."""
+    push: str | None = None
+    """`hf://org/repo`: put the SAELens layout with a model card there as well."""
+    neuronpedia: NeuronpediaConfig = field(default_factory=NeuronpediaConfig)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.formats if name not in EXPORTS]
+        _require(not wrong, f"publish.formats holds '{wrong[0] if wrong else ''}'; known are {', '.join(EXPORTS)}")
+        _require(self.push is None or self.push.startswith("hf://"), "publish.push must look like hf://org/repo")
+
+
+EXPORTS = ("saelens", "neuronpedia", "bundle")
+"""Formats that an SAE is exported in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
     """How the work is laid over the machine. Never part of an id."""
 
@@ -211,6 +280,8 @@ class RunConfig:
     are run one beside the other; `sae.kind` and `sae.control` are axes like any other."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, SaePoint
+from midiscover.config import CorpusConfig, EvaluateConfig, FeaturesConfig, HarvestConfig, ModelConfig, SaePoint
 from midiscover.saeconfig import SAE_KINDS, L1Config, PenaltyConfig, SaeConfig, TopKConfig
 
 HASH_LENGTH = 10
@@ -75,6 +75,11 @@ def harvest_id(model: ModelConfig, harvest: HarvestConfig, *, model_digest: str,
     if model.weights != "trained":
         given["weights"] = model.weights
     return "h." + fingerprint("harvest", 1, given)
+
+
+def features_id(features: FeaturesConfig) -> str:
+    """Id of the feature records of an SAE, within the SAE's folder."""
+    return "f." + fingerprint("features", 1, _settings(features))
 
 
 def hook_layer(hook: str) -> int | None:

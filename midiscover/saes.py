@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,8 @@ def commit_record(
         "train": to_tree(train),
         "l1": conventions,
         "normalisation": training["normalisation"],
-        "evaluate": to_tree(resolved.config.evaluate),
         "evaluation_id": resolved.evaluation_id,
+        "config": read_from(resolved, (planned.point.hook, planned.output_hook)),
         "metrics": dict(metrics) | {"dead_in_window_share": training["dead_in_window"]},
         "lineage": harvest_lineage(resolved) | {"seed": train.seed} | training["run"],
         "files": files,
@@ -194,6 +194,13 @@ def commit_record(
     standing = read_json(storage, key)
     assert standing is not None
     return standing
+
+
+def read_from(resolved: Resolved, hooks: Iterable[str]) -> dict[str, Any]:
+    """The settings under which the activations of these hooks can be had again: model, corpus, harvest, evaluate."""
+    config = to_tree(resolved.config)
+    config["harvest"]["hooks"] = list(dict.fromkeys(hooks))
+    return {section: config[section] for section in ("model", "corpus", "harvest", "evaluate")}
 
 
 def harvest_lineage(resolved: Resolved) -> dict[str, Any]:

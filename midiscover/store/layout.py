@@ -119,6 +119,31 @@ def record(sae_id: str) -> str:
     return sae_file(sae_id, "record.json")
 
 
+def features_folder(sae_id: str, features_id: str) -> str:
+    """What is known of the features of an SAE under one set of settings."""
+    return sae_file(sae_id, f"features/{features_id}")
+
+
+def features_file(sae_id: str, features_id: str, name: str) -> str:
+    """`features.parquet`, `contexts.parquet`, or one of `parts/`, which are removed in the end."""
+    return f"{features_folder(sae_id, features_id)}/{name}"
+
+
+def features_manifest(sae_id: str, features_id: str) -> str:
+    """Written last: features without it are not complete."""
+    return features_file(sae_id, features_id, "manifest.json")
+
+
+def concept_scores(sae_id: str, name: str) -> str:
+    """How features of an SAE stand for one concept; `name` is the module's, or one made of the user's texts."""
+    return sae_file(sae_id, f"concepts/{name}.json")
+
+
+def export_folder(sae_id: str, kind: str) -> str:
+    """An export of an SAE that was given no place of its own."""
+    return sae_file(sae_id, f"exports/{kind}")
+
+
 def sweep_folder(sweep_id: str) -> str:
     """What belongs to a whole grid."""
     return f"{SWEEPS}/{sweep_id}"

@@ -125,7 +125,7 @@ def config_tree(args: argparse.Namespace, source: str, kind: str) -> dict[str, A
     side = "mlp:in" if transcodes(kind) else "mlp.down_proj"
     return {
         "name": "recipes",
-        "model": {"id": "embedded"},
+        "model": {"id": "embedded", "dtype": "auto"},
         "corpus": {"source": source, "max_tokens": sizes.tokens, "context_size": 128},
         "harvest": {"hooks": f"model.layers.{braces}.{side}"},
         "sae": {"kind": kind},

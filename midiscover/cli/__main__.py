@@ -1,0 +1,5 @@
+"""`python -m midiscover.cli` is the `midiscover` command."""
+
+from midiscover.cli import entry
+
+entry()

@@ -1,0 +1,97 @@
+"""`midiscover inspect`, `config` and `model`: what a model has, what a config means, models in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from midiscover import tables
+from midiscover.config import ModelConfig
+from midiscover.configio import find_config, load_config, to_yaml
+from midiscover.launch import Parser, parse_job
+from midiscover.models import STORED, HookInfo, HookTable, hook_table, push_model, resolve_model
+from midiscover.resolve import Resolved, make_packs, resolve
+from midiscover.store import layout
+from midiscover.store.storage import store_uri
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    parser = Parser(prog="midiscover inspect", description="List a model's hook points; loads no weights.")
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, GGUF file, store:NAME, or 'embedded'")
+    parser.add_argument("--store", metavar="URI", help="where store:NAME is; else $MIDISCOVER_STORE")
+    parser.add_argument("--revision", help="hub branch, tag or commit")
+    parser.add_argument("--all", action="store_true", help="every module, not one layer's of each kind")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    known = parser.parse_args(list(argv))
+    identity = resolve_model(ModelConfig(id=known.model, revision=known.revision), known.store)
+    table = hook_table(identity)
+    if known.json:
+        print(json.dumps(dataclasses.asdict(table), indent=1))
+        return
+    tables.show(_about_model(table))
+    hooks = [_hook_row(hook) for hook in table.hooks.values() if known.all or _shown(hook, table)]
+    tables.show(tables.hooks_table(hooks))
+    if not known.all:
+        print(
+            f"Layers 0 to {table.n_layers - 1} are alike; --all lists all {len(table.hooks)} hooks. "
+            "'path:in' reads an input."
+        )
+
+
+def _about_model(table: HookTable) -> str:
+    giga = table.flops_per_token / 1e9
+    return (
+        f"{table.model}: {table.n_layers} layers, d_model {table.d_model:,}, vocabulary {table.vocab_size:,}, "
+        f"{table.parameters / 1e6:,.0f} M parameters, {giga:.2f} GFLOP per token"
+    )
+
+
+def _hook_row(hook: HookInfo) -> dict[str, Any]:
+    return dataclasses.asdict(hook) | {"bytes_per_token": hook.bytes_per_token}
+
+
+def _shown(hook: HookInfo, table: HookTable) -> bool:
+    """Outputs of the middle layer, and the recommended hooks of the others."""
+    return hook.recommended or (hook.layer == table.n_layers // 2 and not hook.path.endswith(":in"))
+
+
+def _config(argv: Sequence[str]) -> None:
+    args = parse_job("sweep", argv, prog="midiscover config")
+    resolved = resolve(load_config(find_config(args.config), args.overrides), args.store)
+    print(to_yaml(resolved.config), end="")
+    print("\n# what it resolves to")
+    print(to_yaml(_ids(resolved, args.store)), end="")
+
+
+def _ids(resolved: Resolved, store: str | None) -> dict[str, Any]:
+    packs = make_packs(resolved.saes, resolved.config.resources.pack_size, {sae.id for sae in resolved.saes})
+    return {
+        "store": store_uri(store),
+        "model": {"name": resolved.model.name, "digest": resolved.model.digest},
+        "text": {"name": resolved.source.name, "digest": resolved.source.digest},
+        "corpus": layout.corpus_folder(resolved.corpus_id),
+        "activations": [layout.harvest_folder(part.harvest_id) for part in resolved.parts()],
+        "sweep": layout.sweep_folder(resolved.sweep_id),
+        "packs": len(packs),
+        "saes": [layout.sae_folder(sae.id) for sae in resolved.saes],
+    }
+
+
+def _model(argv: Sequence[str]) -> None:
+    parser = Parser(prog="midiscover model", description="Models in a store, for nodes that share no disk.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    push = actions.add_parser("push", help="put a local model into the store; afterwards model.id is store:NAME")
+    push.add_argument("model", metavar="MODEL", help="folder, GGUF file, or 'embedded'")
+    push.add_argument("--name", help="its name in the store; else what the model calls itself")
+    push.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    known = parser.parse_args(list(argv))
+    stored, is_new = push_model(ModelConfig(id=known.model), known.store, known.name)
+    size = sum(file.size for file in stored.files.values()) / 1e6
+    print(f"{stored.name}: {size:,.1f} MB {'put' if is_new else 'stand already'} in {stored.store}", file=sys.stderr)
+    print(f"{STORED}{stored.key}")
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"inspect": _inspect, "config": _config, "model": _model}

@@ -1,0 +1,63 @@
+"""`midiscover runs`: what the tracker knows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+
+from midiscover import tables
+from midiscover.launch import Parser
+from midiscover.store.storage import open_store
+from midiscover.tracking import Tracker, reindex
+
+
+def _runs(argv: Sequence[str]) -> None:
+    parser = Parser(prog="midiscover runs", description="Look up, compare and annotate what the tracker knows.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    listing = actions.add_parser("list", help="all sweeps, newest first")
+    show = actions.add_parser("show", help="one sweep or SAE")
+    compare = actions.add_parser("compare", help="the SAEs of a sweep and their L0-FVU frontier")
+    annotate = actions.add_parser("annotate", help="set the note and tags of a sweep or SAE")
+    rebuild = actions.add_parser("reindex", help="rebuild the tracker from the store")
+    show.add_argument("id", metavar="ID", help="a sweep or SAE, or a unique beginning of its id")
+    annotate.add_argument("id", metavar="ID", help="a sweep or SAE, or a unique beginning of its id")
+    annotate.add_argument("--note", help="a sentence; an empty one takes it away")
+    annotate.add_argument("--tag", action="append", default=[], help="add a tag; may stand several times")
+    annotate.add_argument("--untag", action="append", default=[], help="remove a tag")
+    compare.add_argument("sweep", metavar="SWEEP", help="a sweep, or a unique beginning of its id")
+    for action in (listing, show, compare, annotate, rebuild):
+        action.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+        action.add_argument("--json", action="store_true", help="as JSON")
+    known = parser.parse_args(list(argv))
+    storage = open_store(known.store, create=False)
+    with Tracker.for_store(storage) as tracker:
+        result, show_result = _run_action(known, tracker, storage)
+    if known.json:
+        print(json.dumps(result, indent=1, default=str))
+    else:
+        tables.show(show_result(result))
+
+
+def _run_action(
+    known: argparse.Namespace, tracker: Tracker, storage: Any
+) -> tuple[Any, Callable[[Any], RenderableType]]:
+    match known.action:
+        case "list":
+            return tracker.list_runs(), tables.runs_table
+        case "show":
+            return tracker.show(known.id), tables.details
+        case "compare":
+            found = {"saes": tracker.compare(known.sweep), "stability": tracker.stability(known.sweep)}
+            return found, lambda both: tables.comparison(both["saes"], both["stability"])
+        case "annotate":
+            after = tracker.annotate(known.id, known.note, add_tags=known.tag, remove_tags=known.untag)
+            return after._asdict(), tables.details
+        case _:
+            return reindex(storage, tracker)._asdict(), tables.details
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"runs": _runs}

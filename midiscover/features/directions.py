@@ -1,0 +1,69 @@
+"""What decoder directions say by themselves: the logits they push, the directions next to them, the neurons in them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LENS_TOKENS = 10
+LENS_BINS = 50
+NEIGHBOURS = 10
+NEURONS = 3
+
+
+class Lens(NamedTuple):
+    """Logits of n decoder rows, W_dec @ W_U without the final norm (as Neuronpedia and SAEDashboard have them)."""
+
+    top_ids: Tensor
+    """[n, 10] ids of the highest logits, highest first."""
+    top: Tensor
+    bottom_ids: Tensor
+    """[n, 10] ids of the lowest logits, lowest first."""
+    bottom: Tensor
+    heights: Tensor
+    """[n, 50] how many ids have their logit in each of 50 equal bins between lowest and highest."""
+    centres: Tensor
+    """[n, 50] the middle of each bin."""
+
+
+class Nearest(NamedTuple):
+    """Other entries, [n, k], with what makes them near."""
+
+    index: Tensor
+    value: Tensor
+
+
+def lens(directions: Tensor, unembedding: Tensor) -> Lens:
+    """directions: [n, d_model]; unembedding: [vocabulary, d_model], on the same device. Results on the CPU."""
+    logits = directions.float() @ unembedding.float().T
+    k = min(LENS_TOKENS, logits.shape[1])
+    top, bottom = logits.topk(k, dim=1), logits.topk(k, dim=1, largest=False)
+    low, high = bottom.values[:, :1], top.values[:, :1]
+    width = ((high - low) / LENS_BINS).clamp(min=1e-30)
+    place = ((logits - low) / width).long().clamp_(0, LENS_BINS - 1)
+    heights = torch.zeros(len(logits), LENS_BINS, dtype=torch.int64, device=logits.device)
+    heights.scatter_add_(1, place, torch.ones_like(place))
+    centres = low + (torch.arange(LENS_BINS, device=logits.device) + 0.5) * width
+    found = (top.indices, top.values, bottom.indices, bottom.values, heights, centres)
+    return Lens(*(tensor.cpu() for tensor in found))
+
+
+def neighbours(decoder: Tensor, start: int, stop: int) -> Nearest:
+    """The features whose decoder rows have the highest cosine with those of [start, stop), themselves left out."""
+    unit = decoder.float() / decoder.float().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    cosine = unit[start:stop] @ unit.T
+    here = torch.arange(stop - start, device=cosine.device)
+    cosine[here, here + start] = -torch.inf
+    best = cosine.topk(min(NEIGHBOURS, len(decoder) - 1), dim=1)
+    return Nearest(best.indices.cpu(), best.values.cpu())
+
+
+def neurons(decoder: Tensor) -> tuple[Nearest, Tensor]:
+    """The largest entries of each decoder row [n, d_out] by size, with their sign, and their share of its L1 norm."""
+    rows = decoder.float()
+    index = rows.abs().topk(min(NEURONS, rows.shape[1]), dim=1).indices
+    value = rows.gather(1, index)
+    share = value.abs() / rows.abs().sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return Nearest(index.cpu(), value.cpu()), share.cpu()

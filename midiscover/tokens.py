@@ -1,0 +1,43 @@
+"""Token ids as the strings that people read; knows tokenizers by what transformers calls them, and no model.
+
+A token of byte-level BPE may be a piece of a character: it is shown as the replacement character, as the tokenizer
+itself decodes it. An id that the tokenizer does not have (phi-2 has 51,200 embedding rows for 50,295 ids) is named
+`<|outofrange|>`, Neuronpedia's word for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+OUT_OF_RANGE = "<|outofrange|>"
+
+
+class TokenStrings:
+    """The string of each id of a tokenizer; each is decoded once.
+
+    >>> strings = TokenStrings(tokenizer)
+    >>> strings([1, 2, 51_199])    # ['"', '#', '<|outofrange|>']
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+        self.count = len(tokenizer)
+        """Ids that the tokenizer has, its added ones included."""
+
+    def __call__(self, ids: Iterable[int]) -> list[str]:
+        """One string for each id."""
+        return [self._string(int(token)) for token in ids]
+
+    def _string(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._decode(token) if 0 <= token < self.count else OUT_OF_RANGE
+        return self._known[token]
+
+    def _decode(self, token: int) -> str:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # Decoders of SentencePiece drop the space in front of a first token; "\u2581" is how it writes one.
+        dropped = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
+        return f" {text}" if dropped else text
