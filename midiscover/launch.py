@@ -50,6 +50,16 @@ class Prepared:
     tracker: Tracker
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetArgs:
+    """What a job about finished SAEs is told on its command line."""
+
+    target: str
+    store: str | None = None
+    force: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence on stderr and exit code 2."""
 
@@ -79,7 +89,10 @@ def job_parser(stage: str, *, prog: str | None = None) -> Parser:
 DESCRIPTIONS = {
     "harvest": "Make the corpus and the activation blocks of a config; what is committed is not made again.",
     "sweep": "Make what is missing of corpus and activation blocks, then train, measure and report the grid of SAEs.",
+    "features": "Write down each feature of finished SAEs: statistics, contexts, logit lens, neighbours.",
+    "publish": "Export SAEs of a sweep to SAELens, Neuronpedia and the bundle, as the config's section publish says.",
 }
+EXAMPLES = {"features": "features.max_tokens 50000", "publish": "publish.formats [saelens]"}
 
 
 def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> JobArgs:
@@ -93,6 +106,21 @@ def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> Jo
         note=getattr(known, "note", None),
         overrides=parse_overrides(rest),
     )
+
+
+def parse_target(stage: str, argv: Sequence[str], *, prog: str | None = None) -> TargetArgs:
+    """Read the arguments of a job about a config, a sweep or an SAE. ConfigError for anything unknown."""
+    parser = Parser(
+        prog=prog or f"python -m jobs.{stage}",
+        description=DESCRIPTIONS[stage],
+        epilog=f"Any setting is a flag by its path, for example --{EXAMPLES[stage]}.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="CONFIG|SWEEP|SAE", help="a config, or a sweep or SAE by its id's beginning")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    parser.add_argument("--force", action="store_true", help="make anew what is already committed")
+    known, rest = parser.parse_known_args(list(argv))
+    return TargetArgs(target=known.target, store=known.store, force=known.force, overrides=parse_overrides(rest))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

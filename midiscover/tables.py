@@ -192,6 +192,15 @@ def hooks_table(hooks: Iterable[Row]) -> RenderableType:
     return table
 
 
+def features_made(manifests: Iterable[Row]) -> RenderableType:
+    """Feature records: `sae, alive, d_sae, tokens, seconds` of each manifest."""
+    table = _table("SAE", ">features alive", ">of", ">tokens read", ">seconds to write")
+    for made in manifests:
+        counts = (f"{made[name]:,}" for name in ("alive", "d_sae", "tokens"))
+        table.add_row(made["sae"], *counts, fixed(made["seconds"], 1))
+    return table
+
+
 def details(data: Mapping[str, Any]) -> RenderableType:
     """Everything about one sweep or SAE: names and values, nested mappings indented, lists of mappings as tables."""
     grid = Table.grid(padding=(0, 2))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import models, runs
+from midiscover.cli import features, models, runs
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
@@ -30,9 +30,13 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   harvest CONFIG     corpus and activation blocks only
   sweep CONFIG       what is missing of corpus and harvest, then the grid of SAEs, measured, with a report
   train              one SAE by flags, without a YAML file
+  features TARGET    statistics, contexts, logit lens and neighbours of each feature
+  feature list SAE | show SAE INDEX
+  interpret SAE TEXT which features fire on a text, token by token
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
+TARGET is a CONFIG, or a sweep or an SAE by the beginning of its id.
 CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, kinds,
 phi2_layers_by_l1.
 `midiscover VERB --help` tells a verb's arguments. Exit code 2: wrong input, 1: a stage failed, 130: interrupted.
@@ -140,6 +144,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "harvest": _harvest,
     "sweep": _sweep,
     "train": _train,
+    **features.VERBS,
     **models.VERBS,
     **runs.VERBS,
 }

@@ -36,15 +36,15 @@ class Nearest(NamedTuple):
 
 
 def lens(directions: Tensor, unembedding: Tensor) -> Lens:
-    """directions: [n, d_model]; unembedding: [vocabulary, d_model], on the same device. Results on the CPU."""
-    logits = directions.float() @ unembedding.float().T
+    """directions: [n, d_model]; unembedding: [vocabulary, d_model], both float32 on one device. Results on the CPU."""
+    logits = directions @ unembedding.T
     k = min(LENS_TOKENS, logits.shape[1])
     top, bottom = logits.topk(k, dim=1), logits.topk(k, dim=1, largest=False)
     low, high = bottom.values[:, :1], top.values[:, :1]
     width = ((high - low) / LENS_BINS).clamp(min=1e-30)
-    place = ((logits - low) / width).long().clamp_(0, LENS_BINS - 1)
-    heights = torch.zeros(len(logits), LENS_BINS, dtype=torch.int64, device=logits.device)
-    heights.scatter_add_(1, place, torch.ones_like(place))
+    place = ((logits - low) / width).int().clamp_(0, LENS_BINS - 1)
+    place += LENS_BINS * torch.arange(len(logits), dtype=torch.int32, device=logits.device)[:, None]
+    heights = torch.bincount(place.flatten(), minlength=LENS_BINS * len(logits)).view(-1, LENS_BINS)
     centres = low + (torch.arange(LENS_BINS, device=logits.device) + 0.5) * width
     found = (top.indices, top.values, bottom.indices, bottom.values, heights, centres)
     return Lens(*(tensor.cpu() for tensor in found))

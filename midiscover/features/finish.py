@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,12 +119,18 @@ class Finisher:
             "input_cosine": _known(inputs.cosine, inputs.index),
         }
 
+    @cached_property
+    def _logits(self) -> Tensor:
+        """W_U in float32 on the device, converted once."""
+        assert self.unembedding is not None
+        return self.unembedding.to(self.device, torch.float32)
+
     def _lens(self, directions: Tensor) -> dict[str, Any]:
         if self.unembedding is None or self.unembedding.shape[1] != directions.shape[1]:
             nothing: list[list[Any]] = [[] for _ in directions]
             names = ("pos_ids", "pos_tokens", "pos_values", "neg_ids", "neg_tokens", "neg_values")
             return dict.fromkeys((*names, "logit_hist_heights", "logit_hist_values"), nothing)
-        seen = lens(directions, self.unembedding.to(self.device))
+        seen = lens(directions.float(), self._logits)
         return {
             "pos_ids": seen.top_ids.tolist(),
             "pos_tokens": [self.strings(ids) for ids in seen.top_ids.tolist()],

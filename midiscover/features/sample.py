@@ -5,6 +5,7 @@ Sums over all tokens would need [d_sae, d_sae] numbers. The sample holds its row
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
@@ -92,11 +93,12 @@ class Relations:
         squares = torch.bincount(feature, weights=value * value, minlength=d_sae)
         self.mean, self.norm = total / n, squares.sqrt()
         self.spread = _spread(squares - n * self.mean**2, squares)
+        # [d_sae, rows], so that a product with a dense slice costs only the entries; COO's takes several times as long.
         entries = torch.stack([sample.feature.long(), sample.row.long()])
-        # [d_sae, rows], so that a product with a dense slice costs only the entries.
-        self.transposed = torch.sparse_coo_tensor(
-            entries, sample.value, (d_sae, len(sample)), check_invariants=True
-        ).coalesce()
+        by_entry = torch.sparse_coo_tensor(entries, sample.value, (d_sae, len(sample)), check_invariants=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+            self.transposed = by_entry.coalesce().to_sparse_csr()
         x = sample.inputs.float()
         self.x_mean, self.x_norm = x.mean(0).double(), x.norm(dim=0).double()
         self.x_spread = _spread(((x.double() - self.x_mean) ** 2).sum(0), self.x_norm**2)
@@ -105,7 +107,7 @@ class Relations:
         """The k features most correlated with each of [start, stop), itself left out."""
         if not len(self.sample):
             return _none(stop - start)
-        products = (torch.sparse.mm(self.transposed, self.sample.codes(start, stop))).T.double()  # [n, d_sae]
+        products = (self.transposed @ self.sample.codes(start, stop)).T.double()  # [n, d_sae]
         here = torch.arange(start, stop)
         pearson = self._pearson(products, here, self.mean, self.spread)
         pearson[torch.arange(stop - start), here] = -torch.inf

@@ -7,13 +7,18 @@ sweep is still running: one with SAEs missing and no failures is `interrupted`, 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow.parquet as pq
 
 from midiscover.errors import CorruptError
 from midiscover.store import layout
 from midiscover.tracking.annotations import Annotations, annotations_key, read_annotations
+from midiscover.tracking.rows import FEATURE_COLUMNS
 from midiscover.tracking.sweepfiles import retired_reason
 
 if TYPE_CHECKING:
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of sweep.json, record.json and training.json: the one that this code reads."""
 
+FEATURES_MANIFEST = re.compile(r"features/[^/]+/manifest\.json")
+"""Within the folder of an SAE: the last file of its feature records."""
 SWEEP_FILES = ("report.html", "frontier.png")
 """What people look at, and what the tracker lists as artifacts of a sweep."""
 
@@ -34,6 +41,7 @@ class Reindexed(NamedTuple):
     saes: int
     curves: int
     evaluations: int
+    features: int
     annotations: int
     unreadable: dict[str, str]
 
@@ -49,7 +57,7 @@ class _Reindex:
     def __init__(self, storage: Storage, tracker: Tracker) -> None:
         self.storage = storage
         self.tracker = tracker
-        self.counts = dict.fromkeys(("sweeps", "saes", "curves", "evaluations", "annotations"), 0)
+        self.counts = dict.fromkeys(("sweeps", "saes", "curves", "evaluations", "features", "annotations"), 0)
         self.unreadable: dict[str, str] = {}
 
     def run(self) -> Reindexed:
@@ -111,7 +119,18 @@ class _Reindex:
             folder, _, evaluation_id = file.removesuffix(".json").rpartition("/")
             if folder == "evaluations" and evaluation_id != record["evaluation_id"]:
                 self._evaluation(name, evaluation_id)
+            if FEATURES_MANIFEST.fullmatch(file):
+                self._features(name, file)
         return True
+
+    def _features(self, name: str, file: str) -> None:
+        def take(manifest: dict[str, Any]) -> None:
+            key = layout.features_file(name, manifest["features_id"], "features.parquet")
+            table = pq.read_table(io.BytesIO(self.storage.read(key)), columns=list(FEATURE_COLUMNS))
+            self.tracker.record_features(name, manifest["features_id"], table.to_pylist())
+
+        if self._take(layout.sae_file(name, file), take):
+            self.counts["features"] += 1
 
     def _evaluation(self, name: str, evaluation_id: str) -> None:
         def take(document: dict[str, Any]) -> None:

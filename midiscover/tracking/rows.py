@@ -5,6 +5,7 @@ Numbers that are not finite become None, text that no database takes is refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import isfinite
@@ -148,6 +149,22 @@ def step_rows(sae_id: str, history: Mapping[str, Sequence[Any]]) -> list[Row]:
         if value is not None
     ]
     return sorted(rows, key=lambda row: (row["step"], row["name"]))
+
+
+FEATURE_COLUMNS = ("index", "count", "firing_rate", "mean", "max", "top_tokens")
+"""Columns of features.parquet that the tracker keeps."""
+
+
+def feature_rows(sae_id: str, features_id: str, found: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows of features that are given with `FEATURE_COLUMNS`; `top_tokens`, a list, becomes JSON.
+
+    Escaped, because a token may hold what no database takes, such as NUL.
+    """
+    key = {"sae_id": sae_id, "features_id": features_id}
+    return [
+        key | {name: row[name] for name in FEATURE_COLUMNS[:-1]} | {"top_tokens": json.dumps(row["top_tokens"])}
+        for row in found
+    ]
 
 
 def finite(value: Any) -> Any:

@@ -152,6 +152,20 @@ steps = Table(
     sqlite_with_rowid=False,
 )
 
+features = Table(
+    "features",
+    metadata,
+    Column("sae_id", Text, _child_of("saes"), primary_key=True),
+    Column("features_id", Text, primary_key=True),
+    Column("index", Integer, primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    Column("firing_rate", Float(53), nullable=False),
+    Column("mean", Float(53), nullable=False),
+    Column("max", Float(53), nullable=False),
+    Column("top_tokens", Text, nullable=False),
+)
+"""The scalars of each feature; `top_tokens` is a JSON list. Everything else about them is in the store's parquet."""
+
 artifacts = Table(
     "artifacts",
     metadata,

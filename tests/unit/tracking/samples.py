@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 from zlib import crc32
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from sqlalchemy import create_engine, select
 
 from midiscover.store import layout
@@ -125,6 +128,21 @@ def put(storage: Storage, key: str, document: Any) -> None:
 def put_sae(storage: Storage, found: dict[str, Any]) -> None:
     put(storage, layout.training(found["id"]), {"v": 1, "id": found["id"], "history": history()})
     put(storage, layout.record(found["id"]), found)
+
+
+def features() -> list[dict[str, Any]]:
+    """Scalars of three features, one of them dead; a token that no database takes."""
+    alive = {"count": 7, "firing_rate": 0.0014, "mean": 1.5, "max": 4.25, "top_tokens": [" the", "\0", "\n'\\"]}
+    dead = {"count": 0, "firing_rate": 0.0, "mean": 0.0, "max": 0.0, "top_tokens": []}
+    return [{"index": 0} | alive, {"index": 1} | dead, {"index": 2} | alive | {"count": 9}]
+
+
+def put_features(storage: Storage, sae_id: str, features_id: str = "f.3333333333") -> None:
+    """features.parquet and its manifest."""
+    data = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(features()), data)
+    storage.write(layout.features_file(sae_id, features_id, "features.parquet"), data.getvalue())
+    put(storage, layout.features_manifest(sae_id, features_id), {"v": 1, "sae": sae_id, "features_id": features_id})
 
 
 def dump(address: str, leave_out: set[str] = TIMES_OF_WRITE) -> dict[str, list[dict[str, Any]]]:

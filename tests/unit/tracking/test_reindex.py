@@ -32,6 +32,8 @@ def told(tracker: Tracker, storage: Storage) -> Tracker:
         samples.put_sae(storage, record)
         tracker.record_steps(record["id"], samples.history())
         tracker.record_sae(record)
+    samples.put_features(storage, whole["sae_ids"][0])
+    tracker.record_features(whole["sae_ids"][0], "f.3333333333", samples.features())
     report = b"<html>report</html>"
     key = layout.sweep_file(whole["id"], "report.html")
     storage.write(key, report)
@@ -68,7 +70,7 @@ def test_rebuilt_equals_the_original(told: Tracker, storage: Storage, address: s
     fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
     with Tracker.open(fresh) as rebuilt:
         counts = reindex(storage, rebuilt)
-        assert counts == (2, 6, 7, 1, 3, {})
+        assert counts == (2, 6, 7, 1, 1, 3, {})
         assert samples.dump(fresh) == before
         assert rebuilt.compare("demo") == told.compare("demo")
         assert rebuilt.steps(samples.sweep()["sae_ids"][0]) == told.steps(samples.sweep()["sae_ids"][0])

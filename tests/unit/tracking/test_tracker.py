@@ -314,3 +314,20 @@ def test_many_writers_at_once(tracker: Tracker, address: str, demo: dict) -> Non
     assert {row["status"] for row in found["saes"]} == {"done"}
     assert len(found["steps"]) == 6 * 20 * 3
     assert len(found["sweep_saes"]) == 6
+
+
+def test_features_are_replaced_as_a_whole(tracker: Tracker, address: str) -> None:
+    sweep = samples.sweep()
+    tracker.start_sweep(sweep)
+    sae = sweep["sae_ids"][0]
+    found = [row | {"index": index} for index in range(12_000) for row in samples.features()[:1]]
+    tracker.record_features(sae, "f.1", found)
+    tracker.record_features(sae, "f.2", samples.features())
+    tracker.record_features(sae, "f.1", samples.features())
+    rows = samples.dump(address)["features"]
+    assert [(row["features_id"], row["index"]) for row in rows] == [(i, n) for i in ("f.1", "f.2") for n in range(3)]
+    for row, given in zip(rows, samples.features() * 2, strict=True):
+        kept = {name: row[name] for name in given}
+        assert kept | {"top_tokens": json.loads(kept["top_tokens"])} == given
+    with pytest.raises(TrackingError, match="no SAE 'nobody'"):
+        tracker.record_features("nobody", "f.1", samples.features())

@@ -1,0 +1,333 @@
+"""Feature records of finished SAEs. `python -m jobs.features CONFIG|SWEEP|SAE [--store URI] [--features.key value]`
+
+Ray Data runs actors over chunks of stored activations, a read of each block for all SAEs of its hook. Each actor writes
+one part per SAE to the store and returns nothing else; then a task per SAE merges its parts and writes the records,
+manifest last. A kill costs the chunks that were open; a second run makes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from jobs.board import Board, Event, watched
+from jobs.harvest import commit_manifests, ensure_corpus, harvest
+from jobs.progress import Bars
+from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_session, run_main
+from midiscover import tables
+from midiscover.config import FeaturesConfig, ResourcesConfig, RunConfig
+from midiscover.configio import build_config, to_tree
+from midiscover.corpus import Corpus
+from midiscover.errors import ConfigError, StageError, TrackingError
+from midiscover.features.collect import Part, collect_chunk, merged
+from midiscover.features.finish import Finisher
+from midiscover.features.plan import Plan, plan_features
+from midiscover.features.records import open_features
+from midiscover.ids import features_id
+from midiscover.launch import JobArgs, Prepared, TargetArgs, parse_target
+from midiscover.lm import load_tokenizer
+from midiscover.models import ModelIdentity
+from midiscover.origin import resolve_origin, run_config
+from midiscover.resolve import resolve
+from midiscover.saes import load_trained, read_json
+from midiscover.source import harvested
+from midiscover.store import layout
+from midiscover.store.blocks import read_manifest
+from midiscover.store.storage import Storage, open_store
+from midiscover.targets import Target, find_target
+from midiscover.tokens import TokenStrings
+from midiscover.tracking import Tracker
+from midiscover.tracking.rows import FEATURE_COLUMNS
+from midiscover.unembedding import read_unembedding
+
+Record = Mapping[str, Any]
+
+
+class Site(NamedTuple):
+    """SAEs that read the same stored rows."""
+
+    harvest_id: str
+    corpus_id: str
+    hook: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What the records of this run are made with; travels to the actors."""
+
+    storage: Storage
+    settings: FeaturesConfig
+
+    @property
+    def features_id(self) -> str:
+        """Under which the records stand in the folder of each SAE."""
+        return features_id(self.settings)
+
+    def plan(self, site: Site) -> Plan:
+        """The rows that are read of a site."""
+        return plan_features(harvested(self.storage, site.harvest_id, site.hook), self.settings)
+
+    def part_key(self, sae_id: str, chunk: int, chunks: int) -> str:
+        """Where the part of a chunk lies. Another number of chunks has other names."""
+        return layout.features_file(sae_id, self.features_id, f"parts/{chunk:05d}-of-{chunks:05d}.safetensors")
+
+
+class FeatureActor:
+    """Takes chunks; writes a part for each SAE that has none yet."""
+
+    def __init__(self, run: Run, threads: int, gpu: bool, board: Board) -> None:
+        self.run, self.threads, self.device, self.board = run, threads, "cuda" if gpu else "cpu", board
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """One chunk in; out comes how many SAEs have their part."""
+        torch.set_num_threads(self.threads)
+        for text in batch["chunk"]:
+            item = json.loads(text)
+            site, number, count = Site(*item["site"]), item["chunk"], item["chunks"]
+            keys = {sae: self.run.part_key(sae, number, count) for sae in item["saes"]}
+            missing = {sae: key for sae, key in keys.items() if not self.run.storage.exists(key)}
+            plan = self.run.plan(site)
+            blocks = plan.chunks(count)[number]
+            if missing:
+                saes = {sae: load_trained(self.run.storage, sae) for sae in missing}
+                parts = collect_chunk(
+                    self.run.storage,
+                    saes,
+                    plan,
+                    blocks,
+                    device=self.device,
+                    progress=lambda rows: self.board.post("tokens", "features", rows),
+                )
+                for sae, part in parts.items():
+                    self.run.storage.write(missing[sae], part.to_bytes())
+            yield {"parts": [len(keys)]}
+
+
+@ray.remote(max_retries=3)
+def finish_sae(
+    run: Run, site: Site, sae_id: str, chunks: int, identity: ModelIdentity, threads: int, gpu: bool
+) -> dict[str, Any]:
+    """Merge the parts of one SAE, write its records, remove the parts; returns the manifest."""
+    torch.set_num_threads(threads)
+    storage = run.storage
+    keys = [run.part_key(sae_id, chunk, chunks) for chunk in range(chunks)]
+    sae = load_trained(storage, sae_id)
+    manifest = Finisher(
+        storage=storage,
+        sae_id=sae_id,
+        sae=sae,
+        plan=run.plan(site),
+        corpus=Corpus.open(storage, site.corpus_id),
+        strings=TokenStrings(load_tokenizer(identity)),
+        unembedding=read_unembedding(identity),
+        device="cuda" if gpu else "cpu",
+    ).finish(merged(Part.from_bytes(storage.read(key)) for key in keys))
+    for key in storage.list(layout.features_file(sae_id, run.features_id, "parts")):
+        storage.delete(key)
+    return manifest
+
+
+class FeaturesRun:
+    """One run of the driver."""
+
+    def __init__(self, args: TargetArgs, bars: Bars) -> None:
+        self.args, self.bars = args, bars
+        self.storage = open_store(args.store, create=False)
+        self.target, settings, self.resources = _target(self.storage, args)
+        self.run = Run(storage=self.storage, settings=settings)
+        self.records: dict[str, Record] = {sae: _record(self.storage, sae) for sae in self.target.saes}
+        self.began = time.monotonic()
+
+    def make(self) -> list[dict[str, Any]]:
+        """Make what is missing; returns the manifests of all SAEs of the target."""
+        if self.args.force:
+            self._forget()
+        todo = [sae for sae in self.target.saes if not self._stands(sae)]
+        if not todo:
+            self.bars.say(f"the features of {len(self.target.saes)} SAEs stand already; nothing is read")
+        else:
+            # Models are looked up before Ray is started: what is wrong with them is said at once.
+            identities = {sae: resolve_origin(self.records[sae], self.args.store) for sae in todo}
+            sites: dict[Site, list[str]] = {}
+            for sae in todo:
+                sites.setdefault(_site(self.records[sae]), []).append(sae)
+            with ray_session() as cluster:
+                for site, saes in sites.items():
+                    self._ensure_rows(site, self.records[saes[0]], cluster)
+                self._collect(sites, identities, cluster)
+        manifests = [open_features(self.storage, sae, self.run.features_id).manifest for sae in self.target.saes]
+        self._track(todo)
+        return manifests
+
+    def _stands(self, sae: str) -> bool:
+        return self.storage.exists(layout.features_manifest(sae, self.run.features_id))
+
+    def _forget(self) -> None:
+        for sae in self.target.saes:
+            keys = self.storage.list(layout.features_folder(sae, self.run.features_id))
+            for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):
+                self.storage.delete(key)
+
+    def _ensure_rows(self, site: Site, record: Record, cluster: Cluster) -> None:
+        """Harvest again what is gone, or was never there, as for an SAE from elsewhere."""
+        if read_manifest(self.storage, site.harvest_id, site.hook) is not None:
+            return
+        self.bars.say(f"the activations of {site.hook} are not in the store; they are harvested")
+        resolved = resolve(replace(run_config(record), resources=self.resources), self.storage.uri)
+        if resolved.harvest_id != site.harvest_id:
+            raise StageError(
+                f"The activations of {record['id']} can't be had again: its settings lead to {resolved.harvest_id} "
+                f"now, and its record names {site.harvest_id}; its text or model has changed."
+            )
+        with Tracker.for_store(self.storage) as tracker:
+            args = JobArgs(config=record["id"], store=self.args.store)
+            prepared = Prepared(args=args, resolved=resolved, storage=self.storage, tracker=tracker)
+            corpus = ensure_corpus(prepared, self.bars)
+            harvest(prepared, corpus, cluster, self.bars)
+            commit_manifests(resolved, corpus, self.storage)
+
+    def _collect(
+        self, sites: Mapping[Site, list[str]], identities: Mapping[str, ModelIdentity], cluster: Cluster
+    ) -> None:
+        slots = model_slots(cluster, self.resources)
+        plans = {site: self.run.plan(site) for site in sites}
+        counts = {site: len(plan.chunks(slots.count)) for site, plan in plans.items()}
+        counter = _Rows(self.bars, sum(plan.rows for plan in plans.values()))
+        with watched("features", counter.on_event, stall_seconds=self.resources.stall_seconds) as board:
+            items = [
+                json.dumps({"site": site, "chunk": chunk, "chunks": counts[site], "saes": saes})
+                for site, saes in sites.items()
+                for chunk in range(counts[site])
+            ]
+            self._run_actors(items, slots, board)
+            counter.done()
+            self._finish(sites, counts, identities, slots, board)
+
+    def _run_actors(self, items: Sequence[str], slots: Slots, board: Board) -> None:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        data = ray.data.from_items([{"chunk": item} for item in items], override_num_blocks=len(items)).map_batches(
+            FeatureActor,
+            fn_constructor_kwargs={
+                "run": self.run,
+                "threads": slots.threads,
+                "gpu": slots.gpus > 0,
+                "board": board,
+            },
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(slots.count, len(items))),
+            num_cpus=slots.cpus,
+            num_gpus=slots.gpus,
+        )
+        try:
+            for _ in data.iter_rows():
+                continue
+        except Exception as error:
+            raise own_error(error) or StageError(f"The features failed: {last_line(error)}") from error
+
+    def _finish(
+        self,
+        sites: Mapping[Site, list[str]],
+        counts: Mapping[Site, int],
+        identities: Mapping[str, ModelIdentity],
+        slots: Slots,
+        board: Board,
+    ) -> None:
+        task = finish_sae.options(num_cpus=slots.cpus, num_gpus=slots.gpus)  # type: ignore[attr-defined]  # ray adds it
+        waiting = [(site, sae) for site, saes in sites.items() for sae in saes]
+        total, running = len(waiting), []
+        try:
+            while waiting or running:
+                while waiting and len(running) < slots.count:
+                    site, sae = waiting.pop(0)
+                    place = (slots.threads, slots.gpus > 0)
+                    running.append(task.remote(self.run, site, sae, counts[site], identities[sae], *place))
+                done, running = ray.wait(running, num_returns=1)
+                manifest = ray.get(done[0])
+                board.post("finished", manifest["sae"], 0)
+                ended = total - len(waiting) - len(running)
+                self.bars.update("records", ended, total, f"{manifest['sae']}: {manifest['alive']:,} features alive")
+        except Exception as error:
+            raise own_error(error) or StageError(f"The features failed: {last_line(error)}") from error
+
+    def _track(self, made: Sequence[str]) -> None:
+        """Scalars into the tracker; a database that is away is caught up with by `runs reindex`."""
+        try:
+            with Tracker.for_store(self.storage) as tracker:
+                for sae in made:
+                    tracker.record_sae(self.records[sae])
+                    found = open_features(self.storage, sae, self.run.features_id)
+                    tracker.record_features(sae, self.run.features_id, found.table(FEATURE_COLUMNS).to_pylist())
+        except TrackingError as error:
+            self.bars.say(f"the tracker was not told: {error} `midiscover runs reindex` catches up.")
+
+
+class _Rows:
+    """Rows that all actors have read, as one bar."""
+
+    def __init__(self, bars: Bars, total: int) -> None:
+        self.bars, self.total, self.rows, self.began = bars, total, 0, time.monotonic()
+        bars.update("features", 0, total, "starting")
+
+    def on_event(self, event: Event) -> bool:
+        if event.kind != "tokens":
+            return True
+        self.rows += event.data
+        rate = self.rows / max(time.monotonic() - self.began, 1e-9)
+        self.bars.update("features", min(self.rows, self.total), self.total, f"{self.rows:,} tokens, {rate:,.0f}/s")
+        return self.rows <= 2 * self.total
+
+    def done(self) -> None:
+        self.bars.update("features", self.total, self.total, f"{self.rows:,} tokens")
+
+
+def _target(storage: Storage, args: TargetArgs) -> tuple[Target, FeaturesConfig, ResourcesConfig]:
+    """What is meant, and the settings. For an SAE by itself they are the flags' alone."""
+    wrong = [path for path in args.overrides if path.split(".")[0] not in ("features", "resources")]
+    if wrong:
+        raise ConfigError(f"--{wrong[0]} does not belong to features; flags here begin with --features or --resources.")
+    target = find_target(storage, args.target)
+    tree: dict[str, Any] = {"name": "features"}
+    sections = {section: dict(_settings(target.config, section)) for section in ("features", "resources")}
+    for path, value in args.overrides.items():
+        section, _, name = path.partition(".")
+        sections[section][name] = value
+    config = build_config(tree | sections)
+    return target, config.features, config.resources
+
+
+def _settings(config: RunConfig | None, section: str) -> Mapping[str, Any]:
+    return to_tree(getattr(config, section)) if config is not None else {}
+
+
+def _record(storage: Storage, sae: str) -> Record:
+    record = read_json(storage, layout.record(sae))
+    assert record is not None, "a target's SAEs are committed"
+    return record
+
+
+def _site(record: Record) -> Site:
+    origin = record["lineage"]
+    return Site(origin["harvest"], origin["corpus"]["id"], record["hook"])
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage; returns the exit code."""
+    with Bars("features") as bars:
+        run = FeaturesRun(parse_target("features", argv), bars)
+        manifests = run.make()
+    tables.show(tables.features_made(manifests))
+    print(f"{run.storage.uri}/{layout.SAES}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

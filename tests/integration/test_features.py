@@ -1,0 +1,139 @@
+"""Feature records of a small sweep, as a user makes and reads them; and a driver that is killed half-way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from midiscover.features.records import CONTEXTS, FEATURES, open_features
+from midiscover.store.storage import open_store
+from midiscover.tracking import Tracker, reindex
+from tests.jobs_cli import command, environment, midiscover
+from tests.runs import write_run
+from tests.unit.tracking import samples
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> Path:
+    """A sweep of four SAEs, and the features of all of them."""
+    store = folder / "store"
+    done = midiscover("sweep", str(write_run(folder, kind="phi")), "--store", str(store))
+    assert done.code == 0, done.err
+    done = midiscover("features", str(folder / "run.yaml"), "--store", str(store))
+    assert done.code == 0, done.err
+    assert "alive" in done.out
+    return store
+
+
+def files(store: Path) -> dict[str, bytes]:
+    paths = sorted(path for name in (FEATURES, CONTEXTS) for path in store.glob(f"saes/*/features/*/{name}"))
+    return {str(path.relative_to(store)): path.read_bytes() for path in paths}
+
+
+def test_every_sae_has_records_and_no_part_is_left(store: Path) -> None:
+    saes = sorted(path.name for path in (store / "saes").iterdir())
+    assert len(saes) == 4
+    assert not list(store.rglob("parts/*.safetensors"))
+    for sae in saes:
+        records = open_features(open_store(str(store)), sae)
+        table = records.table()
+        assert len(table) == records.d_sae
+        assert max(table["count"].to_pylist()) > 0
+        # More embedding rows than ids: they are in the lens, under a name of their own.
+        tokens = {
+            token
+            for lists in (table["pos_tokens"], table["neg_tokens"])
+            for line in lists.to_pylist()
+            for token in line
+        }
+        assert "<|outofrange|>" in tokens
+
+
+def test_the_tracker_has_the_scalars(store: Path, tmp_path: Path) -> None:
+    told = samples.dump(f"sqlite:///{store / 'tracker.db'}")["features"]
+    assert len(told) == sum(len(pq.read_table(path)) for path in store.glob(f"saes/*/features/*/{FEATURES}"))
+    with Tracker.open(f"sqlite:///{tmp_path / 'fresh.db'}") as fresh:
+        assert reindex(open_store(str(store)), fresh).features == 4
+    assert samples.dump(f"sqlite:///{tmp_path / 'fresh.db'}")["features"] == told
+
+
+def test_a_second_run_reads_nothing(folder: Path, store: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")}
+    again = midiscover("features", str(folder / "run.yaml"), "--store", str(store))
+    assert again.code == 0, again.err
+    assert "nothing is read" in again.err
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")} == before
+
+
+def test_they_are_listed_shown_and_used(store: Path) -> None:
+    sae = sorted(path.name for path in (store / "saes").iterdir())[0]
+    listed = midiscover("feature", "list", sae, "--store", str(store), "--sort", "max", "--limit", "3", "--json")
+    rows = json.loads(listed.out)
+    assert [row["max"] for row in rows] == sorted((row["max"] for row in rows), reverse=True)
+    best = rows[0]["index"]
+    shown = midiscover("feature", "show", sae, str(best), "--store", str(store))
+    assert f"feature {best} of {sae}" in shown.out
+    assert "Highest activations" in shown.out
+    read = midiscover("interpret", sae, "the river and the lamp", "--store", str(store), "--json")
+    (text,) = json.loads(read.out)
+    assert "".join(text["tokens"]) == "the river and the lamp"
+    assert text["saes"][sae]["features"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("feature", "show", "SAE", "100000"), "has no feature 100000; its features are 0 to"),
+        (("feature", "list", "SAE", "--sort", "beauty"), "--sort beauty is no column of features; known are index"),
+        (("feature", "list", "SAE", "--filter", "max~2"), "--filter 'max~2' is not understood"),
+        (("feature", "list", "nothing"), "There is no config, sweep or SAE 'nothing'"),
+        (("features", "nothing"), "There is no config, sweep or SAE 'nothing'"),
+        (("features", "SAE", "--train.lr", "1"), "--train.lr does not belong to features"),
+        (("features", "SAE", "--features.top_contexts", "0"), "features.top_contexts must be above 0"),
+        (("interpret", "SAE", ""), "holds no token"),
+        (("interpret", "SAE", "river " * 2000), "reads at most"),
+        (("interpret", "SAE"), "Give either a text or --file FILE"),
+        (("interpret", "SAE", "--file", "/dev/null"), "holds no text"),
+    ],
+)
+def test_bad_input(store: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    sae = sorted(path.name for path in (store / "saes").iterdir())[0]
+    done = midiscover(*(sae if word == "SAE" else word for word in arguments), "--store", str(store))
+    assert done.code == 2, done.err
+    assert sentence in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_killed_driver_goes_on_where_it_was(folder: Path, store: Path) -> None:
+    before = files(store)
+    words = ("features", str(folder / "run.yaml"), "--store", str(store), "--features.max_tokens", "1000000")
+    for manifest in store.glob("saes/*/features/*/manifest.json"):
+        manifest.unlink()
+    driver = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (parts := list(store.rglob("parts/*.safetensors"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert parts, "the kill fell after the first part was written"
+    assert len(list(store.glob("saes/*/features/*/manifest.json"))) < 4, "and before everything was done"
+    kept = {path: path.stat().st_mtime_ns for path in store.rglob("parts/*.safetensors")}
+    done = midiscover(*words)
+    assert done.code == 0, done.err
+    assert kept, "what was there was not made again"
+    assert files(store) == before
