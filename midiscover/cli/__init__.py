@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import features, models, runs
+from midiscover.cli import concepts, features, models, runs
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
@@ -32,6 +32,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   train              one SAE by flags, without a YAML file
   features TARGET    statistics, contexts, logit lens and neighbours of each feature
   feature list SAE | show SAE INDEX
+  concepts TARGET    features that stand for emotions, numbers, questions, ... or your own texts
   interpret SAE TEXT which features fire on a text, token by token
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   runs list | show ID | compare SWEEP | annotate ID | reindex
@@ -144,6 +145,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "harvest": _harvest,
     "sweep": _sweep,
     "train": _train,
+    **concepts.VERBS,
     **features.VERBS,
     **models.VERBS,
     **runs.VERBS,

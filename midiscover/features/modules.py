@@ -1,0 +1,82 @@
+"""Concepts as text: sentences that hold one, each beside a control of the same topic and length that does not.
+
+Ten modules ship in `midiscover/concepts/`; a user's own texts are one sentence a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from midiscover.errors import ConfigError, CorpusError
+
+FOLDER = Path(__file__).resolve().parent.parent / "concepts"
+LEAST = 8
+"""Sentences that a concept needs: with fewer, no split leaves enough to tell anything."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Concept:
+    """Texts with a concept and texts without."""
+
+    name: str
+    texts: tuple[str, ...]
+    controls: tuple[str, ...]
+    paired: bool
+    """Whether control i is matched to text i."""
+    source: str
+    """What the controls are, for people."""
+
+
+def module_names() -> list[str]:
+    """The modules that ship, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.txt") if ".controls" not in path.name)
+
+
+def read_module(name: str) -> Concept:
+    """A module that ships. ConfigError names the known ones."""
+    if name not in module_names():
+        raise ConfigError(f"'{name}' is no concept module; known are {', '.join(module_names())}.")
+    texts, controls = (_lines(FOLDER / f"{name}{end}.txt") for end in ("", ".controls"))
+    return Concept(name=name, texts=texts, controls=controls, paired=True, source="matched controls of the module")
+
+
+def read_own(texts: Path, controls: Path | None) -> Concept:
+    """A user's texts. Without controls, they stand against those of all modules that are closest to them in length."""
+    mine = _require_enough(texts, _lines(texts))
+    name = f"{texts.stem}-{hashlib.sha256(chr(10).join(mine).encode()).hexdigest()[:8]}"
+    if controls is not None:
+        others = _require_enough(controls, _lines(controls))
+        source = f"the texts of {controls.name}"
+        return Concept(name=name, texts=mine, controls=others, paired=False, source=source)
+    source = "controls of all modules, as long in words"
+    return Concept(name=name, texts=mine, controls=_as_long(mine), paired=False, source=source)
+
+
+def _as_long(texts: Sequence[str]) -> tuple[str, ...]:
+    """For each text the unused control of any module whose number of words is nearest."""
+    pool = [line for name in module_names() for line in read_module(name).controls]
+    chosen = []
+    for text in texts:
+        if not pool:
+            break
+        nearest = min(range(len(pool)), key=lambda i: abs(len(pool[i].split()) - len(text.split())))
+        chosen.append(pool.pop(nearest))
+    return tuple(chosen)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CorpusError(f"The texts in '{path}' can't be read: {reason}.") from None
+    return tuple(line for line in lines if line)
+
+
+def _require_enough(path: Path, lines: tuple[str, ...]) -> tuple[str, ...]:
+    if len(lines) < LEAST:
+        raise CorpusError(f"'{path}' holds {len(lines)} texts; a concept needs {LEAST} at least, one a line.")
+    return lines
