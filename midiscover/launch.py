@@ -90,9 +90,8 @@ DESCRIPTIONS = {
     "harvest": "Make the corpus and the activation blocks of a config; what is committed is not made again.",
     "sweep": "Make what is missing of corpus and activation blocks, then train, measure and report the grid of SAEs.",
     "features": "Write down each feature of finished SAEs: statistics, contexts, logit lens, neighbours.",
-    "publish": "Export SAEs of a sweep to SAELens, Neuronpedia and the bundle, as the config's section publish says.",
 }
-EXAMPLES = {"features": "features.max_tokens 50000", "publish": "publish.formats [saelens]"}
+EXAMPLES = {"features": "features.max_tokens 50000"}
 
 
 def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> JobArgs:

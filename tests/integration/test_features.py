@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from midiscover import load_sae
 from midiscover.features.records import CONTEXTS, FEATURES, open_features
+from midiscover.publish.neuronpedia_rules import violations
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker, reindex
 from tests.jobs_cli import command, environment, midiscover
@@ -93,9 +96,48 @@ def test_they_are_listed_shown_and_used(store: Path) -> None:
     assert text["saes"][sae]["features"]
 
 
+def test_concepts_beside_baselines(store: Path) -> None:
+    sae = sorted(path.name for path in (store / "saes").iterdir())[0]
+    done = midiscover("concepts", sae, "--module", "numbers", "--shuffles", "50", "--store", str(store), "--json")
+    assert done.code == 0, done.err
+    (document,) = json.loads(done.out)
+    assert {"sae_scores", "neurons", "untrained"} <= document.keys()
+    assert len(document["sae_scores"]["features"]) == 10
+    assert "raw neurons" in document["verdict"]
+    assert json.loads((store / "saes" / sae / "concepts" / "numbers.json").read_text()) == document
+    both = midiscover("concepts", str(store.parent / "run.yaml"), "--module", "questions", "--store", str(store))
+    assert both.code == 0, both.err
+    assert "Where each concept is carried best" in both.out
+
+
+def test_exports(store: Path, tmp_path: Path) -> None:
+    sae = sorted(path.name for path in (store / "saes").iterdir())[0]
+    words = ("export", sae, "--store", str(store), "--to")
+    done = midiscover(*words, "neuronpedia", "--out", str(tmp_path / "np"), "--model-id", "tiny")
+    assert done.code == 0, done.err
+    assert violations(tmp_path / "np") == []
+    done = midiscover(*words, "saelens", "--out", str(tmp_path / "folder"))
+    assert done.code == 0, done.err
+    mine, theirs = load_sae(sae, store=str(store)), load_sae(str(tmp_path / "folder"))
+    x = torch.randn(50, mine.module.d_in, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mine.encode(x), theirs.encode(x))
+    assert theirs.cfg["metadata"]["hook_name"] == "blocks.0.hook_mlp_out"
+    assert theirs.cfg["metadata"]["hf_hook_name"] == "model.layers.0.mlp.fc2"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert midiscover(*words, "saelens", "--out", str(tmp_path / "folder")).code == 0
+    refused = midiscover(*words, "saelens", "--out", str(tmp_path / "np"))
+    assert (refused.code, "holds something else already" in refused.err) == (2, True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("concepts", "SAE", "--module", "joy"), "'joy' is no concept module; known are commands, "),
+        (("concepts", "SAE", "--texts", "/dev/null"), "holds 0 texts; a concept needs 8"),
+        (("concepts", "SAE", "--controls", "x"), "--controls goes with --texts"),
+        (("export", "SAE", "--to", "paper"), "--to paper is no format; known are saelens, neuronpedia"),
+        (("export", "SAE", "--to", "saelens", "--source-set", "a.b"), "can't be a source set of Neuronpedia"),
         (("feature", "show", "SAE", "100000"), "has no feature 100000; its features are 0 to"),
         (("feature", "list", "SAE", "--sort", "beauty"), "--sort beauty is no column of features; known are index"),
         (("feature", "list", "SAE", "--filter", "max~2"), "--filter 'max~2' is not understood"),

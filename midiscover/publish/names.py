@@ -1,0 +1,83 @@
+"""What Neuronpedia and TransformerLens call the things that we name by Hugging Face paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from midiscover.errors import UserError
+from midiscover.ids import hook_layer, recorded_settings, sparsity_label
+
+_MODEL_ID = re.compile(r"[a-z](?!.*(--|\.\.))[a-z0-9.-]{0,30}[a-z0-9]")
+_SOURCE_SET = re.compile(r"[a-z](?!.*--)[a-z0-9-]*[a-z0-9]")
+
+# The part of a layer whose output a TransformerLens hook also reads, by the names that families use. In parallel blocks
+# (Phi, GPT-NeoX) as in serial ones, what an MLP or an attention block adds to the residual stream is the output of its
+# last projection; Gemma-2 normalises it once more, so there the projection is none of TransformerLens' hooks.
+_MLP_OUT = re.compile(r"mlp(\.(down_proj|fc2|c_proj|dense_4h_to_h))?")
+_ATTENTION_OUT = re.compile(r"(self_attn\.(o_proj|dense)|attn\.c_proj|attention\.dense)")
+_LAYER = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)(?:\.(.+))?")
+_NORMALISED_AFTER = ("gemma2", "gemma3", "gemma3_text")
+
+
+def transformer_lens_hook(hook: str, model_type: str | None = None) -> str | None:
+    """`model.layers.16.mlp.fc2` as `blocks.16.hook_mlp_out`; None where TransformerLens has no such hook.
+
+    model_type: of the model's config.json, as far as it is known.
+    """
+    path, _, side = hook.partition(":")
+    match = _LAYER.fullmatch(path)
+    if match is None:
+        return None
+    layer, part = match[1], match[2]
+    if part is None:
+        return f"blocks.{layer}.hook_resid_{'pre' if side else 'post'}"
+    if side or model_type in _NORMALISED_AFTER:
+        return None
+    if _MLP_OUT.fullmatch(part):
+        return f"blocks.{layer}.hook_mlp_out"
+    return f"blocks.{layer}.hook_attn_out" if _ATTENTION_OUT.fullmatch(part) else None
+
+
+def model_id(name: str) -> str:
+    """Neuronpedia's id of a model: of `microsoft/phi-2`, `phi-2`. At most 32 characters."""
+    text = re.sub(r"[^a-z0-9.-]+", "-", name.rpartition("/")[2].lower())
+    text = re.sub(r"-+", "-", re.sub(r"\.+", ".", text)).strip("-.")
+    text = re.sub(r"^[^a-z]+", "", text)[:32].rstrip("-.")
+    return checked_model_id(text)
+
+
+def checked_model_id(text: str) -> str:
+    """The id itself. UserError where Neuronpedia would not take it."""
+    if _MODEL_ID.fullmatch(text):
+        return text
+    raise UserError(
+        f"'{text}' can't be a model of Neuronpedia: 2 to 32 lower-case letters, digits, dots and hyphens, beginning "
+        "with a letter and without -- or .., such as phi-2."
+    )
+
+
+def source_set(record: Mapping[str, Any]) -> str:
+    """Name of a source set from hook, width and sparsity: `mdc-mlp-20k-l1-3`."""
+    part = "mlp" if "mlp" in record["hook"] else "attn" if "attn" in record["hook"] else "res"
+    width = record["d_sae"]
+    size = f"{round(width / 1024)}k" if width >= 1024 else str(width)
+    sparsity = sparsity_label(recorded_settings(record["sae"])).lower().replace(".", "p").replace(" ", "-")
+    return checked_source_set(f"mdc-{part}-{size}-{sparsity}".replace("+", ""))
+
+
+def checked_source_set(text: str) -> str:
+    """The name itself. UserError where Neuronpedia would not take it."""
+    if _SOURCE_SET.fullmatch(text) and text != "neurons":
+        return text
+    raise UserError(
+        f"'{text}' can't be a source set of Neuronpedia: lower-case letters, digits and single hyphens, beginning "
+        "with a letter, such as mdc-mlp-20k."
+    )
+
+
+def source_id(record: Mapping[str, Any], set_name: str) -> str:
+    """`16-mdc-mlp-20k`. The web application takes it apart at the first hyphen."""
+    layer = hook_layer(record["hook"])
+    return f"{layer if layer is not None else 0}-{set_name}"
