@@ -50,6 +50,9 @@ from midiscover.unembedding import read_unembedding
 
 Record = Mapping[str, Any]
 
+MOST_FINISHING = 8
+"""Tasks that write records at once: each holds all examples of an SAE, 350 MB at 20,480 features."""
+
 
 class Site(NamedTuple):
     """SAEs that read the same stored rows."""
@@ -241,14 +244,16 @@ class FeaturesRun:
         slots: Slots,
         board: Board,
     ) -> None:
-        task = finish_sae.options(num_cpus=slots.cpus, num_gpus=slots.gpus)  # type: ignore[attr-defined]  # ray adds it
+        # Much of it runs in one thread, so on CPU as many go side by side as there are threads.
+        side_by_side = slots.count if slots.gpus else max(1, min(slots.count * slots.threads, MOST_FINISHING))
+        task = finish_sae.options(num_cpus=1, num_gpus=slots.gpus)  # type: ignore[attr-defined]  # ray adds it
         waiting = [(site, sae) for site, saes in sites.items() for sae in saes]
         total, running = len(waiting), []
         try:
             while waiting or running:
-                while waiting and len(running) < slots.count:
+                while waiting and len(running) < side_by_side:
                     site, sae = waiting.pop(0)
-                    place = (slots.threads, slots.gpus > 0)
+                    place = (1, slots.gpus > 0)
                     running.append(task.remote(self.run, site, sae, counts[site], identities[sae], *place))
                 done, running = ray.wait(running, num_returns=1)
                 manifest = ray.get(done[0])

@@ -14,18 +14,13 @@ from rich.text import Text
 
 from midiscover.features.records import QUANTILE_SHARES, Context
 from midiscover.summary import fixed
+from midiscover.tokens import shown
 
 BARS = " ▁▂▃▄▅▆▇█"
 _HISTOGRAM_COLUMNS = 64
 _NONE, _FULL = (255, 255, 255), (16, 150, 105)
 """Ground of a token without activation and of the strongest: white to emerald, as on Neuronpedia."""
 _SHOWN_LOGITS = 8
-_VISIBLE = {"\n": "↵", "\t": "→", "\r": "↵"}
-
-
-def shown(token: str) -> str:
-    """A token on one line: line breaks and tabs as arrows, what can't be printed as a dot."""
-    return "".join(_VISIBLE.get(c, c if c.isprintable() else "·") for c in token) or "·"
 
 
 def quoted(tokens: Iterable[str], limit: int = 5) -> str:
@@ -150,13 +145,13 @@ def interpretation(sae_id: str, text: Any, names: Mapping[int, Sequence[str]], *
     if names:
         table.add_column("its top tokens", overflow="ellipsis", no_wrap=True, max_width=36)
     for found in features:
-        known = [escape(quoted(names.get(found.index, ()), 3))] if names else []
+        known = [escape(quoted(names.get(found.feature, ()), 3))] if names else []
         tokens = coloured(text.tokens, found.values, found.max, found.position)
-        table.add_row(str(found.index), f"{found.max:.2f}", f"{found.mean:.2f}", tokens, *known)
+        table.add_row(str(found.feature), f"{found.max:.2f}", f"{found.mean:.2f}", tokens, *known)
     if not features:
         return Group(Text(sae_id, style="italic"), Text("No feature fires on this text."))
     per_token = Table.grid(padding=(0, 2))
     for token, strongest in zip(text.tokens, text.per_token, strict=True):
-        best = "  ".join(f"{feature.index} ({feature.value:.2f})" for feature in strongest[:5])
+        best = "  ".join(f"{feature.feature} ({feature.value:.2f})" for feature in strongest[:5])
         per_token.add_row(Text(shown(token), style="bold"), Text(best or "-"))
     return Group(table, Text("Strongest features of each token", style="bold"), per_token)

@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 40
 class EncodedText(NamedTuple):
     """One text as its tokens and what the SAEs make of them."""
 
-    index: int
+    number: int
     """Place in the given texts."""
     token_ids: list[int]
     """Of the text alone, without the token put in front."""
@@ -44,14 +44,14 @@ class EncodedText(NamedTuple):
 class TokenFeature(NamedTuple):
     """A feature that fires on a token."""
 
-    index: int
+    feature: int
     value: float
 
 
 class TextFeature(NamedTuple):
     """A feature that fires in a text."""
 
-    index: int
+    feature: int
     max: float
     position: int
     """Of the token where it is highest."""
@@ -97,7 +97,7 @@ def encode_texts(
             codes = {name: _encoded(saes[name], [rows[hook][j] for j in part]) for name, hook in hooks.items()}
             for place, j in enumerate(part):
                 yield EncodedText(
-                    index=batch[j],
+                    number=batch[j],
                     token_ids=token_ids[batch[j]],
                     tokens=strings(token_ids[batch[j]]),
                     codes={name: found[place] for name, found in codes.items()},

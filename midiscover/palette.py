@@ -23,6 +23,10 @@ INK = "#1f2328"
 INK_SOFT = "#57606a"
 GRID = "#e6e8eb"
 FONT = "Liberation Sans, Helvetica Neue, Arial, sans-serif"
+FONT_MONO = "DejaVu Sans Mono, Liberation Mono, Menlo, Courier New, monospace"
+"""Of tokens. All of these are 0.6 em wide, so that a layout made from the lengths of strings holds in each."""
+TOKEN_GROUND = "#34d399"
+"""Emerald, the ground of tokens on which a feature fires; ink on it has a contrast of 8:1."""
 
 THEME: dict[str, Any] = {
     "background": LIGHT_GROUND,

@@ -7,7 +7,6 @@ is drawn is decided in `figures`, what is counted in `summary`; the page itself 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -86,7 +85,7 @@ def write_report(
         records=[(record["id"], _record_json(record)) for record in records],
         metrics=METRICS,
         example=next((row["sae_id"] for row in rows), None),
-        vega=_vega(),
+        vega=Markup(figures.embedded_javascript()),
     )
     return html.encode()
 
@@ -225,12 +224,6 @@ def _record_json(record: Mapping[str, Any]) -> str:
 def _yaml(data: Mapping[str, Any]) -> str:
     # Through JSON, so that tuples become lists and nothing needs a Python tag.
     return yaml.safe_dump(json.loads(json.dumps(data)), sort_keys=False, allow_unicode=True, width=100)
-
-
-@cache
-def _vega() -> Markup:
-    """The bundle, with what would end the script element, if it stood in one of its strings, written otherwise."""
-    return Markup(re.sub(r"<(?=/script|!--)", r"\\x3c", figures.javascript(), flags=re.IGNORECASE))
 
 
 @cache

@@ -11,6 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 OUT_OF_RANGE = "<|outofrange|>"
+_VISIBLE = {"\n": "↵", "\t": "→", "\r": "↵"}
+
+
+def shown(token: str) -> str:
+    """A token on one line: line breaks and tabs as arrows, what can't be printed as a dot."""
+    return "".join(_VISIBLE.get(c, c if c.isprintable() else "·") for c in token) or "·"
 
 
 class TokenStrings:

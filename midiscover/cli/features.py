@@ -128,7 +128,7 @@ def _interpret(argv: Sequence[str]) -> None:
         found = {sae: summarise(text, sae, top=known.top) for sae in ids}
         if known.json:
             documents.append(
-                {"text": texts[text.index], "tokens": text.tokens}
+                {"text": texts[text.number], "tokens": text.tokens}
                 | {"saes": {sae: _plain(summary) for sae, summary in found.items()}}
             )
             continue

@@ -31,7 +31,7 @@ class Lens(NamedTuple):
 class Nearest(NamedTuple):
     """Other entries, [n, k], with what makes them near."""
 
-    index: Tensor
+    indices: Tensor
     value: Tensor
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from midiscover.errors import CorruptError, NotFoundError
@@ -80,8 +80,9 @@ class FeatureRecords:
         """The contexts of one feature: top, interval, random, each by rank. NotFoundError out of range."""
         self._require(index)
         group = self._contexts.read_row_group(index // GROUP)
-        wanted = pc.equal(group["feature"], index)
-        return [_context(row) for row in group.filter(wanted).to_pylist()]
+        features = group["feature"].to_numpy()  # sorted
+        start, stop = (int(np.searchsorted(features, index, side)) for side in ("left", "right"))
+        return [_context(row) for row in group.slice(start, stop - start).to_pylist()]
 
     def batches(self, size: int = 1024) -> Iterator[tuple[list[dict[str, Any]], dict[int, list[Context]]]]:
         """Features in order, `size` at a time (fewer at the end), with the contexts of each."""

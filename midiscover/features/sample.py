@@ -21,7 +21,7 @@ _LEAST_SPREAD = 1e-4
 class Related(NamedTuple):
     """For each feature of a slice the most correlated others; all [n, k], highest first, NaN where there is none."""
 
-    index: Tensor
+    indices: Tensor
     pearson: Tensor
     cosine: Tensor
 

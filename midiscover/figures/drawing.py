@@ -1,19 +1,16 @@
-"""What all charts have in common: sizes, colours by what differs, legends, titles; PNG, SVG and the JavaScript."""
+"""What all charts have in common: sizes, colours by what differs, legends, titles."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import altair as alt
-import vl_convert
 
 from midiscover.palette import HOOKS, THEME, categories, ramp
 from midiscover.summary import HookNames, Row, fixed, natural_key
 
-Chart = alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.ConcatChart
+Chart = alt.LayerChart | alt.FacetChart | alt.HConcatChart | alt.VConcatChart | alt.ConcatChart
 
 PLOT_WIDTH, PLOT_HEIGHT = 640, 380
 """Pixels of the plotting area, so that a chart with its axes fits into 800."""
@@ -33,8 +30,6 @@ CONTROL_DASHES = {
 }
 TRAINED = "trained"
 """How charts call what is no control."""
-
-_VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 
 
 class Colouring(NamedTuple):
@@ -177,32 +172,3 @@ def finish(chart: Any, title: str, subtitle: Sequence[str]) -> Any:
     lines = [line for line in subtitle if line]
     heading = alt.TitleParams(title, subtitle=lines) if lines else alt.TitleParams(title)
     return chart.properties(title=heading).configure(**THEME)
-
-
-def png(chart: Chart, scale: float = 2) -> bytes:
-    """The chart as PNG, `scale` pixels per CSS pixel."""
-    return vl_convert.vegalite_to_png(_json(chart), vl_version=_VEGA_LITE, scale=scale)
-
-
-def svg(chart: Chart) -> str:
-    """The chart as SVG."""
-    return vl_convert.vegalite_to_svg(_json(chart), vl_version=_VEGA_LITE)
-
-
-def save_png(chart: Chart, path: str | Path, scale: float = 2) -> None:
-    """Write the chart as PNG, `scale` pixels per CSS pixel."""
-    Path(path).write_bytes(png(chart, scale))
-
-
-def save_svg(chart: Chart, path: str | Path) -> None:
-    """Write the chart as SVG."""
-    Path(path).write_text(svg(chart), encoding="utf-8")
-
-
-def javascript() -> str:
-    """Vega, Vega-Lite and vega-embed in the versions of these charts, as one script that sets `vegaEmbed`."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VEGA_LITE)
-
-
-def _json(chart: Chart) -> str:
-    return json.dumps(chart.to_dict(), sort_keys=True)

@@ -92,10 +92,10 @@ def loop(folder: Path, tokens: int, sae: Sae, looped: int) -> float:
         fired = values[values > 0]
         if len(fired):
             torch.histc(fired, 50)
-            fired.mean(), fired.std(), fired.quantile(torch.tensor([0.25, 0.5, 0.75, 0.9, 0.95, 0.99]))
+            _ = fired.mean(), fired.std(), fired.quantile(torch.tensor([0.25, 0.5, 0.75, 0.9, 0.95, 0.99]))
             windows = values.view(-1, CONTEXT)
             best = windows.amax(1).topk(min(20, len(windows))).indices
-            [windows[window].clone() for window in best.tolist()]
+            _ = [windows[window].clone() for window in best.tolist()]
     return time.perf_counter() - began
 
 

@@ -62,7 +62,7 @@ def rows_by_hand(model: LanguageModel, text: str, hook: str, start: int | None) 
 def test_codes_are_those_of_a_pass_by_hand(model: LanguageModel, saes: dict[str, LoadedSae]) -> None:
     start = model.tokenizer.eos_token_id  # the corpora of these SAEs had no BOS
     found = list(encode_texts(model, saes, TEXTS, activations=True))
-    assert [text.index for text in found] == [0, 1, 2, 3]
+    assert [text.number for text in found] == [0, 1, 2, 3]
     for text, encoded in zip(TEXTS, found, strict=True):
         assert encoded.token_ids == model.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert "".join(encoded.tokens) == text
@@ -146,8 +146,8 @@ def test_summaries() -> None:
     found = summarise(text, "sae", top=3)
     assert found.tokens == ["a", "b", "c"]
     assert found.per_token == [[(1, 3.0), (2, 1.0)], [(0, 2.0), (2, 1.0)], [(2, 2.5), (1, 0.5)]]
-    assert [(f.index, f.max, f.position) for f in found.by_max] == [(1, 3.0, 0), (2, 2.5, 2), (0, 2.0, 1)]
-    assert [(f.index, round(f.mean, 4)) for f in found.by_mean] == [(2, 1.5), (1, 1.1667), (0, 0.6667)]
+    assert [(f.feature, f.max, f.position) for f in found.by_max] == [(1, 3.0, 0), (2, 2.5, 2), (0, 2.0, 1)]
+    assert [(f.feature, round(f.mean, 4)) for f in found.by_mean] == [(2, 1.5), (1, 1.1667), (0, 0.6667)]
     assert found.by_max[0].values == [3.0, 0.0, 0.5]
     assert [len(token) for token in summarise(text, "sae", top=1).per_token] == [1, 1, 1]
 
