@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/midiscover sweep demo
 	$(BIN)/midiscover features demo
-	$(BIN)/midiscover concepts demo
+	$(BIN)/midiscover concepts demo --module numbers --module questions
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load
 from torch import Tensor
 
+from midiscover.errors import CorruptError
 from midiscover.resolve import PlannedSae
 from midiscover.saes import SPARSITY, load_trained, read_json
 from midiscover.stability import agreement, chosen, neighbours, pair_row
@@ -45,16 +46,31 @@ class Results:
 
 def sae_results(storage: Storage, planned: Sequence[PlannedSae], evaluation_id: str) -> Results:
     """Results of planned SAEs, in their order, with the metrics of one evaluation."""
+    return _results(storage, [p.row() for p in planned], evaluation_id)
+
+
+def sweep_results(storage: Storage, sweep: Mapping[str, Any]) -> Results:
+    """Results of a sweep as its sweep.json tells them, which needs neither its model nor its text.
+
+    CorruptError where sweep.json does not name its SAEs.
+    """
+    rows, evaluation_id = sweep.get("saes"), sweep.get("evaluation_id")
+    if not isinstance(rows, list) or not isinstance(evaluation_id, str):
+        raise CorruptError(f"The sweep.json of {sweep.get('id')} lacks 'saes' or 'evaluation_id'.")
+    return _results(storage, rows, evaluation_id)
+
+
+def _results(storage: Storage, planned: Sequence[Row], evaluation_id: str) -> Results:
+    """planned: `resolve.PlannedSae.row` of each SAE."""
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda p: _read(storage, p.id, evaluation_id), planned))
+        found = list(pool.map(lambda row: _read(storage, row["sae_id"], evaluation_id), planned))
     rows, curves, densities, records = [], [], [], []
-    for p, (record, training, metrics) in zip(planned, found, strict=True):
+    for row, (record, training, metrics) in zip(planned, found, strict=True):
         if record is None or training is None or metrics is None:
             continue
-        row = p.row()
-        label = {"sae_id": p.id, "label": row["sparsity_label"]} | {name: row[name] for name in DESCRIBED}
+        label = {"sae_id": row["sae_id"], "label": row["sparsity_label"]} | {name: row[name] for name in DESCRIBED}
         rows.append(
-            row
+            dict(row)
             | {name: metrics[name] for name in ROW_METRICS}
             | {name: metrics.get(name) for name in FOREIGN_METRICS}
             | {"seconds": record["seconds"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,11 @@ from midiscover.summary import Row, hook_names, in_order, is_missing, natural_ke
 
 CHANCE = 0.5
 """AUROC of a feature that knows nothing; the palest colour."""
-CELL_WIDTH, CELL_HEIGHT = 28, 22
-MOST_COLUMNS = 28
+CELL_WIDTH, CELL_HEIGHT = 26, 22
+MOST_COLUMNS = 30
 """Features of one SAE at most, which fit into 900 pixels."""
 MAP_COLUMNS, MAP_GAP = 5, 14
-TEXT_ROOM = 26
+TEXT_ROOM = 22
 """Pixels that a cell needs for its number."""
 
 
@@ -36,7 +37,7 @@ def concept_chart(rows: Sequence[Row]) -> Chart:
     for place, sae in enumerate(saes):
         own = [row for row in rows if str(row["sae_id"]) == sae]
         features = best_features(own, concepts, MOST_COLUMNS)
-        values = [_cell(row, concepts) for row in own if row["feature"] in features]
+        values = _pairs(own, concepts, features)
         title = str(own[0].get("label") or sae) if len(saes) > 1 else ""
         maps.append(_concept_map(values, concepts, features, title, name=f"{place + 1} scores"))
     if not maps:
@@ -126,19 +127,25 @@ def _best_places(rows: Sequence[Row], short: Mapping[str, str]) -> list[dict[str
     ]
 
 
-def _cell(row: Row, concepts: Sequence[str]) -> dict[str, Any]:
-    return {
-        "concept": str(row["concept"]),
-        "place": concepts.index(str(row["concept"])),
-        "feature": str(row["feature"]),
-        "passes": bool(row.get("passes")),
-        **_score(row["auroc"]),
-    }
+def _pairs(rows: Sequence[Row], concepts: Sequence[str], features: Sequence[int]) -> list[dict[str, Any]]:
+    """A mapping per cell; those that were not judged have None for their score."""
+    judged = {(str(row["concept"]), row["feature"]): row for row in rows}
+    blank = {"passes": False, "auroc": None, "auroc_text": "", "ink": INK}
+    values = []
+    for concept, feature in itertools.product(concepts, features):
+        row = judged.get((concept, feature))
+        score = blank if row is None else {"passes": bool(row.get("passes")), **_score(row["auroc"])}
+        values.append({"concept": concept, "feature": str(feature), **score})
+    return values
 
 
 def _score(auroc: float) -> dict[str, Any]:
     position = min(1.0, max(0.0, (auroc - CHANCE) / (1 - CHANCE)))
-    return {"auroc": rounded(auroc), "auroc_text": f"{auroc:.2f}"[-3:], "ink": on_heat(position)}
+    return {
+        "auroc": rounded(auroc),
+        "auroc_text": "1.0" if auroc >= 0.995 else f"{auroc:.2f}"[1:],
+        "ink": on_heat(position),
+    }
 
 
 def _concept_map(
@@ -159,7 +166,8 @@ def _cells(x: alt.X, y: alt.Y, *, text: bool, outline: str) -> list[alt.Chart]:
     scale = alt.Scale(domain=[CHANCE, 1], range=list(HEAT), clamp=True, nice=False, interpolate="rgb")
     base = alt.Chart().encode(x=x, y=y, tooltip=tooltip)
     colour = alt.Color("auroc:Q", scale=scale, legend=None)
-    layers = [base.mark_rect(stroke=GRID, strokeWidth=0.5).encode(color=colour)]
+    judged = base.transform_filter("isValid(datum.auroc)").mark_rect(stroke=GRID, strokeWidth=0.5)
+    layers = [base.mark_rect(fillOpacity=0, stroke=GRID, strokeWidth=0.5), judged.encode(color=colour)]
     if text:
         layers.append(base.mark_text(fontSize=10, color=alt.expr("datum.ink")).encode(text="auroc_text:N"))
     marked = base.transform_filter(f"datum.{outline}")

@@ -63,7 +63,7 @@ def histogram_chart(
     if len(groups) > 1:
         marks = base.mark_line(interpolate="step-after", strokeWidth=1.5).encode(color=colour)
     else:
-        marks = base.mark_bar(binSpacing=0.5).encode(x2="high:Q", color=colour)
+        marks = base.mark_bar(binSpacing=0.5).encode(x2="high:Q", y2=alt.datum(0), color=colour)
     left_out = len(rows) - sum(map(len, known.values()))
     told = [*subtitle, f"{left_out:,} values that are no numbers are left out" if left_out else ""]
     return finish(alt.layer(marks).properties(width=PLOT_WIDTH, height=HEIGHT), title, told)
