@@ -192,7 +192,10 @@ def _norms(storage: Storage, sae: str) -> Chart:
 
     module = load_trained(storage, sae)
     encoder, decoder = module.W_enc.detach().norm(dim=0), module.W_dec.detach().norm(dim=1)
-    told = f"Decoder directions: norms from {float(decoder.min()):.4g} to {float(decoder.max()):.4g}"
+    low, high = f"{float(decoder.min()):.4g}", f"{float(decoder.max()):.4g}"
+    told = (
+        f"Decoder directions have norms from {low} to {high}" if low != high else f"Decoder directions have norm {low}"
+    )
     rows = [{"value": norm} for norm in encoder.tolist()]
     return figures.histogram_chart(rows, "Norms of encoder directions", "Norm", subtitle=[f"Of {sae}", told])
 

@@ -50,13 +50,17 @@ def lens(directions: Tensor, unembedding: Tensor) -> Lens:
     return Lens(*(tensor.cpu() for tensor in found))
 
 
-def neighbours(decoder: Tensor, start: int, stop: int) -> Nearest:
-    """The features whose decoder rows have the highest cosine with those of [start, stop), themselves left out."""
-    unit = decoder.float() / decoder.float().norm(dim=1, keepdim=True).clamp(min=1e-12)
+def unit_rows(decoder: Tensor) -> Tensor:
+    """The rows [d_sae, d_out] brought to norm 1; rows of zeros stay."""
+    return decoder / decoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def neighbours(unit: Tensor, start: int, stop: int) -> Nearest:
+    """The features whose rows of `unit_rows` have the highest cosine with those of [start, stop), but themselves."""
     cosine = unit[start:stop] @ unit.T
     here = torch.arange(stop - start, device=cosine.device)
     cosine[here, here + start] = -torch.inf
-    best = cosine.topk(min(NEIGHBOURS, len(decoder) - 1), dim=1)
+    best = cosine.topk(min(NEIGHBOURS, len(unit) - 1), dim=1)
     return Nearest(best.indices.cpu(), best.values.cpu())
 
 

@@ -25,11 +25,11 @@ from midiscover.configio import to_tree
 from midiscover.corpus import Corpus
 from midiscover.features.collect import Part
 from midiscover.features.contexts import ContextTables, context_table
-from midiscover.features.directions import lens, neighbours, neurons
+from midiscover.features.directions import lens, neighbours, neurons, unit_rows
 from midiscover.features.histogram import BINS
 from midiscover.features.plan import Plan
 from midiscover.features.records import CONTEXTS, FEATURES, GROUP, QUANTILE_SHARES, VERSION
-from midiscover.features.sample import Relations, slices
+from midiscover.features.relations import Related, Relations, slices
 from midiscover.ids import features_id
 from midiscover.sae.base import Sae
 from midiscover.saes import dump
@@ -55,16 +55,19 @@ class Finisher:
     device: torch.device | str = "cpu"
 
     def finish(self, part: Part) -> dict[str, Any]:
-        """Write both files, then the manifest, which is returned; the one that stands where another was first."""
+        """Write both files, then the manifest, which is returned. Records that stood there are replaced: a manifest
+        must name the bytes that were written last.
+        """
         began, name = time.monotonic(), features_id(self.plan.settings)
         tables = ContextTables(part, self.plan, self.corpus, self.strings)
-        relations = Relations(part.sample, self.sae.d_sae)
+        relations = Relations(part.sample, self.sae.d_sae, self.device)
+        related = (relations.features(RELATED), relations.inputs(RELATED_INPUTS))
         features, contexts = io.BytesIO(), io.BytesIO()
         writers: list[pq.ParquetWriter] = []
         for start, stop in slices(self.sae.d_sae, GROUP):
             pieces = context_table(tables, start, stop)
             table = pa.Table.from_pydict(
-                self._columns(part, relations, start, stop) | {"top_tokens": _peaks(pieces, start, stop)}
+                self._columns(part, *related, start, stop) | {"top_tokens": _peaks(pieces, start, stop)}
             )
             if not writers:
                 writers = [pq.ParquetWriter(features, _typed(table).schema), pq.ParquetWriter(contexts, pieces.schema)]
@@ -96,16 +99,15 @@ class Finisher:
         self.storage.write(layout.features_manifest(self.sae_id, name), dump(manifest))
         return manifest
 
-    def _columns(self, part: Part, relations: Relations, start: int, stop: int) -> dict[str, Any]:
-        decoder = self.sae.W_dec.detach().to(self.device)
-        near = neighbours(decoder, start, stop)
-        neuron, share = neurons(decoder[start:stop])
-        active = relations.features(start, stop, RELATED)
-        inputs = relations.inputs(start, stop, RELATED_INPUTS)
+    def _columns(self, part: Part, coactive: Related, correlated: Related, start: int, stop: int) -> dict[str, Any]:
+        directions = self._decoder[start:stop]
+        near = neighbours(self._unit_decoder, start, stop)
+        neuron, share = neurons(directions)
+        active, inputs = (Related(*(tensor[start:stop] for tensor in all_)) for all_ in (coactive, correlated))
         return {
             "index": np.arange(start, stop),
             **_statistics(part, start, stop),
-            **self._lens(decoder[start:stop]),
+            **self._lens(directions),
             "neighbour_index": near.indices.tolist(),
             "neighbour_cosine": near.value.tolist(),
             "coactive_index": _known(active.indices, active.indices),
@@ -120,6 +122,14 @@ class Finisher:
         }
 
     @cached_property
+    def _decoder(self) -> Tensor:
+        return self.sae.W_dec.detach().to(self.device, torch.float32)
+
+    @cached_property
+    def _unit_decoder(self) -> Tensor:
+        return unit_rows(self._decoder)
+
+    @cached_property
     def _logits(self) -> Tensor:
         """W_U in float32 on the device, converted once."""
         assert self.unembedding is not None
@@ -130,7 +140,7 @@ class Finisher:
             nothing: list[list[Any]] = [[] for _ in directions]
             names = ("pos_ids", "pos_tokens", "pos_values", "neg_ids", "neg_tokens", "neg_values")
             return dict.fromkeys((*names, "logit_hist_heights", "logit_hist_values"), nothing)
-        seen = lens(directions.float(), self._logits)
+        seen = lens(directions, self._logits)
         return {
             "pos_ids": seen.top_ids.tolist(),
             "pos_tokens": [self.strings(ids) for ids in seen.top_ids.tolist()],

@@ -6,6 +6,7 @@ histograms, and one whose output is not as wide as the residual stream no tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,9 +36,11 @@ def activation_chart(feature_row: Row, *, log: bool | None = None) -> Chart:
 
     log: whether counts have a log axis; None where the tallest bar is more than LOG_RATIO times the lowest.
     """
-    subtitle = [fires_on(feature_row), quantiles(feature_row)]
+    title = f"Activations of feature {feature_row['index']}"
+    if not feature_row["count"]:
+        return finish(blank(NEVER, 400), title, [])
     chart = activation_panel(feature_row, log=log, width=HISTOGRAM_WIDTH, height=240)
-    return finish(chart, f"Activations of feature {feature_row['index']}", subtitle)
+    return finish(chart, title, [fires_on(feature_row), quantiles(feature_row)])
 
 
 def logit_chart(feature_row: Row) -> Chart:
@@ -68,10 +71,11 @@ def quantiles(row: Row) -> str:
 def activation_panel(
     row: Row, *, log: bool | None, width: int, height: int = PANEL_HEIGHT, name: str = ""
 ) -> alt.LayerChart:
-    """The histogram without title and theme, to stand among others. name: goes before the name of its table."""
+    """The histogram of a feature that fires, without title and theme, to stand among others.
+
+    name: goes before the name of its table.
+    """
     heights, centres = row["hist_heights"], row["hist_values"]
-    if not row["count"] or not heights:
-        return blank(NEVER, width, height)
     # Equal bins from 0 on, so the first is as wide as twice its centre.
     half = centres[0]
     values = [
@@ -93,7 +97,7 @@ def activation_panel(
         "count:Q",
         title="Tokens (log scale)" if log else "Tokens",
         scale=alt.Scale(type="log", domain=[base, 1.3 * max(counts)], nice=False) if log else alt.Scale(),
-        axis=alt.Axis(values=log_ticks(1, 1.3 * max(counts)), format="~s") if log else thousands(4),
+        axis=alt.Axis(values=_count_ticks(max(counts)), format="~s") if log else thousands(4),
     )
     bars = (
         alt.Chart()
@@ -103,6 +107,12 @@ def activation_panel(
     )
     table = alt.InlineData(values=values, name=f"{name}activations")
     return alt.layer(bars, data=table).properties(width=width, height=height)
+
+
+def _count_ticks(highest: int) -> list[float]:
+    """Of a log axis: 1, 2, 5, 10, ... where there is room for all of them, else the powers of ten."""
+    ticks = log_ticks(1, 1.3 * highest)
+    return ticks if len(ticks) <= 8 else [tick for tick in ticks if math.log10(tick).is_integer()]
 
 
 def panel_width(tokens: Sequence[str], bar: int) -> int:

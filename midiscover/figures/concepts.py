@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from midiscover.figures.drawing import PLOT_WIDTH, Chart, finish, of
-from midiscover.palette import GRID, HEAT, INK, INK_SOFT, on_heat
+from midiscover.palette import GRID, HEAT, HOOKS, INK, INK_SOFT, on_heat
 from midiscover.scales import rounded
 from midiscover.summary import Row, hook_names, in_order, is_missing, natural_key
 
@@ -19,6 +19,10 @@ CELL_WIDTH, CELL_HEIGHT = 26, 22
 MOST_COLUMNS = 30
 """Features of one SAE at most, which fit into 900 pixels."""
 MAP_COLUMNS, MAP_GAP = 5, 14
+HELD_OUT = "AUROC on texts that the ranking did not see: 0.5 knows nothing, 1 tells the concept from its controls"
+OUTLINED = "Outlined: beyond the best that shuffled labels give"
+MIN_MAP = 110
+"""Pixels of a small map's width at least."""
 TEXT_ROOM = 22
 """Pixels that a cell needs for its number."""
 
@@ -45,10 +49,6 @@ def concept_chart(rows: Sequence[Row]) -> Chart:
     chart = alt.vconcat(*maps, spacing=18) if len(maps) > 1 else maps[0]
     one = str(rows[0].get("label") or saes[0]) if len(saes) == 1 else ""
     return finish(chart, "Concepts and features", [one, HELD_OUT, OUTLINED])
-
-
-HELD_OUT = "AUROC on texts that the ranking did not see: 0.5 knows nothing, 1 tells the concept from its controls"
-OUTLINED = "Outlined: beyond the best that shuffled labels give"
 
 
 def best_features(rows: Sequence[Row], concepts: Sequence[str], most: int) -> list[int]:
@@ -99,10 +99,6 @@ def concept_map_chart(rows: Sequence[Row]) -> Chart:
     )
     subtitle = [of(names.pattern), HELD_OUT, "Best feature of each SAE; outlined: the best place of a concept"]
     return finish(chart, "Where concepts are carried", subtitle)
-
-
-MIN_MAP = 110
-"""Pixels of a map's width at least."""
 
 
 def _best_places(rows: Sequence[Row], short: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -171,7 +167,7 @@ def _cells(x: alt.X, y: alt.Y, *, text: bool, outline: str) -> list[alt.Chart]:
     if text:
         layers.append(base.mark_text(fontSize=10, color=alt.expr("datum.ink")).encode(text="auroc_text:N"))
     marked = base.transform_filter(f"datum.{outline}")
-    layers.append(marked.mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.6))
+    layers.append(marked.mark_rect(fillOpacity=0, stroke=HOOKS[1], strokeWidth=1.6))
     return layers
 
 

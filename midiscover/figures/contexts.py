@@ -29,6 +29,7 @@ LEAST = 5e-5
 """Activations below have no ground, as on Neuronpedia."""
 HEADINGS = {"top": "Highest activations", "interval": "Drawn from intervals", "random": "Drawn at random"}
 CUT = "…"
+DEPTH = "The deeper a token's ground, the stronger the feature there; underlined: the token a context is about"
 
 
 class TokenContext(Protocol):
@@ -86,9 +87,6 @@ def contexts_chart(
     The peak is underlined, its value stands on the left. Tokens follow one another from left to right in every script.
     """
     return finish(contexts_panel(contexts, highest, lines=lines, width=width), title, [DEPTH] if contexts else [])
-
-
-DEPTH = "The deeper a token's ground, the stronger the feature there; underlined: the token a context is about"
 
 
 def contexts_panel(

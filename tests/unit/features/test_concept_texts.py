@@ -35,25 +35,27 @@ def test_sentences_and_controls_are_alike_in_number_and_length(name: str) -> Non
     assert len(concept.texts) >= 60
     assert len(concept.controls) == len(concept.texts)
     lengths = [(len(a.split()), len(b.split())) for a, b in zip(concept.texts, concept.controls, strict=True)]
-    assert max(abs(a - b) / max(a, b) for a, b in lengths) <= 0.35
-    assert mean(a for a, _ in lengths) == pytest.approx(mean(b for _, b in lengths), rel=0.15)
+    assert max(abs(a - b) / min(a, b) for a, b in lengths) <= 0.2
+    assert mean(a for a, _ in lengths) == pytest.approx(mean(b for _, b in lengths), rel=0.05)
     assert all(text == text.strip() and text for text in (*concept.texts, *concept.controls))
 
 
 def test_no_sentence_stands_twice() -> None:
     lines = [line for name in NAMES for concept in [read_module(name)] for line in (*concept.texts, *concept.controls)]
-    assert len(set(lines)) == len(lines) >= 1200
+    assert len(set(lines)) == len(lines) >= 1280
 
 
 def test_what_can_be_told_by_its_marks() -> None:
     questions, numbers, statements = (read_module(name) for name in ("questions", "numbers", "statements"))
     assert all(line.endswith("?") for line in questions.texts)
     assert not any("?" in line for line in (*questions.controls, *statements.texts))
-    words = r"\d|\b(one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand|thirds?)\b"
+    ones = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
+    more = "eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|half|dozen"
+    words = rf"\d|\b({ones}|{more}|thirds?|quarters?)\b"
     assert all(re.search(words, line, re.IGNORECASE) for line in numbers.texts)
     assert not any(re.search(words, line, re.IGNORECASE) for line in numbers.controls)
     assert all(line.endswith(".") for line in statements.texts)
-    assert all(line.endswith(("?", "!")) for line in statements.controls)
+    assert sum(line.endswith(("?", "!")) for line in statements.controls) >= len(statements.controls) / 2
     marks = [len(re.findall(r"[^\w\s]", line)) for line in read_module("punctuation").texts]
     assert min(marks) >= 4
 
@@ -66,7 +68,9 @@ def test_own_texts(tmp_path: Path) -> None:
     assert (len(concept.texts), len(concept.controls), concept.paired) == (9, 11, False)
     assert concept.name.startswith("cats-")
     pooled = read_own(mine, None)
-    assert [len(line.split()) for line in pooled.controls] == [8] * 9
+    lengths = [len(line.split()) for name in module_names() for line in read_module(name).controls]
+    nearest = sorted(abs(length - 8) for length in lengths)[:9]
+    assert [abs(len(line.split()) - 8) for line in pooled.controls] == nearest
     assert len(set(pooled.controls)) == 9
     with pytest.raises(ConfigError, match="'joy' is no concept module; known are commands, "):
         read_module("joy")

@@ -227,7 +227,9 @@ def test_a_sample_is_drawn_where_not_all_rows_fit(tmp_path: Path) -> None:
     part = collect_chunk(small.storage, {"sae": small.sae}, small.plan, small.plan.blocks)["sae"]
     kept = [row for row in numbers.tolist() if small.usable[row]]
     assert part.sample.numbers.tolist() == kept
-    assert torch.equal(part.sample.codes(0, D_SAE), small.codes[kept])
+    dense = torch.zeros(len(kept), D_SAE)
+    dense[part.sample.row.long(), part.sample.feature.long()] = part.sample.value
+    assert torch.equal(dense, small.codes[kept])
 
 
 def test_blocks_are_spread_evenly(world: World) -> None:
