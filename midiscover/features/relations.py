@@ -81,14 +81,15 @@ class Relations:
         indices, cosines = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best)
         for block in slices(count, _BLOCK):
             others = between(*block)
+            columns = torch.arange(block[1] - block[0], device=best.device)
             for start, stop in slices(self.d_sae, _SLICE):
                 here = slice(start, stop)
                 covariance = self._products(start, stop, others.centred)
                 pearson = covariance / (self._spread[here, None] * others.spread).float()
                 pearson.nan_to_num_(-torch.inf, -torch.inf, -torch.inf)  # where either spread is 0
                 if but_itself:
-                    own = torch.arange(max(start, block[0]), min(stop, block[1]), device=pearson.device)
-                    pearson[own - start, own - block[0]] = -torch.inf
+                    itself = torch.arange(start, stop, device=pearson.device)[:, None] == columns + others.first
+                    pearson.masked_fill_(itself, -torch.inf)
                 found = pearson.topk(min(k, pearson.shape[1]), dim=1)
                 products = covariance.gather(1, found.indices) + self._total[here, None] * others.mean[found.indices]
                 cosine = products / (self._norm[here, None] * others.norm[found.indices]).clamp(min=1e-30)

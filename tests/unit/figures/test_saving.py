@@ -1,0 +1,74 @@
+"""Charts as files of every format: what they hold, and that none asks for anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from midiscover import figures
+from midiscover.errors import UserError
+from tests.unit.figures.samples import WEIRD, context, feature_row
+from tests.unit.plain_tables import plain_tables
+from tests.unit.test_report import Page
+
+STARTS = {".png": b"\x89PNG", ".svg": b"<svg", ".pdf": b"%PDF", ".html": b"<!doctype html>", ".csv": b"table,"}
+
+
+def card() -> figures.Chart:
+    return figures.feature_card(feature_row(tokens=WEIRD), [context(tokens=WEIRD)], "</script><b> & 'x'")
+
+
+@pytest.mark.parametrize("suffix", list(figures.FORMATS))
+def test_the_suffix_says_what_is_written(suffix: str, tmp_path: Path) -> None:
+    for name in (f"chart{suffix}", f"CHART{suffix.upper()}"):
+        figures.save(card(), tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(STARTS[suffix])
+
+
+@pytest.mark.parametrize("name", ["chart.jpg", "chart", ".png"])
+def test_another_suffix_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the name may end in \.png, \.svg, \.pdf, \.html, \.csv"):
+        figures.save(card(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_csv_holds_the_rows_of_one_table() -> None:
+    rows, _, _ = plain_tables()
+    read = list(csv.DictReader(io.StringIO(figures.csv(figures.frontier_chart(rows)))))
+    assert {(line["sae"], float(line["l0"]), float(line["fvu"])) for line in read} == {
+        (row["sae_id"], float(f"{row['l0']:.5g}"), float(f"{row['fvu']:.5g}")) for row in rows
+    }
+    assert "table" not in read[0]
+
+
+def test_csv_of_a_card_names_its_tables_and_keeps_every_token() -> None:
+    read = list(csv.DictReader(io.StringIO(figures.csv(card()))))
+    tables = {line["table"] for line in read}
+    assert tables == {"activations", "notes", "promotes", "suppresses", "tokens"}
+    tokens = [line for line in read if line["table"] == "tokens"]
+    assert [line["token"] for line in tokens][: len(WEIRD) - 1] == WEIRD[:-1]
+    counts = [int(line["count"]) for line in read if line["table"] == "activations"]
+    assert counts == feature_row()["hist_heights"]
+    assert all(line["count"] == "" for line in tokens)
+
+
+def test_the_page_asks_for_nothing_and_no_token_ends_a_script() -> None:
+    page = Page(figures.html(card()))
+    assert not page.of("link", "img", "iframe", "object", "embed")
+    assert all("src" not in attributes for attributes in page.of("script"))
+    policy = next(m["content"] or "" for m in page.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert page.texts["title"] == ["</script><b> & 'x'"]
+    assert len(page.of("script")) == 3
+    assert json.loads(page.texts["script"][0]) == card().to_dict()
+
+
+def test_characters_without_a_font_are_named() -> None:
+    # A private-use character of plane 16: no font is made for it.
+    odd = "\U0010fffd"
+    chart = figures.logit_chart(feature_row(tokens=[f"a{odd}", "plain é λ", "  "]))
+    assert figures.undrawable(chart) == odd
