@@ -73,7 +73,7 @@ def sweep_tables(documents: Sequence[Document], tokens: Mapping[str, Mapping[int
         others = [f"{document[name]['auroc_held_out']:.2f}" if name in document else "-" for name in _OTHERS]
         known = escape(quoted(tokens[document["sae"]].get(row["feature"], ()), 4))
         best.add_row(concept, _name(document), str(row["feature"]), f"{row['auroc']:.2f}", *others, known)
-    beaten = sum("better than the raw neurons" in document["verdict"] for document in documents)
+    beaten = sum("neurons" in document["better_than"] for document in documents)
     note = (
         f"{beaten} of {len(documents)} pairs of SAE and concept tell more than raw neurons, beyond two standard errors."
     )

@@ -97,6 +97,7 @@ def judge(concept: Concept, scores: Mapping[str, Scores], settings: ConceptSetti
         "settings": {"top_features": settings.top_features, "seed": settings.seed, "shuffles": settings.shuffles},
         "held_out_texts": int(held.sum()),
         **groups,
+        "better_than": [name for name in BASELINES if name in groups and _compare(groups, name) > 0],
         "verdict": _verdict(groups),
     }
 
@@ -180,21 +181,26 @@ def _error(scores: Tensor, positive: Tensor, resamples: int = 200) -> float:
     return float(areas.mean(1).std())
 
 
+def _compare(groups: Mapping[str, Mapping[str, Any]], name: str) -> int:
+    """1 where the SAE's held-out AUROC is above that of a baseline by two standard errors, -1 where below, else 0."""
+    mine, other = groups[SAE], groups[name]
+    difference = mine["auroc_held_out"] - other["auroc_held_out"]
+    error = (mine["auroc_error"] ** 2 + other["auroc_error"] ** 2) ** 0.5
+    return (difference > 2 * error) - (difference < -2 * error)
+
+
 def _verdict(groups: Mapping[str, Mapping[str, Any]]) -> str:
     """Whether the SAE's features tell more than what was not trained, in words."""
     sae = groups[SAE]
     mine = f"top features of the SAE: held-out AUROC {sae['auroc_held_out']:.3f}"
-    others = [(BASELINES[name], groups[name]) for name in BASELINES if name in groups]
+    others = [name for name in BASELINES if name in groups]
     if not others:
         return f"{mine}; nothing to compare it with (baselines were left out)."
+    told = {1: "better than", 0: "no better than", -1: "worse than"}
     words = []
-    for name, group in others:
-        difference = sae["auroc_held_out"] - group["auroc_held_out"]
-        error = (sae["auroc_error"] ** 2 + group["auroc_error"] ** 2) ** 0.5
-        told = (
-            "better than" if difference > 2 * error else "worse than" if difference < -2 * error else "no better than"
-        )
-        words.append(f"{told} the {name} ({group['auroc_held_out']:.3f})")
+    for name in others:
+        scored = groups[name]["auroc_held_out"]
+        words.append(f"{told[_compare(groups, name)]} the {BASELINES[name]} ({scored:.3f})")
     return f"{mine} +- {sae['auroc_error']:.3f}, {' and '.join(words)}."
 
 

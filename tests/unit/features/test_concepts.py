@@ -104,11 +104,20 @@ def _held(_document: object) -> Tensor:
 def test_the_verdict_says_when_nothing_is_gained() -> None:
     x, noise = scores(features=200, seed=4), scores(features=200, seed=5)
     groups = {"sae_scores": Scores(x, x), "neurons": Scores(noise, noise)}
-    assert "no better than the raw neurons" in judge(concept(), groups, ConceptSettings())["verdict"]
+    document = judge(concept(), groups, ConceptSettings())
+    assert "no better than the raw neurons" in document["verdict"]
+    assert document["better_than"] == []
     strong = noise.clone()
     strong[POSITIVE, :12] += 2
     groups["neurons"] = Scores(strong, strong)
-    assert "worse than the raw neurons" in judge(concept(), groups, ConceptSettings())["verdict"]
+    document = judge(concept(), groups, ConceptSettings())
+    assert "worse than the raw neurons" in document["verdict"]
+    assert document["better_than"] == []
+    groups["sae_scores"], groups["neurons"] = groups["neurons"], groups["sae_scores"]
+    document = judge(concept(), groups, ConceptSettings())
+    assert ": held-out AUROC" in document["verdict"]
+    assert ", better than the raw neurons" in document["verdict"]
+    assert document["better_than"] == ["neurons"]
 
 
 @pytest.mark.parametrize("paired", [True, False])
