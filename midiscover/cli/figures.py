@@ -120,7 +120,7 @@ def draw(
         from midiscover import figures
 
         if name == "concept-map" and len(target.saes) < 2:
-            raise ConfigError(f"The chart {name} compares the SAEs of a sweep; {target.saes[0]} is one SAE.")
+            raise ConfigError(f"The chart {name} compares the SAEs of a sweep; {', '.join(target.saes)} is one SAE.")
         rows = concept_rows(storage, target.saes)
         return figures.concept_chart(rows) if name == "concepts" else figures.concept_map_chart(rows)
     if name in OF_SWEEP:

@@ -70,7 +70,7 @@ def quantiles(row: Row) -> str:
 
 def activation_panel(
     row: Row, *, log: bool | None, width: int, height: int = PANEL_HEIGHT, name: str = ""
-) -> alt.LayerChart:
+) -> alt.LayerChart | alt.FacetChart:
     """The histogram of a feature that fires, without title and theme, to stand among others.
 
     name: goes before the name of its table.
@@ -124,7 +124,7 @@ def _room(tokens: Sequence[str]) -> float:
     return max(cells(token_label(token)) for token in tokens) * CHARACTER + 8
 
 
-def logit_panels(row: Row, *, bar: int, name: str = "") -> list[alt.LayerChart]:
+def logit_panels(row: Row, *, bar: int, name: str = "") -> list[alt.LayerChart | alt.FacetChart]:
     """Two panels of bars, promoted and suppressed tokens; none where the row has no tokens. bar: pixels at most."""
     sides = (("pos", "Promotes", HOOKS[0]), ("neg", "Suppresses", HOOKS[1]))
     panels = []
@@ -155,7 +155,9 @@ def token_label(token: str, columns: int = TOKEN_COLUMNS) -> str:
     return "'" + cut(shown(token), columns).replace(" ", "\N{NO-BREAK SPACE}") + "'"
 
 
-def _logit_panel(values: Sequence[dict[str, Any]], title: str, colour: str, *, bar: int, name: str) -> alt.LayerChart:
+def _logit_panel(
+    values: Sequence[dict[str, Any]], title: str, colour: str, *, bar: int, name: str
+) -> alt.LayerChart | alt.FacetChart:
     room = _room([value["token"] for value in values])
     largest = max(value["size"] for value in values) or 1.0
     # The names stand inside the plot, left of 0, so that panels are as wide as they say.
@@ -176,7 +178,7 @@ def _logit_panel(values: Sequence[dict[str, Any]], title: str, colour: str, *, b
     )
 
 
-def blank(words: str, width: int, height: int = 40) -> alt.LayerChart:
+def blank(words: str, width: int, height: int = 40) -> alt.LayerChart | alt.FacetChart:
     """A panel that says why there is nothing to draw."""
     text = alt.Chart(alt.InlineData(values=[{"note": words}])).mark_text(align="left", color=INK_SOFT)
     return alt.layer(text.encode(text="note:N", x=alt.value(0))).properties(width=width, height=height)

@@ -146,7 +146,7 @@ def _score(auroc: float) -> dict[str, Any]:
 
 def _concept_map(
     values: Sequence[Mapping[str, Any]], concepts: Sequence[str], features: Sequence[int], title: str, *, name: str
-) -> alt.LayerChart:
+) -> alt.LayerChart | alt.FacetChart:
     x = alt.X("feature:N", sort=[str(feature) for feature in features], title="Feature", axis=_bare(angle=-45))
     y = alt.Y("concept:N", sort=list(concepts), title=None, axis=_bare())
     layers = _cells(x, y, text=True, outline="passes")

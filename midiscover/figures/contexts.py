@@ -96,7 +96,7 @@ def contexts_panel(
     lines: int,
     width: int = WIDTH,
     name: str = "",
-) -> alt.LayerChart:
+) -> alt.LayerChart | alt.FacetChart:
     """The chart without title and theme, to stand among others. name: goes before the names of its two tables."""
     highest = highest or max((value for context in contexts for value in context.values), default=0.0)
     tokens, notes, height = layout(contexts, highest, lines=lines, width=width)
@@ -129,7 +129,8 @@ def contexts_panel(
         x=alt.X("start:Q", **x), y=alt.Y("middle:Q", **y), text="text:N", tooltip=tooltip
     )
     layers = [grounds, peaks, words]
-    for align, bold in (("left", True), ("left", False), ("right", False)):
+    sides: tuple[tuple[Any, bool], ...] = (("left", True), ("left", False), ("right", False))
+    for align, bold in sides:
         weight = "bold" if bold else "normal"
         layers.append(
             of_notes.transform_filter(f"datum.align === '{align}' && datum.bold === {str(bold).lower()}")

@@ -126,7 +126,7 @@ class Tracker:
         """The scalars of one more evaluation of an SAE, besides the one in its record."""
         self._database.write(lambda connection: writes.record_metrics(connection, sae_id, evaluation_id, metrics))
 
-    def record_features(self, sae_id: str, features_id: str, features: Sequence[Mapping[str, Any]]) -> None:
+    def record_features(self, sae_id: str, features_id: str, features: Sequence[Row]) -> None:
         """The scalars of all features of an SAE: rows with `rows.FEATURE_COLUMNS`, as features.parquet has them."""
         self._database.write(lambda connection: writes.record_features(connection, sae_id, features_id, features))
 
