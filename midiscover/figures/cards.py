@@ -90,7 +90,9 @@ def _card(card: Card, name: str) -> alt.VConcatChart:
         width = WIDTH if panels else WIDTH - AXIS_ROOM
         panels.append(activation_panel(row, log=None, width=WIDTH - AXIS_ROOM - taken, name=name))
     shown = chosen(card.contexts)
-    parts: list[alt.LayerChart | alt.HConcatChart] = [alt.hconcat(*panels, spacing=PANEL_GAP)] if panels else []
+    parts: list[alt.LayerChart | alt.FacetChart | alt.HConcatChart] = (
+        [alt.hconcat(*panels, spacing=PANEL_GAP)] if panels else []
+    )
     if shown:
         parts.append(contexts_panel(shown, row["max"], lines=CONTEXT_LINES, width=width, name=name))
     if not parts:
