@@ -25,7 +25,7 @@ from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_
 from midiscover import tables
 from midiscover.config import FeaturesConfig, ResourcesConfig, RunConfig
 from midiscover.configio import build_config, to_tree
-from midiscover.corpus import Corpus
+from midiscover.corpus import Corpus, find_corpus
 from midiscover.errors import ConfigError, StageError, TrackingError
 from midiscover.features.collect import Part, collect_chunk, merged
 from midiscover.features.finish import Finisher
@@ -82,6 +82,11 @@ class Run:
         """Where the part of a chunk lies. Another number of chunks has other names."""
         return layout.features_file(sae_id, self.features_id, f"parts/{chunk:05d}-of-{chunks:05d}.safetensors")
 
+    def remove_parts(self, sae_id: str) -> None:
+        """Of an SAE whose records stand."""
+        for key in self.storage.list(layout.features_file(sae_id, self.features_id, "parts")):
+            self.storage.delete(key)
+
 
 class FeatureActor:
     """Takes chunks; writes a part for each SAE that has none yet."""
@@ -123,6 +128,8 @@ def finish_sae(
     storage = run.storage
     keys = [run.part_key(sae_id, chunk, chunks) for chunk in range(chunks)]
     sae = load_trained(storage, sae_id)
+    # The matrix of a model whose weights were shuffled in memory is in no file, and would name no tokens.
+    shuffled = _record(storage, sae_id)["lineage"]["model"].get("weights") == "shuffled"
     manifest = Finisher(
         storage=storage,
         sae_id=sae_id,
@@ -130,11 +137,10 @@ def finish_sae(
         plan=run.plan(site),
         corpus=Corpus.open(storage, site.corpus_id),
         strings=TokenStrings(load_tokenizer(identity)),
-        unembedding=read_unembedding(identity),
+        unembedding=None if shuffled else read_unembedding(identity),
         device="cuda" if gpu else "cpu",
     ).finish(merged(Part.from_bytes(storage.read(key)) for key in keys))
-    for key in storage.list(layout.features_file(sae_id, run.features_id, "parts")):
-        storage.delete(key)
+    run.remove_parts(sae_id)
     return manifest
 
 
@@ -154,6 +160,8 @@ class FeaturesRun:
         if self.args.force:
             self._forget()
         todo = [sae for sae in self.target.saes if not self._stands(sae)]
+        for sae in set(self.target.saes).difference(todo):
+            self.run.remove_parts(sae)  # of a run that was killed after its last word
         if not todo:
             self.bars.say(f"the features of {len(self.target.saes)} SAEs stand already; nothing is read")
         else:
@@ -181,9 +189,11 @@ class FeaturesRun:
 
     def _ensure_rows(self, site: Site, record: Record, cluster: Cluster) -> None:
         """Harvest again what is gone, or was never there, as for an SAE from elsewhere."""
-        if read_manifest(self.storage, site.harvest_id, site.hook) is not None:
+        has_rows = read_manifest(self.storage, site.harvest_id, site.hook) is not None
+        if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
             return
-        self.bars.say(f"the activations of {site.hook} are not in the store; they are harvested")
+        gone = "the text" if has_rows else "its activations"
+        self.bars.say(f"{site.hook}: {gone} can't be found in the store and will be made again")
         resolved = resolve(replace(run_config(record), resources=self.resources), self.storage.uri)
         if resolved.harvest_id != site.harvest_id:
             raise StageError(

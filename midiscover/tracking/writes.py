@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, case, delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 
 from midiscover.errors import TrackingError
 from midiscover.tracking import rows
@@ -98,12 +99,7 @@ def record_features(connection: Connection, sae_id: str, features_id: str, found
         for start in range(0, len(new), _ROWS_AT_ONCE):
             connection.execute(insert(features), new[start : start + _ROWS_AT_ONCE])
         return
-    names = [column.name for column in features.columns]
-    quoted = ", ".join(f'"{name}"' for name in names)
-    cursor: Any = connection.connection.cursor()
-    with cursor, cursor.copy(f"COPY features ({quoted}) FROM STDIN") as copy:
-        for row in new:
-            copy.write_row([row[name] for name in names])
+    _copy(connection, features, new)
 
 
 def add_artifact(connection: Connection, row: Row) -> None:
@@ -157,6 +153,22 @@ def _upsert(connection: Connection, table: Table, new: Sequence[Row], keep: Sequ
     else:
         statement = upsert.on_conflict_do_nothing(index_elements=keys)
     connection.execute(statement, sorted(new, key=lambda row: [row[key] for key in keys]))
+
+
+def _copy(connection: Connection, table: Table, new: Sequence[Row]) -> None:
+    """INSERT by COPY, on PostgreSQL."""
+    names = [column.name for column in table.columns]
+    quoted = ", ".join(f'"{name}"' for name in names)
+    statement = f"COPY {table.name} ({quoted}) FROM STDIN"
+    cursor: Any = connection.connection.cursor()
+    base: Any = connection.dialect.loaded_dbapi.Error
+    try:
+        with cursor, cursor.copy(statement) as copy:
+            for row in new:
+                copy.write_row([row[name] for name in names])
+    except base as error:
+        # The cursor is the driver's own; the engine knows SQLAlchemy's errors only.
+        raise DBAPIError.instance(statement, None, error, base, dialect=connection.dialect) from error
 
 
 def _require_sae(connection: Connection, sae_id: str) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -128,6 +129,45 @@ def test_a_connection_cut_inside_a_transaction_is_tried_again(address: str) -> N
     database.close()
     assert runs == 2
     assert len(samples.dump(address)["sweeps"]) == 1
+
+
+def test_a_connection_cut_before_a_copy_is_tried_again(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COPY goes past SQLAlchemy, to a cursor of the driver, whose errors are its own."""
+    database = Database(parse_url(address))
+    migrate(database)
+    sae = samples.sweep()["sae_ids"][0]
+    database.write(lambda c: writes.start_sweep(c, samples.sweep(), samples.sweep()["saes"]))
+    real, runs = writes.rows.feature_rows, 0
+    pids: list[int] = []
+
+    def cut_at_first(*given: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as other:
+                other.execute("SELECT pg_terminate_backend(%s, 5000)", [pids[0]])
+        return real(*given)
+
+    def work(connection: Connection) -> None:
+        pids.append(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+        writes.record_features(connection, sae, "f.1", samples.features())
+
+    monkeypatch.setattr(writes.rows, "feature_rows", cut_at_first)
+    database.write(work)
+    database.close()
+    assert runs == 2
+    assert len(samples.dump(address)["features"]) == 3
+
+
+def test_rows_that_a_copy_refuses(address: str) -> None:
+    sweep = samples.sweep()
+    with Tracker.open(address) as tracker:
+        tracker.start_sweep(sweep)
+        tracker.record_features(sweep["sae_ids"][0], "f.1", samples.features())
+        before = samples.dump(address)
+        with pytest.raises(TrackingError, match="refused: .*out of range"):
+            tracker.record_features(sweep["sae_ids"][0], "f.1", [samples.features()[0] | {"index": 2**40}])
+        assert samples.dump(address) == before
 
 
 def test_a_deadlock_is_tried_again(address: str) -> None:

@@ -44,19 +44,19 @@ def saes() -> dict[str, LoadedSae]:
     }
 
 
-def rows_by_hand(model: LanguageModel, text: str, hook: str, start: int | None) -> Tensor:
+def rows_by_hand(model: LanguageModel, text: str, hook: str, start: Any) -> Tensor:
     """[t, d_in] through a hook of torch's own, without padding."""
-    ids = ([] if start is None else [start]) + model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: Any = [start, *model.tokenizer(text, add_special_tokens=False).input_ids]
     seen: list[Tensor] = []
     module = model.model.get_submodule(hook.removesuffix(":in"))
     if hook.endswith(":in"):
         handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     else:
-        handle = module.register_forward_hook(lambda _m, _args, out: seen.append(out))
+        handle = module.register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
         model.model(torch.tensor([ids]))
     handle.remove()
-    return seen[0][0, start is not None :]
+    return seen[0][0, 1:]
 
 
 def test_codes_are_those_of_a_pass_by_hand(model: LanguageModel, saes: dict[str, LoadedSae]) -> None:
