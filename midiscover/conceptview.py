@@ -1,8 +1,8 @@
-"""Concept scores in the terminal: the features of one SAE for one concept, and which SAE carries which best."""
+"""Concept scores in the terminal: the features of one SAE for each concept, and which SAE carries which best."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,82 +12,210 @@ from rich.table import Table
 from rich.text import Text
 
 from midiscover.featureview import quoted
-from midiscover.ids import hook_label, recorded_settings, sparsity_label
+from midiscover.ids import compared_settings, recorded_settings, sparsity_label
+from midiscover.summary import hook_names
 
 Document = Mapping[str, Any]
-_OTHERS = {"neurons": "raw neurons", "untrained": "untrained SAE"}
+Tokens = Mapping[int, Sequence[str]]
+"""Feature -> its top tokens, where they are known."""
+COLUMNS = 9
+"""SAEs beside one another in a table."""
+MARK = "*"
+_MIN_WIDTHS = {"by": 4, "d": 5, "p": 6, "q": 6, "": 6, "family\nwise p": 6}
+_OTHERS = {"neurons": "raw\nneurons", "directions": "random\ndirect.", "untrained": "un-\ntrained"}
+_WORDS = {"neurons": "raw neurons", "directions": "random directions", "untrained": "the untrained SAE"}
+_LEGEND = (
+    "AUROC, d (Cohen) and p (Mann-Whitney, one-sided): on the texts that the ranking did not see. by: whether a "
+    "feature's highest or its mean activation scores a text, chosen with the rank. p family: against the best of these "
+    "features under shuffled labels; below 0.05 it passes. q: Benjamini-Hochberg over all features, all texts."
+)
 
 
-def concept_table(document: Document, tokens: Mapping[int, Sequence[str]]) -> RenderableType:
-    """Top features of one SAE; tokens: feature -> its top tokens, where they are known."""
-    title = (
-        f"{document['concept']}: {document['texts']} texts against {document['controls']} ({document['controls_are']})"
-    )
-    table = _table(title)
-    for heading in ("feature", "AUROC", "of mean", "effect", "p", "family-wise p", "q, all texts"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    table.add_column("", no_wrap=True, min_width=6)
-    table.add_column("top tokens", overflow="ellipsis", no_wrap=True, ratio=1)
+def sae_tables(documents: Sequence[Document], tokens: Tokens) -> RenderableType:
+    """The top features of one SAE for each concept, and on how many concepts it beats what was not trained."""
+    parts = [concept_table(document, tokens) for document in documents]
+    ends = [Text(_beaten(documents))] if len(documents) > 1 and documents[0]["against"] else []
+    return Group(*parts, *ends, Text(_LEGEND, style="dim"))
+
+
+def concept_table(document: Document, tokens: Tokens) -> RenderableType:
+    """The top features of one SAE for one concept, what stands beside them, and the verdict."""
+    sizes = f"{len(document['texts'])} texts, {len(document['controls'])} controls ({document['controls_are']})"
+    table = _table(f"{document['concept']}: {sizes}")
+    for heading in ("feature", "by", "AUROC\nof max", "AUROC\nof mean", "d", "p", "family\nwise p", "q", ""):
+        justify = "left" if heading in ("by", "") else "right"
+        table.add_column(
+            heading, justify=justify, no_wrap=True, min_width=_MIN_WIDTHS.get(heading, 7), vertical="bottom"
+        )
+    for heading in ("highest here", *(["top tokens"] if tokens else [])):
+        table.add_column(heading, overflow="ellipsis", no_wrap=True, ratio=1, vertical="bottom")
     for row in document["sae_scores"]["features"]:
-        numbers = [f"{row[name]:.3f}" for name in ("auroc", "auroc_mean", "effect")]
+        areas = [Text(f"{row[f'auroc_{by}']:.3f}", style="bold" if by == row["by"] else "") for by in ("max", "mean")]
+        numbers = [*areas, f"{row['effect']:.2f}"]
         chances = [_chance(row[name]) for name in ("p", "family_wise_p", "q_all_texts")]
         passes = Text("passes", style="green") if row["passes"] else Text("-", style="dim")
-        table.add_row(
-            str(row["feature"]), *numbers, *chances, passes, escape(quoted(tokens.get(row["feature"], ()), 4))
-        )
-    lines = [
-        f"{words}: held-out AUROC of the top features {document[name]['auroc_held_out']:.3f} +- "
-        f"{document[name]['auroc_error']:.3f}, {document[name]['passing']} pass"
-        for name, words in _OTHERS.items()
-        if name in document
-    ]
-    return Group(table, *(Text(line, style="dim") for line in lines), Text(f"Verdict: {document['verdict']}"), Text())
+        known = [escape(quoted(tokens.get(row["feature"], ()), 4))] if tokens else []
+        here = escape(quoted(row.get("peaks", ()), 4))
+        table.add_row(str(row["feature"]), row["by"], *numbers, *chances, passes, here, *known)
+    beside = [Text(line, style="dim") for line in _beside(document)]
+    return Group(table, *beside, Text(document["verdict"]), Text())
 
 
-def sweep_tables(documents: Sequence[Document], tokens: Mapping[str, Mapping[int, Sequence[str]]]) -> RenderableType:
-    """For each concept the SAE that carries it best, and a map of all SAEs by concept."""
+def _beside(document: Document) -> Iterator[str]:
+    for name, words in _WORDS.items():
+        if name in document:
+            group = document[name]
+            yield (
+                f"{words}: first {group['auroc_first']:.3f} ± {group['auroc_first_error']:.3f}, "
+                f"top {len(group['features'])} on average {group['auroc_held_out']:.3f} ± {group['auroc_error']:.3f}, "
+                f"{group['passing']} pass"
+            )
+
+
+def sweep_tables(documents: Sequence[Document]) -> RenderableType:
+    """A map of concepts by SAEs (layer and sparsity), and for each concept the SAE that carries it best."""
     concepts = list(dict.fromkeys(document["concept"] for document in documents))
     saes = list(dict.fromkeys(document["sae"] for document in documents))
     at = {(document["sae"], document["concept"]): document for document in documents}
-    scores = _table("Held-out AUROC of the top features (in brackets: how many pass)")
-    scores.add_column("SAE", no_wrap=True)
-    for concept in concepts:
-        scores.add_column(concept[:14], justify="right", no_wrap=True)
-    for sae in saes:
+    best = {concept: max((at[sae, concept] for sae in saes), key=_strength) for concept in concepts}
+    maps = [
+        _map([at[sae, c] for sae in saes[i : i + COLUMNS] for c in concepts], documents, best, first=i == 0)
+        for i in range(0, len(saes), COLUMNS)
+    ]
+    notes = [
+        f"{MARK} it passes: beyond the best of the top features under shuffled labels. Bold: the best of its concept, "
+        f"picked by the score that is shown among {len(saes)}, which flatters it a little.",
+        *([_beaten(documents)] if documents[0]["against"] else []),
+    ]
+    return Group(*maps, _best_table(best), *map(Text, notes))
+
+
+def _strength(document: Document) -> tuple[float, float]:
+    return document["sae_scores"]["auroc_first"], document["sae_scores"]["auroc_held_out"]
+
+
+def _map(
+    shown: Sequence[Document], documents: Sequence[Document], best: Mapping[str, Document], *, first: bool
+) -> RenderableType:
+    table = _table("Held-out AUROC of the feature that ranked first" if first else "", expand=False)
+    table.add_column("concept", no_wrap=True, min_width=14)
+    columns = list(dict.fromkeys(document["sae"] for document in shown))
+    headings = _headings(documents)
+    for sae in columns:
+        table.add_column(headings[sae], justify="right", no_wrap=True)
+    for concept in best:
         cells = []
-        for concept in concepts:
-            group = at[sae, concept]["sae_scores"]
-            best = max(at[other, concept]["sae_scores"]["auroc_held_out"] for other in saes)
-            style = "bold" if group["auroc_held_out"] == best else ""
-            cells.append(Text(f"{group['auroc_held_out']:.2f} ({group['passing']})", style=style))
-        scores.add_row(_name(at[sae, concepts[0]]), *cells)
-    best = _table("Where each concept is carried best")
-    for heading in ("concept", "SAE"):
-        best.add_column(heading, no_wrap=True, min_width=16)
-    for heading in ("feature", "AUROC", "neurons", "untrained"):
-        best.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
-    best.add_column("top tokens", overflow="ellipsis", no_wrap=True, ratio=1)
-    for concept in concepts:
-        document = max((at[sae, concept] for sae in saes), key=lambda d: d["sae_scores"]["auroc_held_out"])
-        row = max(document["sae_scores"]["features"], key=lambda row: row["auroc"])
-        others = [f"{document[name]['auroc_held_out']:.2f}" if name in document else "-" for name in _OTHERS]
-        known = escape(quoted(tokens[document["sae"]].get(row["feature"], ()), 4))
-        best.add_row(concept, _name(document), str(row["feature"]), f"{row['auroc']:.2f}", *others, known)
-    beaten = sum("neurons" in document["better_than"] for document in documents)
-    note = (
-        f"{beaten} of {len(documents)} pairs of SAE and concept tell more than raw neurons, beyond two standard errors."
-    )
-    return Group(scores, Text(), best, Text(note))
+        for document in (document for document in shown if document["concept"] == concept):
+            mark = MARK if document["sae_scores"]["features"][0]["passes"] else " "
+            style = "bold" if document is best[concept] else ""
+            cells.append(Text(f"{document['sae_scores']['auroc_first']:.2f}{mark}", style=style))
+        table.add_row(concept, *cells)
+    return table
 
 
-def _name(document: Document) -> str:
-    of = document["of"]
-    return f"{hook_label(of['hook'])} {of['sae']['kind']} {sparsity_label(recorded_settings(of['sae']))}"
+def _best_table(best: Mapping[str, Document]) -> RenderableType:
+    table = _table("Where each concept is carried best")
+    table.add_column("concept", no_wrap=True, min_width=14)
+    table.add_column("SAE", no_wrap=True, min_width=max(len(_short(document["sae"])) for document in best.values()))
+    for heading in ("feature", "AUROC", *_OTHERS.values()):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7, vertical="bottom")
+    table.add_column("highest here", overflow="ellipsis", no_wrap=True, ratio=1)
+    for concept, document in best.items():
+        row = document["sae_scores"]["features"][0]
+        others = [f"{document[name]['auroc_first']:.2f}" if name in document else "-" for name in _OTHERS]
+        words = quoted(row.get("peaks", ()), 4)
+        name = _short(document["sae"])
+        table.add_row(concept, name, str(row["feature"]), f"{row['auroc']:.2f}", *others, escape(words))
+    return table
+
+
+def _headings(documents: Sequence[Document]) -> dict[str, str]:
+    """SAE -> layer, sparsity and what else the SAEs differ in; the end of its id where its settings are not known."""
+    firsts = {document["sae"]: document["of"] for document in documents}
+    names = hook_names([str(of["hook"]) for of in firsts.values()])
+    settings = {sae: of["sae"] or {} for sae, of in firsts.items()}
+    differ = [key for key in ("kind", "control") if len({s.get(key, "none") for s in settings.values()}) > 1]
+    counted = [key for key in ("d_sae", "seed") if len({of[key] for of in firsts.values()}) > 1]
+    headings = {}
+    for sae, of in firsts.items():
+        try:
+            place = [names.short[str(of["hook"])]] if len(names.short) > 1 else []
+            lines = [*place, sparsity_label(recorded_settings(settings[sae]))]
+        except (KeyError, TypeError, ValueError):  # of another origin
+            lines = [sae[-12:]]
+        lines += [str(settings[sae].get(key, "none")) for key in differ]
+        headings[sae] = "\n".join([*lines, *(f"{key} {of[key]}" for key in counted)])
+    return headings
+
+
+def _beaten(documents: Sequence[Document]) -> str:
+    """On how many pairs of SAE and concept the first feature is better than what was not trained."""
+    counts = [
+        f"{words} on {sum(document['against'][name]['first']['told'] == 'better than' for document in documents)}"
+        for name, words in _WORDS.items()
+    ]
+    pairs = "concepts" if len({document["sae"] for document in documents}) == 1 else "pairs of SAE and concept"
+    beaten = ", ".join(counts)
+    return f"Of {len(documents)} {pairs}, the first feature beats the first of {beaten}, by two standard errors."
+
+
+def heat_rows(
+    documents: Sequence[Document],
+    held_out: Mapping[tuple[str, str], Sequence[float]],
+    most: int,
+) -> list[dict[str, Any]]:
+    """The first `most` features of each concept of one SAE, each on every concept, as `figures.concept_chart` reads it.
+
+    held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation.
+    """
+    chosen = {row["feature"]: None for document in documents for row in document["sae_scores"]["features"][:most]}
+    passing = {
+        (document["concept"], row["feature"])
+        for document in documents
+        for row in document["sae_scores"]["features"]
+        if row["passes"]
+    }
+    return [
+        {
+            "sae_id": document["sae"],
+            "concept": document["concept"],
+            "feature": feature,
+            "auroc": held_out[document["sae"], document["concept"]][feature],
+            "passes": (document["concept"], feature) in passing,
+            "label": _short(document["sae"]),
+        }
+        for feature in chosen
+        for document in documents
+    ]
+
+
+def map_rows(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """The feature that ranked first, of each SAE and concept, as `figures.concept_map_chart` reads it."""
+    rows = []
+    for document in documents:
+        of, first = document["of"], document["sae_scores"]["features"][0]
+        settings = compared_settings(recorded_settings(of["sae"])) if of["sae"] else {"sparsity_label": "-"}
+        place = {"sae_id": document["sae"], "hook": of["hook"], "layer": of["layer"], **settings}
+        rows.append(place | {"concept": document["concept"], **{k: first[k] for k in ("feature", "auroc", "passes")}})
+    return rows
+
+
+def _short(sae: str) -> str:
+    """An id without its hash: what people tell SAEs apart by, and begin an id with."""
+    return sae.rpartition(".")[0] or sae
 
 
 def _chance(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+    return f"{p:.3f}" if p >= 0.0005 else f"{p:.0e}"
 
 
-def _table(title: str) -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+def _table(title: str, *, expand: bool = True) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        expand=expand,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+    )

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _SHUFFLES_AT_ONCE = 128
+_SAME = 1e-4
+"""Standard deviations within which two U are equal: above the rounding of float32, below half a rank of 1,000 texts."""
 
 
 class Separation(NamedTuple):
@@ -21,64 +23,48 @@ class Separation(NamedTuple):
     auroc: Tensor
     """Chance that a text with the concept scores higher than one without; ties count half."""
     effect: Tensor
-    """Cohen's d: difference of the means over the pooled standard deviation; 0 where nothing varies."""
+    """Cohen's d: difference of the means over the pooled standard deviation; 0 where nothing varies within a group."""
     p: Tensor
     """Mann-Whitney, one-sided for higher scores with the concept; normal approximation with ties and continuity."""
     q: Tensor
     """Benjamini-Hochberg over all features (Benjamini and Hochberg 1995)."""
 
 
-def separation(scores: Tensor, positive: Tensor) -> Separation:
-    """How the texts of `positive` differ from the others in each feature."""
-    scores = scores.double()
-    ranks = midranks(scores)
+class Ranked(NamedTuple):
+    """Scores by their order, which is all that AUROC and the shuffles need."""
+
+    ranks: Tensor
+    """[texts, features] from 1 down each column, float32, in which halves are exact; equal scores share the mean."""
+    ties: Tensor
+    """[features] float64, sum of t^3 - t over groups of t equal scores."""
+
+
+def ranked(scores: Tensor) -> Ranked:
+    """The order of scores [texts, features] within each feature."""
+    rows = scores.T.contiguous()
+    ordered = rows.sort(dim=1).values
+    below = torch.searchsorted(ordered, rows, out_int32=True)
+    up_to = torch.searchsorted(ordered, rows, right=True, out_int32=True)
+    size = (up_to - below).double()
+    return Ranked((below + up_to + 1).T.float() / 2, size.square_().sum(1) - len(scores))
+
+
+def separation(scores: Tensor, positive: Tensor, order: Ranked | None = None) -> Separation:
+    """How the texts of `positive` differ from the others in each feature; order: that of the scores, if at hand."""
+    ranks, ties = order or ranked(scores)
     n1, n2 = int(positive.sum()), int((~positive).sum())
-    u = ranks[positive].sum(0) - n1 * (n1 + 1) / 2
-    p = _mann_whitney(scores, u, n1, n2)
-    return Separation(u / (n1 * n2), _cohen(scores, positive), p, benjamini_hochberg(p))
+    u = ranks[positive].sum(0, dtype=torch.float64) - n1 * (n1 + 1) / 2
+    deviation = _deviation(ties, n1, n2)
+    z = (u - n1 * n2 / 2 - 0.5) / deviation
+    p = torch.where(deviation.isfinite(), 0.5 * torch.special.erfc(z / math.sqrt(2)), 1.0)
+    return Separation(u / (n1 * n2), _cohen(scores.double(), positive), p, benjamini_hochberg(p))
 
 
-def auroc(scores: Tensor, positive: Tensor) -> Tensor:
-    """[features] the area under the ROC curve alone."""
-    n1, n2 = int(positive.sum()), int((~positive).sum())
-    return (midranks(scores.double())[positive].sum(0) - n1 * (n1 + 1) / 2) / (n1 * n2)
-
-
-def midranks(scores: Tensor) -> Tensor:
-    """Ranks from 1 down each column [texts, features]; equal scores share the mean of their ranks."""
-    order = scores.argsort(dim=0, stable=True)
-    ordered = scores.gather(0, order)
-    n = len(scores)
-    place = torch.arange(n, device=scores.device, dtype=torch.float64)[:, None].expand_as(ordered)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    first = torch.where(new, place, -1.0).cummax(dim=0).values
-    ends = torch.ones_like(new)
-    ends[:-1] = new[1:]
-    last = torch.where(ends, place, float(n)).flip(0).cummin(dim=0).values.flip(0)
-    return torch.empty_like(ordered).scatter_(0, order, (first + last) / 2 + 1)
-
-
-def _tie_term(scores: Tensor) -> Tensor:
-    """sum of t^3 - t over groups of equal scores, for each feature."""
-    ordered = scores.sort(dim=0).values
-    n = len(scores)
-    place = torch.arange(n, device=scores.device, dtype=torch.float64)[:, None].expand_as(ordered)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    first = torch.where(new, place, -1.0).cummax(dim=0).values
-    ends = torch.ones_like(new)
-    ends[:-1] = new[1:]
-    size = torch.where(ends, place - first + 1, 0.0)
-    return (size**3 - size).sum(0)
-
-
-def _mann_whitney(scores: Tensor, u: Tensor, n1: int, n2: int) -> Tensor:
+def _deviation(ties: Tensor, n1: int, n2: int) -> Tensor:
+    """Standard deviation of Mann-Whitney's U under chance; infinite where all scores are equal."""
     n = n1 + n2
-    variance = n1 * n2 / 12 * ((n + 1) - _tie_term(scores) / (n * (n - 1)))
-    z = (u - n1 * n2 / 2 - 0.5) / variance.clamp(min=1e-30).sqrt()
-    p = 0.5 * torch.special.erfc(z / math.sqrt(2))
-    return torch.where(variance > 0, p, 1.0)
+    variance = n1 * n2 / 12 * ((n + 1) - ties / (n * (n - 1)))
+    return torch.where(variance > 1e-9, variance, math.inf).sqrt()
 
 
 def _cohen(scores: Tensor, positive: Tensor) -> Tensor:
@@ -95,24 +81,26 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
     return torch.empty_like(p).scatter_(0, order, scaled.cummin(0).values.clamp(max=1.0))
 
 
-def family_wise(
-    scores: Tensor, positive: Tensor, *, paired: bool, shuffles: int, seed: int, features: Tensor | None = None
-) -> Tensor:
-    """p of each of `features` (all of them where None) against the highest AUROC that chance gives to any of them.
+def family_wise(order: Ranked, positive: Tensor, *, paired: bool, shuffles: int, seed: int) -> Tensor:
+    """p of each feature against the most that chance gives to any of them (Westfall and Young 1993).
 
-    The labels are shuffled `shuffles` times (Westfall and Young 1993). paired: text i with the concept belongs to the
-    i-th without it, and a shuffle swaps within pairs; else all labels are permuted.
+    The labels are shuffled `shuffles` times, and the highest U among all features is taken each time, in standard
+    deviations, so that features that fire in few texts are held against as much as those that fire in all.
+    paired: text i with the concept belongs to the i-th without it, and a shuffle swaps within pairs; else all labels
+    are permuted.
     """
-    chosen = scores.double() if features is None else scores[:, features].double()
-    ranks = midranks(chosen)
-    observed = ranks[positive].sum(0)
+    ranks, ties = order
+    n1, n2 = int(positive.sum()), int((~positive).sum())
+    # Sums of these over the texts with the concept are U in standard deviations.
+    parts = (ranks - (n1 + n2 + 1) / 2) / _deviation(ties, n1, n2).float()
+    observed = parts[positive].sum(0)
     generator = torch.Generator().manual_seed(seed)
-    exceeded = torch.zeros(chosen.shape[1], dtype=torch.float64)
+    exceeded = torch.zeros(len(ties), dtype=torch.float64)
     for start in range(0, shuffles, _SHUFFLES_AT_ONCE):
         count = min(_SHUFFLES_AT_ONCE, shuffles - start)
         labels = _shuffled(positive, count, paired=paired, generator=generator)
-        highest = (labels.double() @ ranks).amax(dim=1)  # the rank sum orders as AUROC does: n1 and n2 stay
-        exceeded += (highest[:, None] >= observed - 1e-9).sum(0)
+        highest = (labels.float() @ parts).amax(dim=1)
+        exceeded += count - torch.searchsorted(highest.sort().values, observed - _SAME)
     return (exceeded + 1) / (shuffles + 1)
 
 
@@ -127,3 +115,24 @@ def _shuffled(positive: Tensor, count: int, *, paired: bool, generator: torch.Ge
     labels[:, with_concept] = ~swap
     labels[:, without] = swap
     return labels
+
+
+def resampled_auroc(scores: Tensor, positive: Tensor, *, paired: bool, resamples: int, seed: int) -> Tensor:
+    """AUROC of each feature over texts drawn with replacement (the bootstrap): [resamples, features].
+
+    The draws depend on the labels, `paired` and `seed` alone, so that two systems scored on the same texts are drawn
+    alike and can be subtracted. paired: as in `family_wise`; pairs are drawn as a whole.
+    """
+    a, b = scores[positive].double(), scores[~positive].double()
+    wins = (a[:, None] > b).double() + (a[:, None] == b).double() / 2
+    generator = torch.Generator().manual_seed(seed)
+    of_a = _draws(len(a), resamples, generator)
+    of_b = of_a if paired else _draws(len(b), resamples, generator)
+    return torch.einsum("ri,ijf,rj->rf", of_a, wins, of_b) / (len(a) * len(b))
+
+
+def _draws(texts: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """[resamples, texts] how often each text is drawn."""
+    drawn = torch.randint(texts, (resamples, texts), generator=generator)
+    counts = torch.zeros(resamples, texts, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))

@@ -1,14 +1,15 @@
 """Which features stand for a concept: ranked on one half of its texts, judged on the other, beside what knows nothing.
 
-A feature's score of a text is its highest activation there (its mean is judged as well). Features are ranked by AUROC
-on the first half; what is reported is their AUROC on the half that the ranking did not see. The same is done with the
-raw neurons of the hook (each with both signs) and with an untrained SAE, because a score without them shows little.
+A feature scores a text by its highest or by its mean activation there, whichever tells the texts apart better on the
+half that ranks; its rank is that AUROC. What is reported is the AUROC of the same score on the half that the ranking
+did not see. Raw neurons of the hook, random directions and the SAE as it began go through the same, because a score
+without them shows little.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,25 +17,19 @@ import torch
 from torch import Tensor
 
 from midiscover import lineage
-from midiscover.features.concept_stats import Separation, auroc, family_wise, separation
+from midiscover.features.concept_scores import DIRECTIONS, NEURONS, SAE, UNTRAINED, Scores
+from midiscover.features.concept_stats import Ranked, Separation, family_wise, ranked, resampled_auroc, separation
 from midiscover.features.modules import Concept
-from midiscover.interpret import EncodedText, encode_texts, hook_of
-from midiscover.lm import LanguageModel
-from midiscover.sae.registry import folded_sae
-from midiscover.saes import LoadedSae
 
 VERSION = 1
 PASSES = 0.05
 """Family-wise p on the held-out half below which a feature passes."""
-SAE, NEURONS, UNTRAINED = "sae_scores", "neurons", "untrained"
-BASELINES = {NEURONS: "raw neurons, both signs", UNTRAINED: "untrained SAE of the same width"}
-
-
-class Scores(NamedTuple):
-    """Of texts, [texts, features] float32."""
-
-    max: Tensor
-    mean: Tensor
+BASELINES = {NEURONS: "raw neurons", DIRECTIONS: "random directions", UNTRAINED: "the untrained SAE"}
+ERRORS_APART = 2
+"""Standard errors of a difference from which one of two is called better."""
+BY = ("max", "mean")
+_RESAMPLES = 1000
+_PEAK_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,166 +39,173 @@ class ConceptSettings:
     top_features: int = 10
     seed: int = 0
     shuffles: int = 1000
-    baselines: bool = True
 
 
-def score_texts(
-    lm: LanguageModel, saes: Mapping[str, LoadedSae], texts: Sequence[str], settings: ConceptSettings
-) -> dict[str, dict[str, Scores]]:
-    """SAE -> (`sae_scores`, and where asked for `neurons` and `untrained`) -> scores. One forward pass for all SAEs."""
-    blank = {sae: _untrained(loaded, settings.seed) for sae, loaded in saes.items()} if settings.baselines else {}
-    rows: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {sae: {} for sae in saes}
-    for text in encode_texts(lm, saes, texts, activations=settings.baselines):
-        for sae, loaded in saes.items():
-            for name, codes in _codes(text, sae, loaded, blank.get(sae)):
-                rows[sae].setdefault(name, []).append((codes.amax(0), codes.mean(0)))
-    return {
-        sae: {name: Scores(*(torch.stack(part) for part in zip(*found, strict=True))) for name, found in of.items()}
-        for sae, of in rows.items()
-    }
+class _Judged(NamedTuple):
+    """One system on one concept."""
+
+    document: dict[str, Any]
+    first: Tensor
+    """[resamples] held-out AUROC of the first feature over resampled texts."""
+    top: Tensor
+    """[resamples] mean of the top features'."""
 
 
-def _codes(text: EncodedText, sae: str, loaded: LoadedSae, blank: LoadedSae | None) -> Iterable[tuple[str, Tensor]]:
-    yield SAE, text.codes[sae]
-    if blank is not None:
-        x = text.activations[hook_of(sae, loaded)]
-        yield NEURONS, torch.cat([x, -x], dim=1)
-        yield UNTRAINED, blank.encode(x)
+class Judge:
+    """Judges any number of SAEs on the texts of one concept.
+
+    >>> judge = Judge(concept, ConceptSettings())
+    >>> document = judge.document(scored.of[sae], scored.tokens)    # texts of the concept first, then its controls
+
+    A baseline that several SAEs share is judged once.
+    """
+
+    def __init__(self, concept: Concept, settings: ConceptSettings) -> None:
+        self.concept, self.settings = concept, settings
+        self.first, self.held = split(concept, settings.seed)
+        self.positive = torch.arange(len(self.first)) < len(concept.texts)
+        self._judged: dict[int, tuple[Scores, _Judged]] = {}
+
+    def document(self, scores: Mapping[str, Scores], tokens: Sequence[list[str]]) -> dict[str, Any]:
+        """What stands in the JSON of one SAE and this concept; tokens: of each text."""
+        groups = {name: self._group(found, tokens) for name, found in scores.items()}
+        against = {name: _against(groups[SAE], groups[name]) for name in BASELINES if name in groups}
+        concept, settings = self.concept, self.settings
+        return {
+            "v": VERSION,
+            "concept": concept.name,
+            "created": lineage.now(),
+            "texts": list(concept.texts),
+            "controls": list(concept.controls),
+            "controls_are": concept.source,
+            "paired": concept.paired,
+            "held_out": {
+                "texts": self.held[: len(concept.texts)].nonzero().flatten().tolist(),
+                "controls": self.held[len(concept.texts) :].nonzero().flatten().tolist(),
+            },
+            "settings": {"top_features": settings.top_features, "seed": settings.seed, "shuffles": settings.shuffles},
+            **{name: group.document for name, group in groups.items()},
+            "against": against,
+            "verdict": verdict(groups[SAE].document, {name: groups[name].document for name in against}, against),
+        }
+
+    def held_out(self, scores: Scores) -> Tensor:
+        """[features] held-out AUROC of every feature's highest activation, ranked or not."""
+        return separation(scores.max[self.held], self.positive[self.held]).auroc
+
+    def _group(self, scores: Scores, tokens: Sequence[list[str]]) -> _Judged:
+        # With the scores themselves, so that no others can take their id.
+        if id(scores) not in self._judged:
+            self._judged[id(scores)] = (scores, self._judge(scores, tokens))
+        return self._judged[id(scores)][1]
+
+    def _judge(self, scores: Scores, tokens: Sequence[list[str]]) -> _Judged:
+        both = torch.cat([scores.max, scores.mean], dim=1)
+        count, positive = scores.max.shape[1], self.positive
+        before = separation(both[self.first], positive[self.first])
+        top, by_mean = rank(before, min(self.settings.top_features, count))
+        chosen = top + count * by_mean
+        unseen, labels = both[self.held], positive[self.held]
+        after = {end: separation(unseen[:, of], labels) for end, of in (("_max", top), ("_mean", top + count))}
+        after[""] = separation(unseen[:, chosen], labels)
+        tested = self._family_wise(ranked(unseen[:, chosen]), labels)
+        order = ranked(both)
+        whole, everywhere = separation(both, positive, order), self._family_wise(order, positive)
+        rows: list[dict[str, Any]] = [
+            {"feature": feature, "by": BY[int(by_mean[i])], "auroc_ranking": float(before.auroc[chosen[i]])}
+            | {f"auroc{end}": float(found.auroc[i]) for end, found in after.items()}
+            | {f"effect{end}": float(found.effect[i]) for end, found in after.items()}
+            | {"p": float(after[""].p[i]), "family_wise_p": float(tested[i]), "passes": bool(tested[i] < PASSES)}
+            | {"q_all_texts": float(whole.q[chosen[i]]), "family_wise_p_all_texts": float(everywhere[chosen[i]])}
+            | ({"peaks": self._peaks(scores, feature, tokens)} if scores.peak is not None else {})
+            for i, feature in enumerate(top.tolist())
+        ]
+        drawn = resampled_auroc(
+            unseen[:, chosen], labels, paired=self.concept.paired, resamples=_RESAMPLES, seed=self.settings.seed
+        )
+        document = {
+            "features": rows,
+            "auroc_first": rows[0]["auroc"],
+            "auroc_first_error": float(drawn[:, 0].std()),
+            "auroc_held_out": float(after[""].auroc.mean()),
+            "auroc_error": float(drawn.mean(1).std()),
+            "passing": sum(row["passes"] for row in rows),
+            "tested": count,
+            "significant_q05": _either(whole.q < 0.05),
+            "significant_family_wise": _either(everywhere < PASSES),
+        }
+        return _Judged(document, drawn[:, 0], drawn.mean(1))
+
+    def _family_wise(self, order: Ranked, positive: Tensor) -> Tensor:
+        settings = self.settings
+        return family_wise(order, positive, paired=self.concept.paired, shuffles=settings.shuffles, seed=settings.seed)
+
+    def _peaks(self, scores: Scores, feature: int, tokens: Sequence[list[str]]) -> list[str]:
+        """Tokens of the concept's texts where the feature is highest, the most frequent ones first."""
+        assert scores.peak is not None
+        fires = (scores.max[: len(self.concept.texts), feature] > 0).nonzero().flatten().tolist()
+        found: Counter[str] = Counter(tokens[text][int(scores.peak[text, feature])] for text in fires)
+        return [token for token, _ in found.most_common(_PEAK_TOKENS)]
 
 
-def _untrained(loaded: LoadedSae, seed: int) -> LoadedSae:
-    """An SAE of the same shape with random directions, about the same centre: relu((x - b_dec) @ W_enc)."""
-    trained = loaded.module
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(trained.d_sae, trained.d_in, generator=generator)
-    rows /= rows.norm(dim=1, keepdim=True)
-    centre = trained.b_dec.detach().cpu() if not trained.transcodes else torch.zeros(trained.d_in)
-    weights = {"W_enc": rows.T.contiguous(), "b_enc": torch.zeros(trained.d_sae), "W_dec": rows, "b_dec": centre}
-    cfg = {"architecture": "standard", "d_in": trained.d_in, "d_sae": trained.d_sae}
-    return LoadedSae(module=folded_sae(cfg, weights).eval().requires_grad_(False), cfg=cfg, record=None)
-
-
-def judge(concept: Concept, scores: Mapping[str, Scores], settings: ConceptSettings) -> dict[str, Any]:
-    """What stands in the JSON of one SAE and one concept; scores: texts of the concept first, then its controls."""
-    ranked, held = _split(concept, settings.seed)
-    groups = {name: _judge_group(concept, found, ranked, held, settings) for name, found in scores.items()}
-    return {
-        "v": VERSION,
-        "concept": concept.name,
-        "created": lineage.now(),
-        "texts": len(concept.texts),
-        "controls": len(concept.controls),
-        "controls_are": concept.source,
-        "settings": {"top_features": settings.top_features, "seed": settings.seed, "shuffles": settings.shuffles},
-        "held_out_texts": int(held.sum()),
-        **groups,
-        "better_than": [name for name in BASELINES if name in groups and _compare(groups, name) > 0],
-        "verdict": _verdict(groups),
-    }
-
-
-def _split(concept: Concept, seed: int) -> tuple[Tensor, Tensor]:
+def split(concept: Concept, seed: int) -> tuple[Tensor, Tensor]:
     """Masks [texts + controls] of the half that ranks and the half that judges; pairs stay together."""
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randperm(len(concept.texts), generator=generator) < len(concept.texts) / 2
-    same = (
-        first
-        if concept.paired
-        else torch.randperm(len(concept.controls), generator=generator) < len(concept.controls) / 2
-    )
+    texts, controls = len(concept.texts), len(concept.controls)
+    first = torch.randperm(texts, generator=generator) < texts // 2
+    same = first if concept.paired else torch.randperm(controls, generator=generator) < controls // 2
     ranked = torch.cat([first, same])
     return ranked, ~ranked
 
 
-def _judge_group(
-    concept: Concept, scores: Scores, ranked: Tensor, held: Tensor, settings: ConceptSettings
-) -> dict[str, Any]:
-    positive = torch.arange(len(ranked)) < len(concept.texts)
-    before = separation(scores.max[ranked], positive[ranked])
-    top = before.auroc.argsort(descending=True, stable=True)[: settings.top_features]
-    after = separation(scores.max[held][:, top], positive[held])
-    by_mean = separation(scores.mean[held][:, top], positive[held])
-    whole = separation(scores.max, positive)
-    p_family = family_wise(
-        scores.max[held],
-        positive[held],
-        paired=concept.paired,
-        shuffles=settings.shuffles,
-        seed=settings.seed,
-        features=top,
-    )
-    everywhere = family_wise(
-        scores.max, positive, paired=concept.paired, shuffles=settings.shuffles, seed=settings.seed
-    )
-    rows = [_row(int(f), i, before, after, by_mean, whole, p_family, everywhere) for i, f in enumerate(top)]
-    return {
-        "features": rows,
-        "auroc_held_out": float(after.auroc.mean()),
-        "auroc_error": _error(scores.max[held][:, top], positive[held]),
-        "passing": sum(row["passes"] for row in rows),
-        "significant_q05": int((whole.q < 0.05).sum()),
-        "significant_family_wise": int((everywhere < PASSES).sum()),
-    }
+def rank(before: Separation, most: int) -> tuple[Tensor, Tensor]:
+    """The `most` best features, and of each whether its mean tells more than its maximum, both [most].
+
+    before: of the maxima of all features, then of their means. Of equal AUROC the larger effect comes first.
+    """
+    auroc, effect = (value.view(2, -1) for value in (before.auroc, before.effect))
+    by_mean = auroc[1] > auroc[0]
+    best, size = (torch.where(by_mean, value[1], value[0]) for value in (auroc, effect))
+    order = size.argsort(descending=True, stable=True)
+    top = order[best[order].argsort(descending=True, stable=True)][:most]
+    return top, by_mean[top]
 
 
-def _row(
-    feature: int,
-    place: int,
-    before: Separation,
-    after: Separation,
-    by_mean: Separation,
-    whole: Separation,
-    p_family: Tensor,
-    everywhere: Tensor,
-) -> dict[str, Any]:
-    return {
-        "feature": feature,
-        "auroc_ranking": float(before.auroc[feature]),
-        "auroc": float(after.auroc[place]),
-        "effect": float(after.effect[place]),
-        "p": float(after.p[place]),
-        "auroc_mean": float(by_mean.auroc[place]),
-        "effect_mean": float(by_mean.effect[place]),
-        "q_all_texts": float(whole.q[feature]),
-        "family_wise_p": float(p_family[place]),
-        "family_wise_p_all_texts": float(everywhere[feature]),
-        "passes": bool(p_family[place] < PASSES),
-    }
+def _either(marks: Tensor) -> int:
+    """Features marked by their maximum, their mean or both."""
+    return int(marks.view(2, -1).any(0).sum())
 
 
-def _error(scores: Tensor, positive: Tensor, resamples: int = 200) -> float:
-    """Standard error of the mean AUROC of these features, by the bootstrap over texts."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = positive.nonzero().flatten(), (~positive).nonzero().flatten()
-    drawn = [part[torch.randint(len(part), (len(part), resamples), generator=generator)] for part in (a, b)]
-    again = scores[torch.cat(drawn)]  # [texts, resamples, features]
-    areas = auroc(again.flatten(1), torch.arange(len(again)) < len(a)).view(resamples, -1)
-    return float(areas.mean(1).std())
+def _against(sae: _Judged, other: _Judged) -> dict[str, Any]:
+    """The SAE's held-out AUROC less a baseline's, with the standard error over texts that both were scored on."""
+    compared = {}
+    for name, key, mine, theirs in (
+        ("first", "auroc_first", sae.first, other.first),
+        ("top", "auroc_held_out", sae.top, other.top),
+    ):
+        difference = sae.document[key] - other.document[key]
+        error = float((mine - theirs).std())
+        apart = abs(difference) > ERRORS_APART * error
+        told = "no better than" if not apart else "better than" if difference > 0 else "worse than"
+        compared[name] = {"difference": difference, "error": error, "told": told}
+    return compared
 
 
-def _compare(groups: Mapping[str, Mapping[str, Any]], name: str) -> int:
-    """1 where the SAE's held-out AUROC is above that of a baseline by two standard errors, -1 where below, else 0."""
-    mine, other = groups[SAE], groups[name]
-    difference = mine["auroc_held_out"] - other["auroc_held_out"]
-    error = (mine["auroc_error"] ** 2 + other["auroc_error"] ** 2) ** 0.5
-    return (difference > 2 * error) - (difference < -2 * error)
-
-
-def _verdict(groups: Mapping[str, Mapping[str, Any]]) -> str:
+def verdict(sae: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], against: Mapping[str, Any]) -> str:
     """Whether the SAE's features tell more than what was not trained, in words."""
-    sae = groups[SAE]
-    mine = f"top features of the SAE: held-out AUROC {sae['auroc_held_out']:.3f}"
-    others = [name for name in BASELINES if name in groups]
-    if not others:
-        return f"{mine}; nothing to compare it with (baselines were left out)."
-    told = {1: "better than", 0: "no better than", -1: "worse than"}
-    words = []
-    for name in others:
-        scored = groups[name]["auroc_held_out"]
-        words.append(f"{told[_compare(groups, name)]} the {BASELINES[name]} ({scored:.3f})")
-    return f"{mine} +- {sae['auroc_error']:.3f}, {' and '.join(words)}."
+    most = len(sae["features"])
+    parts = [("its first feature", "first", "auroc_first", "auroc_first_error")]
+    parts += [(f"its {most} top features on average", "top", "auroc_held_out", "auroc_error")] if most > 1 else []
+    sentences = []
+    for words, name, key, error in parts:
+        told: dict[str, list[str]] = {}
+        for other, group in others.items():
+            told.setdefault(against[other][name]["told"], []).append(f"{BASELINES[other]} ({group[key]:.3f})")
+        clauses = [f", {how} {_listed(which)}" for how, which in told.items()]
+        sentences.append(f"{words} {sae[key]:.3f} ± {sae[error]:.3f}{''.join(clauses)}")
+    end = "" if others else " Nothing stands beside it, as baselines were left out."
+    return f"Held-out AUROC: {'; '.join(sentences)}.{end}"
 
 
-def document_bytes(document: Mapping[str, Any]) -> bytes:
-    """As it stands in the store."""
-    return (json.dumps(document, indent=1) + "\n").encode()
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), words[-1]])

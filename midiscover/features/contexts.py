@@ -84,8 +84,7 @@ def context_table(tables: ContextTables, start: int, stop: int) -> pa.Table:
     }
     pieces = [_columns(tables, kind, entries) for kind, entries in groups.items()]
     whole = pa.concat_tables(pieces)
-    order = {kind: rank for rank, kind in enumerate(groups)}
-    kinds = np.array([order[kind] for kind in whole["kind"].to_pylist()], np.int64)
+    kinds = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     by = np.lexsort((whole["rank"].to_numpy(), kinds, whole["feature"].to_numpy()))
     return whole.take(pa.array(by))
 

@@ -200,10 +200,11 @@ def _known(values: Tensor, index: Tensor) -> list[list[Any]]:
 def _peaks(contexts: pa.Table, start: int, stop: int) -> list[list[str]]:
     """For each feature the tokens at the peaks of its top contexts, the most frequent first."""
     counts: dict[int, Counter[str]] = {feature: Counter() for feature in range(start, stop)}
-    columns = ("feature", "kind", "position", "start", "tokens")
-    for feature, kind, position, first, tokens in zip(*(contexts[name].to_pylist() for name in columns), strict=True):
-        if kind == "top":
-            counts[feature][tokens[position - first]] += 1
+    top = contexts.filter(pa.array(contexts["kind"].to_numpy() == "top"))
+    tokens = top["tokens"].combine_chunks()
+    peaks = tokens.offsets.to_numpy()[:-1] + top["position"].to_numpy() - top["start"].to_numpy()
+    for feature, token in zip(top["feature"].to_pylist(), tokens.values.take(pa.array(peaks)).to_pylist(), strict=True):
+        counts[feature][token] += 1
     return [[token for token, _ in counts[feature].most_common(TOP_TOKENS)] for feature in range(start, stop)]
 
 

@@ -51,7 +51,7 @@ def read_own(texts: Path, controls: Path | None) -> Concept:
         others = _require_enough(controls, _lines(controls))
         source = f"the texts of {controls.name}"
         return Concept(name=name, texts=mine, controls=others, paired=False, source=source)
-    source = "controls of all modules, as long in words"
+    source = "controls of all modules, alike in length but not in topic"
     return Concept(name=name, texts=mine, controls=_as_long(mine), paired=False, source=source)
 
 
@@ -73,10 +73,13 @@ def _lines(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CorpusError(f"The texts in '{path}' can't be read: {reason}.") from None
-    return tuple(line for line in lines if line)
+    # One that stands twice would be ranked by and judged on.
+    return tuple(dict.fromkeys(line for line in lines if line))
 
 
 def _require_enough(path: Path, lines: tuple[str, ...]) -> tuple[str, ...]:
     if len(lines) < LEAST:
-        raise CorpusError(f"'{path}' holds {len(lines)} texts; a concept needs {LEAST} at least, one a line.")
+        raise CorpusError(
+            f"'{path}' holds {len(lines)} texts; a concept needs {LEAST} at least, one a line and none twice."
+        )
     return lines

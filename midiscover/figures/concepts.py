@@ -31,8 +31,9 @@ def concept_chart(rows: Sequence[Row]) -> Chart:
     """Heat maps of AUROC, a map per SAE: concepts down, features across; what passes is outlined.
 
     rows: `sae_id, concept, feature, auroc, passes` of each pair that was judged, and `label`, the name of the SAE. A
-    feature may stand for several concepts. Of an SAE's features the best of each concept are drawn, as many of each as
-    fit; a pair that was not judged is an empty cell.
+    feature may stand for several concepts. Of an SAE's features the first of each concept are drawn, as many of each as
+    fit, so rows come in the order of a ranking that did not see the texts of their AUROC: the best of many scores on
+    the same texts would promise too much. A pair that was not judged is an empty cell.
     """
     rows = [row for row in rows if not is_missing(row.get("auroc"))]
     concepts = list(dict.fromkeys(str(row["concept"]) for row in rows))
@@ -40,7 +41,7 @@ def concept_chart(rows: Sequence[Row]) -> Chart:
     maps = []
     for place, sae in enumerate(saes):
         own = [row for row in rows if str(row["sae_id"]) == sae]
-        features = best_features(own, concepts, MOST_COLUMNS)
+        features = first_features(own, concepts, MOST_COLUMNS)
         values = _pairs(own, concepts, features)
         title = str(own[0].get("label") or sae) if len(saes) > 1 else ""
         maps.append(_concept_map(values, concepts, features, title, name=f"{place + 1} scores"))
@@ -51,16 +52,9 @@ def concept_chart(rows: Sequence[Row]) -> Chart:
     return finish(chart, "Concepts and features", [one, HELD_OUT, OUTLINED])
 
 
-def best_features(rows: Sequence[Row], concepts: Sequence[str], most: int) -> list[int]:
-    """The features of each concept's best scores, equally many of each, in the order of the concepts."""
-    by_concept = {
-        concept: [
-            row["feature"]
-            for row in sorted(rows, key=lambda row: (-row["auroc"], row["feature"]))
-            if str(row["concept"]) == concept
-        ]
-        for concept in concepts
-    }
+def first_features(rows: Sequence[Row], concepts: Sequence[str], most: int) -> list[int]:
+    """The first features of each concept, equally many of each, in the order of the concepts; `most` at most."""
+    by_concept = {concept: [row["feature"] for row in rows if str(row["concept"]) == concept] for concept in concepts}
     deepest = max((len(found) for found in by_concept.values()), default=0)
     taken: set[int] = set()
     for depth in range(deepest):
@@ -72,16 +66,19 @@ def best_features(rows: Sequence[Row], concepts: Sequence[str], most: int) -> li
 
 
 def concept_map_chart(rows: Sequence[Row]) -> Chart:
-    """A small map per concept: hooks down, sparsity settings across, the best AUROC of any feature there.
+    """A small map per concept: hooks down, sparsity settings across, the AUROC of the feature that ranks first there.
 
-    rows: one or several per SAE and concept, with `concept, hook, layer, sparsity_label, auroc` and, where it is known,
-    `passes`. The best place of a concept is outlined.
+    rows: as for `concept_chart`, with `hook, layer, sparsity_label` as well; of an SAE and concept the first counts.
+    SAEs that share hook and setting (seeds, architectures) are drawn as their mean. The best place is outlined.
     """
-    rows = [row for row in in_order(rows) if not is_missing(row.get("auroc"))]
+    firsts: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        firsts.setdefault((str(row.get("sae_id")), str(row["concept"])), row)
+    rows = [row for row in in_order(list(firsts.values())) if not is_missing(row.get("auroc"))]
     names = hook_names([str(row["hook"]) for row in rows])
     concepts = sorted({str(row["concept"]) for row in rows})
     settings = sorted({str(row.get("sparsity_label") or "-") for row in rows}, key=natural_key)
-    values = _best_places(rows, names.short)
+    values = _places(rows, names.short)
     columns = max(1, min(MAP_COLUMNS, len(concepts)))
     width = max(MIN_MAP, (PLOT_WIDTH + 40 - MAP_GAP * (columns - 1)) // columns)
     cell = width / max(1, len(settings))
@@ -97,29 +94,32 @@ def concept_map_chart(rows: Sequence[Row]) -> Chart:
         .facet(facet=facet, columns=columns, spacing=MAP_GAP)
         .resolve_axis(x="independent" if len(concepts) > columns else "shared")
     )
-    subtitle = [of(names.pattern), HELD_OUT, "Best feature of each SAE; outlined: the best place of a concept"]
+    subtitle = [
+        of(names.pattern),
+        HELD_OUT,
+        "Of the feature that ranks first in each SAE; outlined: the best place of a concept",
+    ]
     return finish(chart, "Where concepts are carried", subtitle)
 
 
-def _best_places(rows: Sequence[Row], short: Mapping[str, str]) -> list[dict[str, Any]]:
-    best: dict[tuple[str, str, str], Row] = {}
+def _places(rows: Sequence[Row], short: Mapping[str, str]) -> list[dict[str, Any]]:
+    members: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         place = (str(row["concept"]), str(row["hook"]), str(row.get("sparsity_label") or "-"))
-        if place not in best or row["auroc"] > best[place]["auroc"]:
-            best[place] = row
-    highest = {concept: max(r["auroc"] for (c, _, _), r in best.items() if c == concept) for concept, _, _ in best}
+        members.setdefault(place, []).append(row)
+    means = {place: sum(row["auroc"] for row in found) / len(found) for place, found in members.items()}
+    highest = {concept: max(mean for (c, _, _), mean in means.items() if c == concept) for concept, _, _ in means}
     return [
         {
             "concept": concept,
             "hook": short[hook],
             "setting": setting,
-            "sae": row.get("sae_id"),
-            "feature": row.get("feature"),
-            "passes": bool(row.get("passes")),
-            "best": row["auroc"] == highest[concept],
-            **_score(row["auroc"]),
+            "feature": ", ".join(str(row.get("feature")) for row in found),
+            "passes": all(row.get("passes") for row in found),
+            "best": means[concept, hook, setting] == highest[concept],
+            **_score(means[concept, hook, setting]),
         }
-        for (concept, hook, setting), row in best.items()
+        for (concept, hook, setting), found in members.items()
     ]
 
 

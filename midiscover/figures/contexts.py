@@ -104,11 +104,10 @@ def contexts_panel(
         {"scale": alt.Scale(domain=[0, size], nice=False, zero=False, reverse=flip), "axis": None}
         for size, flip in ((width, False), (height, True))
     )
-    of_tokens = alt.Chart(alt.InlineData(values=tokens, name=f"{name}tokens"))
-    of_notes = alt.Chart(alt.InlineData(values=notes, name=f"{name}notes"))
+    base = alt.Chart()
     tooltip = [alt.Tooltip("token:N"), alt.Tooltip("value:Q", format=".4f")]
     grounds = (
-        of_tokens.transform_filter("datum.ground > 0")
+        base.transform_filter("datum.ground > 0")
         .mark_rect(color=TOKEN_GROUND, cornerRadius=2)
         .encode(
             x=alt.X("left:Q", **x),
@@ -120,24 +119,27 @@ def contexts_panel(
         )
     )
     peaks = (
-        of_tokens.transform_filter("datum.peak")
+        base.transform_filter("datum.peak")
         .mark_rule(strokeWidth=1.5, color=INK)
         .encode(x=alt.X("left:Q", **x), x2="right:Q", y=alt.Y("bottom:Q", **y))
     )
     text = {"font": FONT_MONO, "fontSize": FONT_SIZE, "baseline": "middle", "color": INK}
-    words = of_tokens.mark_text(align="left", **text).encode(
+    words = base.mark_text(align="left", **text).encode(
         x=alt.X("start:Q", **x), y=alt.Y("middle:Q", **y), text="text:N", tooltip=tooltip
     )
-    layers = [grounds, peaks, words]
+    written = []
     sides: tuple[tuple[Any, bool], ...] = (("left", True), ("left", False), ("right", False))
     for align, bold in sides:
         weight = "bold" if bold else "normal"
-        layers.append(
-            of_notes.transform_filter(f"datum.align === '{align}' && datum.bold === {str(bold).lower()}")
+        written.append(
+            base.transform_filter(f"datum.align === '{align}' && datum.bold === {str(bold).lower()}")
             .mark_text(align=align, baseline="middle", fontSize=FONT_SIZE, fontWeight=weight, color=INK_SOFT)
             .encode(x=alt.X("left:Q", **x), y=alt.Y("middle:Q", **y), text="text:N")
         )
-    return alt.layer(*layers).properties(width=width, height=height)
+    # A layer of two, each with its table: of six, every one would repeat its own.
+    of_tokens = alt.layer(grounds, peaks, words, data=alt.InlineData(values=tokens, name=f"{name}tokens"))
+    of_notes = alt.layer(*written, data=alt.InlineData(values=notes, name=f"{name}notes"))
+    return alt.layer(of_tokens, of_notes).properties(width=width, height=height)
 
 
 def layout(

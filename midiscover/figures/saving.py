@@ -93,7 +93,7 @@ def data(chart: Chart) -> dict[str, Table]:
     """The tables inside a chart, by their names (`data`, `data 2`, ... where they have none)."""
     found: dict[str, Table] = {}
     for part in _data(chart.to_dict()):
-        if any(part["values"] == rows for rows in found.values()):
+        if "name" not in part and any(part["values"] == rows for rows in found.values()):
             continue
         usual = "data" if not found else f"data {len(found) + 1}"
         found[part.get("name", usual)] = part["values"]

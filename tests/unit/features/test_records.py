@@ -20,6 +20,7 @@ from midiscover.features.plan import plan_features
 from midiscover.features.records import Context, FeatureRecords, open_features
 from midiscover.ids import features_id
 from midiscover.store import layout
+from midiscover.store.blocks import Mask, commit_block, read_block, write_manifest
 from tests.unit.features.naive import (
     CONTEXT,
     D_IN,
@@ -104,6 +105,9 @@ def test_top_contexts(world: World, records: FeatureRecords) -> None:
         expected = top_rows(world.codes, f, SETTINGS.top_contexts)
         assert [context.window * CONTEXT + context.position for context in top] == expected
         assert [context.rank for context in top] == list(range(len(expected)))
+        peaks = [strings([int(world.corpus.ids[divmod(row, CONTEXT)])])[0] for row in expected]
+        ranked = sorted(dict.fromkeys(peaks), key=lambda token: -peaks.count(token))  # equal ones: first seen first
+        assert records.feature(f)["top_tokens"] == ranked[:5]
         for context in top:
             assert (context.bin_min, context.bin_share) == (-1, -1)
             assert context.bin_max == pytest.approx(float(world.codes[:, f].max()))
@@ -215,6 +219,19 @@ def test_parts_merge_to_the_whole_in_any_order(world: World, monkeypatch: pytest
                     torch.testing.assert_close(other, tensor, rtol=1e-12, atol=1e-12)
                 else:
                     assert torch.equal(other, tensor), f"{group}.{name}"
+
+
+def test_masked_rows_do_not_count_even_where_they_are_no_numbers(world: World) -> None:
+    old, storage, rows = world.plan.manifest, world.storage, {}
+    for row in old.blocks:
+        block = read_block(storage, old.harvest_id, old.hook, row)
+        acts = block.acts.clone()
+        acts[block.mask != Mask.USABLE] = torch.nan
+        rows[row.index] = commit_block(storage, "h.nan", old.hook, row.span, acts, block.norm, block.mask)
+    spans = [row.span for row in old.blocks]
+    plan = plan_features(write_manifest(storage, "h.nan", old.hook, spans, rows, lineage={}), SETTINGS)
+    found = collect_chunk(storage, {"sae": world.sae}, plan, plan.blocks)["sae"]
+    assert found.to_bytes() == whole(world).to_bytes()
 
 
 def test_a_sample_is_drawn_where_not_all_rows_fit(tmp_path: Path) -> None:

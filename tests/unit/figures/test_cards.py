@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -25,25 +26,31 @@ def contexts() -> list:
     return [top[0], *top, context("interval", ["High"], peak=0, value=7.9, bin_min=7.0), *below, context("random")]
 
 
-def every_chart() -> dict[str, figures.Chart]:
-    weird = feature_row(7, tokens=WEIRD)
-    return {
-        "card": figures.feature_card(feature_row(), contexts()),
-        "weird": figures.feature_card(weird, [context(tokens=WEIRD)], "<b>Markup</b> & 中文"),
-        "dead": figures.feature_card(feature_row(dead=True), []),
-        "dead without logits": figures.feature_card(feature_row(dead=True, logits=False), [context("random", value=0)]),
-        "without logits": figures.feature_card(feature_row(logits=False), contexts()),
-        "several": figures.feature_cards([figures.Card(feature_row(), contexts()), figures.Card(weird, contexts())]),
-        "activations": figures.activation_chart(feature_row()),
-        "activations, dead": figures.activation_chart(feature_row(dead=True)),
-        "logits": figures.logit_chart(weird),
-        "logits, none": figures.logit_chart(feature_row(logits=False)),
-    }
+CHARTS: dict[str, Callable[[], figures.Chart]] = {
+    "card": lambda: figures.feature_card(feature_row(), contexts()),
+    "weird": lambda: figures.feature_card(
+        feature_row(7, tokens=WEIRD), [context(tokens=WEIRD)], "<b>Markup</b> & 中文"
+    ),
+    "dead": lambda: figures.feature_card(feature_row(dead=True), []),
+    "dead without logits": lambda: figures.feature_card(
+        feature_row(dead=True, logits=False), [context("random", value=0)]
+    ),
+    "without logits": lambda: figures.feature_card(feature_row(logits=False), contexts()),
+    "several": lambda: figures.feature_cards([figures.Card(feature_row(), contexts()) for _ in range(2)]),
+    "activations": lambda: figures.activation_chart(feature_row()),
+    "activations, dead": lambda: figures.activation_chart(feature_row(dead=True)),
+    "logits": lambda: figures.logit_chart(feature_row(tokens=WEIRD)),
+    "logits, none": lambda: figures.logit_chart(feature_row(logits=False)),
+}
 
 
-@pytest.mark.parametrize("name", list(every_chart()))
+def all_json() -> dict[str, str]:
+    return {name: CHARTS[name]().to_json() for name in ("card", "weird", "several", "logits", "activations")}
+
+
+@pytest.mark.parametrize("name", list(CHARTS))
 def test_draws_and_fits(name: str) -> None:
-    chart = every_chart()[name]
+    chart = CHARTS[name]()
     png = figures.png(chart, scale=1)
     assert png.startswith(b"\x89PNG")
     width, height = size(png)
@@ -53,12 +60,9 @@ def test_draws_and_fits(name: str) -> None:
 
 
 def test_equal_records_give_equal_json_in_this_process_and_in_another() -> None:
-    first = {name: chart.to_json() for name, chart in every_chart().items()}
-    assert {name: chart.to_json() for name, chart in every_chart().items()} == first
-    code = (
-        "import json; from tests.unit.figures.test_cards import every_chart; "
-        "print(json.dumps({name: chart.to_json() for name, chart in every_chart().items()}))"
-    )
+    first = all_json()
+    assert all_json() == first
+    code = "import json; from tests.unit.figures.test_cards import all_json; print(json.dumps(all_json()))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(other.stdout) == first
 
@@ -117,6 +121,6 @@ def test_a_card_takes_different_texts_and_intervals_beneath() -> None:
 
 
 def test_tables_of_several_cards_stay_apart() -> None:
-    names = list(figures.data(every_chart()["several"]))
+    names = list(figures.data(CHARTS["several"]()))
     assert {name.split(" ", 1)[0] for name in names} == {"1", "2"}
     assert {name.split(" ", 1)[1] for name in names} == {"activations", "notes", "promotes", "suppresses", "tokens"}
