@@ -1,9 +1,10 @@
-"""W_U, the matrix from the residual stream to logits, read from a model's weights without loading the model."""
+"""W_U, the matrix from the residual stream to logits, read from a model's files without loading the model."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -23,9 +24,10 @@ _INPUT = (
 
 
 def read_unembedding(identity: ModelIdentity) -> Tensor | None:
-    """[vocabulary rows, d_model] in the dtype of the file; a tied model's is its embedding. None where it is elsewhere.
+    """[vocabulary rows, d_model] in the dtype of the file; a tied model's is its embedding.
 
-    Rows may be more than the tokenizer's ids (phi-2: 51,200).
+    A model that calls it by none of the names above is loaded whole to find it; None where it has no such matrix. Rows
+    may be more than the tokenizer's ids (phi-2: 51,200).
     """
     folder = model_folder(identity)
     places = _places(folder)
@@ -34,7 +36,10 @@ def read_unembedding(identity: ModelIdentity) -> Tensor | None:
         if name in places:
             with safe_open(folder / places[name], "pt") as file:
                 return file.get_tensor(name)
-    return None
+    from midiscover.lm import LanguageModel  # transformers takes seconds to import
+
+    found: Any = LanguageModel.load(identity, dtype="float32", attention="eager").model.get_output_embeddings()
+    return None if found is None else found.weight.detach()
 
 
 def _places(folder: Path) -> dict[str, str]:

@@ -36,10 +36,8 @@ class Related(NamedTuple):
 class _Others(NamedTuple):
     """Columns [rows, m] that features are correlated with."""
 
-    first: int
-    """Number of the first column."""
-    centred: Tensor
-    """[rows, m] float32, without their means."""
+    unit: Tensor
+    """[rows, m] float32, without their means and divided by their spread; 0 where that is 0."""
     mean: Tensor
     """[m] float64, as the rest."""
     norm: Tensor
@@ -74,33 +72,33 @@ class Relations:
         return self._related(self._inputs.shape[1], self._inputs_between, k, but_itself=False)
 
     def _related(self, count: int, between: Callable[[int, int], _Others], k: int, *, but_itself: bool) -> Related:
-        if not self.n:
-            return Related(*(torch.empty(self.d_sae, 0, dtype=dtype) for dtype in (torch.int64, *2 * (torch.float32,))))
-        k = min(k, count - but_itself)
-        best = torch.full((self.d_sae, k), -torch.inf, device=self._value.device)
-        indices, cosines = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best)
-        for block in slices(count, _BLOCK):
+        device, k = self._value.device, min(k, count - but_itself) if self.n else 0
+        best = torch.full((self.d_sae, k), -torch.inf, device=device)
+        indices = torch.zeros_like(best, dtype=torch.int64)
+        seen: list[_Others] = []
+        for block in slices(count, _BLOCK) if k else ():
             others = between(*block)
-            columns = torch.arange(block[1] - block[0], device=best.device)
+            flat = (others.spread == 0).nonzero().flatten()
             for start, stop in slices(self.d_sae, _SLICE):
                 here = slice(start, stop)
-                covariance = self._products(start, stop, others.centred)
-                pearson = covariance / (self._spread[here, None] * others.spread).float()
-                pearson.nan_to_num_(-torch.inf, -torch.inf, -torch.inf)  # where either spread is 0
-                if but_itself:
-                    itself = torch.arange(start, stop, device=pearson.device)[:, None] == columns + others.first
-                    pearson.masked_fill_(itself, -torch.inf)
-                found = pearson.topk(min(k, pearson.shape[1]), dim=1)
-                products = covariance.gather(1, found.indices) + self._total[here, None] * others.mean[found.indices]
-                cosine = products / (self._norm[here, None] * others.norm[found.indices]).clamp(min=1e-30)
+                # The order within a line needs no division by the feature's own spread.
+                products = self._products(start, stop, others.unit).index_fill_(1, flat, -torch.inf)
+                for feature in range(max(start, block[0]), min(stop, block[1])) if but_itself else ():
+                    products[feature - start, feature - block[0]] = -torch.inf
+                found = products.topk(min(k, products.shape[1]), dim=1)
                 values = torch.cat([best[here], found.values], 1)
                 order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
                 best[here] = values.gather(1, order)
-                indices[here] = torch.cat([indices[here], found.indices + others.first], 1).gather(1, order)
-                cosines[here] = torch.cat([cosines[here], cosine.float()], 1).gather(1, order)
-        none = best.isinf()
-        found = (indices.masked_fill(none, -1), best.masked_fill(none, torch.nan), cosines.masked_fill(none, torch.nan))
-        return Related(*(tensor.cpu() for tensor in found))
+                indices[here] = torch.cat([indices[here], found.indices + block[0]], 1).gather(1, order)
+            seen.append(others._replace(unit=torch.empty(0)))
+        if not seen:
+            return Related(indices.cpu(), best.cpu(), best.cpu())
+        mean, norm, spread = (torch.cat([getattr(of, name) for of in seen])[indices] for name in _Others._fields[1:])
+        pearson = best / self._spread[:, None]
+        cosine = (best * spread + self._total[:, None] * mean) / (self._norm[:, None] * norm)
+        none = ~pearson.isfinite()
+        floats = (of.masked_fill(none, torch.nan).float() for of in (pearson, cosine))
+        return Related(*(tensor.cpu() for tensor in (indices.masked_fill(none, -1), *floats)))
 
     def _products(self, start: int, stop: int, columns: Tensor) -> Tensor:
         """[stop - start, m]: features [start, stop) times columns [rows, m], summed over the rows."""
@@ -119,9 +117,9 @@ class Relations:
 
     def _features_between(self, start: int, stop: int) -> _Others:
         here = slice(start, stop)
-        mean = self._total[here] / self.n
-        centred = self._codes(start, stop).sub_(mean.float())
-        return _Others(start, centred, mean, self._norm[here], self._spread[here])
+        mean, spread = self._total[here] / self.n, self._spread[here]
+        unit = _unit(self._codes(start, stop).sub_(mean.float()), spread)
+        return _Others(unit, mean, self._norm[here], spread)
 
     def _inputs_between(self, start: int, stop: int) -> _Others:
         x = self._inputs[:, start:stop].float()
@@ -129,7 +127,8 @@ class Relations:
         norm = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
         centred = x - mean.float()
         squares = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64) ** 2
-        return _Others(start, centred, mean, norm, _spread(squares, norm**2, _LEAST_INPUT))
+        spread = _spread(squares, norm**2, _LEAST_INPUT)
+        return _Others(_unit(centred, spread), mean, norm, spread)
 
 
 def slices(count: int, size: int) -> list[tuple[int, int]]:
@@ -140,3 +139,8 @@ def slices(count: int, size: int) -> list[tuple[int, int]]:
 def _spread(about_mean: Tensor, about_zero: Tensor, least: float) -> Tensor:
     """Root of the squares about the mean; 0 where they are less than a share `least` of those about 0."""
     return torch.where(about_mean > least * about_zero, about_mean, 0.0).sqrt()
+
+
+def _unit(centred: Tensor, spread: Tensor) -> Tensor:
+    """Columns [rows, m] divided by their spread, in place; those of spread 0 become 0."""
+    return centred.mul_(torch.where(spread > 0, 1 / spread, 0.0).float())

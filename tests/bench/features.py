@@ -5,9 +5,11 @@
 A random SAE whose biases let each feature fire on a share l0 / d_sae of random rows, read from blocks on disk.
 
 - `collect`: the whole of one SAE's pass (`midiscover.features.collect`): statistics, histogram, all contexts, sample.
+- `records`: what follows it (`midiscover.features.finish`): logit lens over `--vocabulary` random rows, neighbours,
+  correlations, both parquet files. It costs the same whatever the corpus.
 - `loop`: what a loop over features does: encode one feature over all rows, then its statistics, histogram and top
   contexts. Measured on `--looped` features and scaled to all; intervals, random contexts and correlations are left out.
-- memory: peak resident size of a process that collects a quarter of `--tokens`, and of one that collects them all.
+- memory: peak resident size of a process that does both for a quarter of `--tokens`, and of one that does for all.
 
 Prints a table and judges nothing: the exit code is 0. Goals: one SAE in minutes, 10 times the loop, flat memory.
 """
@@ -21,14 +23,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from midiscover.config import FeaturesConfig
-from midiscover.features.collect import collect_chunk, merged
+from midiscover.features.collect import Part, collect_chunk, merged
+from midiscover.features.finish import Finisher
 from midiscover.features.plan import Plan, plan_features
+from midiscover.packing import Windows
 from midiscover.sae.base import Sae, bias_for_density
 from midiscover.sae.registry import folded_sae
 from midiscover.store import blocks
@@ -37,6 +43,7 @@ from midiscover.store.local import LocalStorage
 from tests.bench.harvest import machine
 
 HARVEST, HOOK, CONTEXT = "h.0000000000", "model.layers.0.mlp.fc2", 128
+_SHAPE = ("d_in", "d_sae", "l0", "vocabulary")
 
 
 def write_rows(storage: LocalStorage, tokens: int, d_in: int) -> None:
@@ -73,12 +80,36 @@ def opened(folder: Path, tokens: int) -> tuple[LocalStorage, Plan]:
     return storage, Plan(manifest=manifest, blocks=kept, settings=plan.settings)
 
 
-def collect(folder: Path, tokens: int, sae: Sae) -> tuple[int, float]:
-    """Rows read, and seconds; chunk by chunk, as the job does it."""
+def collect(folder: Path, tokens: int, sae: Sae) -> tuple[Part, float]:
+    """A part of all rows, and seconds; chunk by chunk, as the job does it."""
     storage, plan = opened(folder, tokens)
     began = time.perf_counter()
     part = merged(collect_chunk(storage, {"sae": sae}, plan, chunk)["sae"] for chunk in plan.chunks())
-    return part.rows, time.perf_counter() - began
+    return part, time.perf_counter() - began
+
+
+def random_corpus(windows: int, vocabulary: int) -> Any:
+    """What records need of a corpus: windows of random ids, all of one document."""
+    ids = torch.randint(vocabulary, (windows, CONTEXT), generator=torch.Generator().manual_seed(0)).int().numpy()
+    shard = SimpleNamespace(start_window=0, stop_window=windows)
+    manifest = SimpleNamespace(id="c.0000000000", shards=[shard])
+    return SimpleNamespace(manifest=manifest, windows=lambda a, b: Windows(ids[a:b], 0 * ids[a:b]))
+
+
+def records(folder: Path, tokens: int, sae: Sae, part: Part, vocabulary: int) -> float:
+    """Seconds to write the records of a part."""
+    storage, plan = opened(folder, tokens)
+    began = time.perf_counter()
+    Finisher(
+        storage=storage,
+        sae_id="bench",
+        sae=sae,
+        plan=plan,
+        corpus=random_corpus(plan.blocks[-1].stop_window, vocabulary),
+        strings=lambda ids: [f"token {token}" for token in ids],
+        unembedding=torch.randn(vocabulary, sae.d_out, generator=torch.Generator().manual_seed(1)).bfloat16(),
+    ).finish(part)
+    return time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -100,9 +131,10 @@ def loop(folder: Path, tokens: int, sae: Sae, looped: int) -> float:
 
 
 def peak(folder: Path, tokens: int, args: argparse.Namespace) -> float:
-    """GiB of a process of its own that collects `tokens` rows."""
-    words = ("--child", str(folder), "--tokens", str(tokens), "--d-in", str(args.d_in), "--d-sae", str(args.d_sae))
-    command = [sys.executable, "-m", "tests.bench.features", *words, "--l0", str(args.l0)]
+    """GiB of a process of its own that makes the records of `tokens` rows."""
+    given = {"child": folder, "tokens": tokens} | {name: getattr(args, name) for name in _SHAPE}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "tests.bench.features", *words]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
@@ -114,26 +146,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--d-sae", type=int, default=20_480)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--l0", type=float, default=50)
+    parser.add_argument("--vocabulary", type=int, default=51_200)
     parser.add_argument("--looped", type=int, default=50, help="features of the loop")
     parser.add_argument("--small", action="store_true", help="a small SAE and few tokens")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.small:
-        args.d_in, args.d_sae, args.tokens = 256, 2048, 25_000
+        args.d_in, args.d_sae, args.tokens, args.vocabulary = 256, 2048, 25_000, 5000
     sae = random_sae(args.d_in, args.d_sae, args.l0)
     if args.child is not None:
-        collect(args.child, args.tokens, sae)
+        part, _ = collect(args.child, args.tokens, sae)
+        records(args.child, args.tokens, sae, part, args.vocabulary)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        write_rows(LocalStorage(Path(folder)), args.tokens, args.d_in)
-        rows, seconds = collect(Path(folder), args.tokens, sae)
-        looped = loop(Path(folder), args.tokens, sae, args.looped) * args.d_sae / args.looped
-        peaks = [peak(Path(folder), tokens, args) for tokens in (args.tokens // 4, args.tokens)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(LocalStorage(folder), args.tokens, args.d_in)
+        part, seconds = collect(folder, args.tokens, sae)
+        written = records(folder, args.tokens, sae, part, args.vocabulary)
+        looped = loop(folder, args.tokens, sae, args.looped) * args.d_sae / args.looped
+        peaks = [peak(folder, tokens, args) for tokens in (args.tokens // 4, args.tokens)]
+    rows = part.rows
     flops = 2 * args.d_in * args.d_sae * rows
     title = f"{args.d_sae:,} features, d_in {args.d_in:,}, {rows:,} tokens, L0 {args.l0:g}; {machine()}"
     table = Table("", "seconds", "tokens/s", "against the loop", title=title)
-    table.add_row("collect, all of it", f"{seconds:.1f}", f"{rows / seconds:,.0f}", f"{looped / seconds:.1f}")
+    times = {"collect, all of it": seconds, "records": written, "both": seconds + written}
+    for name, cost in times.items():
+        table.add_row(name, f"{cost:.1f}", f"{rows / cost:,.0f}", f"{looped / cost:.1f}")
     table.add_row(f"loop over features (x {args.d_sae // args.looped})", f"{looped:.1f}", f"{rows / looped:,.0f}", "1")
     Console(width=110).print(table)
     print(f"Dense encode alone is {flops / 1e12:.2f} TFLOP: {flops / seconds / 1e9:.0f} GFLOP/s of it reached in all.")
