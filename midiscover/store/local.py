@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from midiscover.errors import CorruptError, StoreError
 from midiscover.store.layout import check_key
 from midiscover.store.storage import Bytes
@@ -77,6 +79,21 @@ class LocalStorage:
                     with suppress(FileNotFoundError):  # taken back since: the place is free again
                         return self.read(key) == data
         raise StoreError(f"{key} in {self.uri} could not be created: other writers kept getting in the way.")
+
+    def replace(self, key: str, old: Bytes | None, new: Bytes) -> bool:
+        """See `Storage.replace`. A lock beside the file, which stays: a removed one would be two locks for a moment."""
+        path = self.local_path(key)
+        with self._explained("write", key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                try:
+                    standing = self.read(key)
+                except FileNotFoundError:
+                    standing = None
+                if standing != old:
+                    return False
+                self.write(key, new)
+                return True
 
     def list(self, prefix: str) -> list[str]:
         """See `Storage.list`."""

@@ -1,7 +1,8 @@
 """A store in an S3 bucket (or a compatible server), through boto3.
 
 Requests are repeated by botocore; what it does not repeat, a body that breaks off while it is read, is continued here
-with a Range request. `create` needs a server that honours `If-None-Match: *` on PUT (AWS, SeaweedFS, MinIO, Ceph).
+with a Range request. `create` needs a server that honours `If-None-Match: *` on PUT, `replace` one that honours
+`If-Match` (AWS, SeaweedFS, MinIO, Ceph).
 """
 
 from __future__ import annotations
@@ -131,6 +132,35 @@ class S3Storage:
             except FileNotFoundError:  # the writer we lost against failed or took it back: the place is free again
                 _wait(attempt)
         raise StoreError(f"{key} in {self.uri} could not be created: other writers kept getting in the way.")
+
+    def replace(self, key: str, old: Bytes | None, new: Bytes) -> bool:
+        """See `Storage.replace`.
+
+        By the ETag under which `old` was read. A PUT whose answer was lost is repeated and then meets its own object:
+        after a 412, what stands is read and compared.
+        """
+        if old is None:
+            return self.create(key, new)
+        try:
+            tag = self.version(key)
+            standing = self.read(key)
+        except FileNotFoundError:
+            return False
+        if standing != old:
+            return False
+        try:
+            # What was read is what had the tag, or the tag is an older one's and the PUT is refused.
+            self._put(key, new, IfMatch=f'"{tag}"')
+            return True
+        except FileNotFoundError:  # deleted since
+            return False
+        except ClientError as error:
+            if _code(error) not in _STANDS | _CONTENDED:
+                raise
+        try:
+            return self.read(key) == new
+        except FileNotFoundError:
+            return False
 
     def list(self, prefix: str) -> list[str]:
         """See `Storage.list`."""

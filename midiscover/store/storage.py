@@ -54,6 +54,14 @@ class Storage(Protocol):
         """Put an object where none stands. True: the key holds exactly `data` now. False: other bytes stand there."""
         ...
 
+    def replace(self, key: str, old: Bytes | None, new: Bytes) -> bool:
+        """Put `new` where exactly `old` stands (None: where nothing stands). False: something else stands there.
+
+        For small objects that several people change: whoever gets False reads again. True as well where another writer
+        put the same bytes.
+        """
+        ...
+
     def list(self, prefix: str) -> list[str]:
         """All keys below the folder `prefix` (`""`: the whole store), at any depth, sorted."""
         ...

@@ -27,6 +27,7 @@ from midiscover.store.storage import open_store
 from tests.harvests import HARVEST, HOOK, write_harvest
 from tests.s3 import FaultProxy, S3Server, s3_server
 from tests.tiny import make_tiny_model
+from tests.unit.test_storage import add_lines
 
 pytestmark = pytest.mark.s3
 
@@ -130,6 +131,31 @@ def test_create_has_one_winner_of_many(storage: S3Storage) -> None:
     assert [str(number).encode() for number in won] == [storage.read("winner")]
 
 
+def test_replace_asks_for_what_stood_there(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not storage.replace("x", b"old", b"new"), "nothing stands there"
+    assert storage.replace("x", None, b"1")
+    assert not storage.replace("x", None, b"2")
+    assert not storage.replace("x", b"0", b"2")
+    assert storage.read("x") == b"1"
+    assert storage.replace("x", b"1", b"2")
+    assert storage.read("x") == b"2"
+    real = S3Storage.read
+
+    def read_before_another(self: S3Storage, key: str) -> bytes:
+        found = real(self, key)
+        if found == b"2":
+            self.write(key, b"theirs")
+        return found
+
+    monkeypatch.setattr(S3Storage, "read", read_before_another)
+    assert not storage.replace("x", b"2", b"ours"), "another came between the reading and the PUT"
+    assert real(storage, "x") == b"theirs"
+
+
+def test_replace_loses_no_change_of_many(storage: S3Storage) -> None:
+    add_lines(storage, threads=4, times=5)
+
+
 def test_large_objects_go_in_parts(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "_MULTIPART_ABOVE", 8 << 20)
     monkeypatch.setattr(s3, "_PART", 5 << 20)
@@ -229,3 +255,7 @@ def test_a_lost_reply_is_no_conflict(proxied: tuple[S3Storage, FaultProxy]) -> N
         assert storage.create(f"marker-{number}", b"ours"), "our own repeated PUT was answered with 412"
     assert proxy.broken == 5
     assert not storage.create("marker-0", b"theirs")
+    proxy.lose_replies = 1
+    assert storage.replace("marker-0", b"ours", b"ours again"), "and so was a repeated one under If-Match"
+    assert storage.read("marker-0") == b"ours again"
+    assert proxy.broken == 6

@@ -17,7 +17,7 @@ import pytest
 from midiscover.errors import CorruptError, StoreError
 from midiscover.store import layout, s3
 from midiscover.store.local import LocalStorage
-from midiscover.store.storage import open_store
+from midiscover.store.storage import Storage, open_store
 from tests.jobs_cli import environment
 
 
@@ -79,6 +79,43 @@ def test_create_has_one_winner_of_many(storage: LocalStorage) -> None:
         thread.join()
     assert len(won) == 1
     assert storage.read("winner") == str(won[0]).encode() * 1000
+
+
+def test_replace_asks_for_what_stood_there(storage: LocalStorage) -> None:
+    assert not storage.replace("x", b"old", b"new"), "nothing stands there"
+    assert storage.replace("x", None, b"1")
+    assert not storage.replace("x", None, b"2")
+    assert not storage.replace("x", b"0", b"2")
+    assert storage.read("x") == b"1"
+    assert storage.replace("x", b"1", b"2")
+    assert storage.read("x") == b"2"
+    assert storage.list("") == ["x"]
+
+
+def test_replace_loses_no_change_of_many(storage: LocalStorage) -> None:
+    add_lines(storage, threads=8, times=10)
+
+
+def add_lines(storage: Storage, *, threads: int, times: int) -> None:
+    """Many threads that each add lines of their own; with a plain read and write most would be lost."""
+    storage.write("lines", b"")
+    start = threading.Barrier(threads)
+
+    def add(thread: int) -> None:
+        start.wait()
+        for number in range(times):
+            while True:
+                old = storage.read("lines")
+                if storage.replace("lines", old, old + f"{thread}-{number}\n".encode()):
+                    break
+
+    running = [threading.Thread(target=add, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    lines = storage.read("lines").decode().split()
+    assert sorted(lines) == sorted(f"{thread}-{number}" for thread in range(threads) for number in range(times))
 
 
 def test_list_is_by_folder_sorted_and_without_half_written_files(storage: LocalStorage) -> None:
