@@ -191,6 +191,51 @@ class FeaturesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NeuronpediaConfig:
+    """How SAEs are called on Neuronpedia."""
+
+    model: str | None = None
+    """Its id of the language model, such as `phi-2`; null: made from the model's name."""
+    release: str = "midiscover"
+    """Name of the release."""
+    source_set: str | None = None
+    """Name of the source set, without dots; null: made from hook, width and sparsity, such as `mdc-mlp-20k-l1-3`."""
+    creator_name: str = "miDiscover"
+    """Who is shown as the creator."""
+    creator_id: str = "clkht01d40000jv08hvalcvly"
+    """A user that the importing Neuronpedia knows; this one its own importer is seeded with."""
+    url: str | None = None
+    """Where people read about the release."""
+
+
+EXPORTS = ("saelens", "neuronpedia", "bundle")
+"""Formats that an SAE is exported in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishConfig:
+    """What `midiscover publish` writes of a sweep, and where."""
+
+    formats: tuple[str, ...] = EXPORTS
+    """Any of saelens, neuronpedia, bundle."""
+    saes: str = "frontier"
+    """Which SAEs of the sweep: `all`; `frontier`, those no other SAE of their hook beats, without controls; `best`, of
+    each hook the one of these with the lowest FVU; or the beginning of an id."""
+    out: str | None = None
+    """Folder or s3:// prefix, which gets `<SAE>/<format>/`; null: `exports/` in the folder of each SAE in the store."""
+    push: str | None = None
+    """`hf://org/repo`: put the SAELens layout with a model card there as well."""
+    neuronpedia: NeuronpediaConfig = field(default_factory=NeuronpediaConfig)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.formats if name not in EXPORTS]
+        _require(not wrong, f"publish.formats holds '{wrong[0] if wrong else ''}'; known are {', '.join(EXPORTS)}")
+        _require(bool(self.formats), f"publish.formats is empty; known are {', '.join(EXPORTS)}")
+        _require(self.push is None or self.push.startswith("hf://"), "publish.push must look like hf://org/repo")
+        _require(self.push is None or "saelens" in self.formats, "publish.push needs saelens among publish.formats")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
     """How the work is laid over the machine. Never part of an id."""
 
@@ -238,6 +283,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:

@@ -60,6 +60,22 @@ class TargetArgs:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportArgs:
+    """What the import of an SAE is told on its command line."""
+
+    source: str
+    form: str
+    """`saelens` or `seed`."""
+    name: str | None = None
+    config: str | None = None
+    hook: str | None = None
+    output_hook: str | None = None
+    model: str | None = None
+    store: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence on stderr and exit code 2."""
 
@@ -90,8 +106,9 @@ DESCRIPTIONS = {
     "harvest": "Make the corpus and the activation blocks of a config; what is committed is not made again.",
     "sweep": "Make what is missing of corpus and activation blocks, then train, measure and report the grid of SAEs.",
     "features": "Write down each feature of finished SAEs: statistics, contexts, logit lens, neighbours.",
+    "publish": "Export SAEs of a sweep for other tools, as the settings in `publish` say.",
 }
-EXAMPLES = {"features": "features.max_tokens 50000"}
+EXAMPLES = {"features": "features.max_tokens 50000", "publish": "publish.saes best"}
 
 
 def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> JobArgs:
@@ -120,6 +137,27 @@ def parse_target(stage: str, argv: Sequence[str], *, prog: str | None = None) ->
     parser.add_argument("--force", action="store_true", help="make anew what is already committed")
     known, rest = parser.parse_known_args(list(argv))
     return TargetArgs(target=known.target, store=known.store, force=known.force, overrides=parse_overrides(rest))
+
+
+def parse_import(argv: Sequence[str], *, prog: str | None = None) -> ImportArgs:
+    """Read the arguments of an import. ConfigError for anything unknown."""
+    parser = Parser(
+        prog=prog or "python -m jobs.imports",
+        description="Take in an SAE of another maker: fold it, measure it on a text, and keep it like one of ours.",
+        epilog="Without --config, the text is the built-in one. Settings are flags by their path, for example "
+        "--corpus.max_tokens 50000.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="a SAELens folder; of the seed project a folder or sae_model.pt")
+    parser.add_argument("--from", required=True, dest="form", choices=("saelens", "seed"), help="saelens or seed")
+    parser.add_argument("--name", help="becomes part of its id; else what the folder is called")
+    parser.add_argument("--config", metavar="CONFIG", help="whose model and text it is measured on")
+    parser.add_argument("--model", metavar="MODEL", help="hub id, folder, GGUF file, store:NAME, or 'embedded'")
+    parser.add_argument("--hook", metavar="PATH", help="module path that it reads; else what the source says")
+    parser.add_argument("--output-hook", metavar="PATH", help="of a transcoder: the module path that it predicts")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    known, rest = parser.parse_known_args(list(argv))
+    return ImportArgs(**vars(known), overrides=parse_overrides(rest))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -147,13 +147,17 @@ def commit_record(
     resolved: Resolved,
     *,
     metrics: Mapping[str, Any],
+    imported: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write record.json, the last file of an SAE, and return the record that stands (another writer's, if first)."""
+    """Write record.json, the last file of an SAE, and return the record that stands (another writer's, if first).
+
+    imported: where an SAE of another maker comes from; how it was trained is then not known.
+    """
     training = read_json(storage, layout.training(planned.id))
     assert training is not None, "an SAE is trained before it is committed"
     sae, train = planned.point.sae, planned.point.train
     conventions = None
-    if isinstance(sae, L1Config):
+    if isinstance(sae, L1Config) and imported is None:
         normalisation = training["normalisation"]
         conventions = l1_conventions(
             training["coefficient"], scale=normalisation["output_scale"], d_in=planned.d_out, d_sae=planned.d_sae
@@ -177,17 +181,17 @@ def commit_record(
         "d_sae": planned.d_sae,
         "kind": sae.kind,
         "sae": to_tree(sae),
-        "train": to_tree(train),
+        "train": to_tree(train) if imported is None else None,
         "l1": conventions,
         "normalisation": training["normalisation"],
         "evaluation_id": resolved.evaluation_id,
         "config": read_from(resolved, (planned.point.hook, planned.output_hook)),
         "metrics": dict(metrics) | {"dead_in_window_share": training["dead_in_window"]},
-        "lineage": harvest_lineage(resolved) | {"seed": train.seed} | training["run"],
+        "lineage": harvest_lineage(resolved) | {"seed": train.seed if imported is None else None} | training["run"],
         "files": files,
         "seconds": training["seconds"],
         "owner": lineage.owner(),
-    }
+    } | ({} if imported is None else {"imported": dict(imported)})
     key = layout.record(planned.id)
     if storage.create(key, dump(record)):
         return record

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import concepts, features, figures, models, publish, runs
+from midiscover.cli import concepts, features, figures, models, publish, runs, verify
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
@@ -35,7 +35,8 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   concepts TARGET    features that stand for emotions, numbers, questions, ... or your own texts
   interpret SAE TEXT which features fire on a text, token by token
   figure TARGET CHART --out FILE   one chart as png, svg, pdf, html or csv
-  export SAE --to saelens|neuronpedia
+  export SAE --to saelens|neuronpedia|bundle
+  publish TARGET     exports of the SAEs that no other of their hook beats
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
@@ -153,6 +154,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     **models.VERBS,
     **publish.VERBS,
     **runs.VERBS,
+    **verify.VERBS,
 }
 
 

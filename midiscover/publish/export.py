@@ -4,68 +4,155 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-from midiscover.errors import NotFoundError, UserError
-from midiscover.features.records import open_features
+import midiscover
+from midiscover.config import EXPORTS, NeuronpediaConfig
+from midiscover.errors import CorruptError, NotFoundError, UserError
+from midiscover.features.records import FeatureRecords, open_features
+from midiscover.ids import fingerprint
 from midiscover.models import config_folder, hook_table
 from midiscover.origin import resolve_origin
-from midiscover.publish.names import checked_model_id, checked_source_set, model_id, source_id, source_set
-from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport, NeuronpediaNames
+from midiscover.publish.bundle import Bundle
+from midiscover.publish.choice import sweep_of, sweep_rows
+from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.saelens import saelens_files
-from midiscover.saes import CFG, dump, read_json
+from midiscover.saes import CFG, WEIGHTS, dump, read_json
 from midiscover.store import layout
 from midiscover.store.storage import Storage
 
 VERSION = 1
 MANIFEST = "manifest.json"
-FORMATS = ("saelens", "neuronpedia")
+STARTED = "unfinished.json"
+"""Stands in an export while it is written, so that a later run knows the rest for its own."""
 
 
-def export_sae(
-    storage: Storage, sae_id: str, kind: str, out: Storage, prefix: str = "", names: NeuronpediaNames | None = None
-) -> dict[str, Any]:
-    """Write an SAE in one of `FORMATS` below `prefix` of `out`; returns the manifest.
+class Exported(NamedTuple):
+    """An export that stands."""
 
-    UserError where something else stands there, or a name is not one of Neuronpedia's; NotFoundError where the feature
-    records that an export needs are not made yet. A finished equal export is written anew with the same bytes.
+    manifest: dict[str, Any]
+    """v, kind, sae, made_of and files: sha256 and bytes of each."""
+    is_new: bool
+    """False: the same export stood there already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """What is to be written of an SAE; see `prepare_export`."""
+
+    storage: Storage
+    record: dict[str, Any]
+    kind: str
+    neuronpedia: NeuronpediaExport
+    records: FeatureRecords | None
+    """The feature records; None for a kind that needs none."""
+    rows: list[dict[str, Any]]
+    """The SAEs of its sweep, for a bundle."""
+    made_of: str
+    """Changes with everything that the files depend on."""
+
+    def files(self) -> Iterable[tuple[str, bytes]]:
+        """Names and contents."""
+        names = self.neuronpedia
+        if self.records is None:
+            named = f"{names.model}/{names.source}"
+            found = saelens_files(self.storage, self.record, names.facts.model_type, named, names.repository)
+            return found.items()
+        if self.kind == "neuronpedia":
+            return names.files(self.records)
+        return Bundle(self.storage, self.record, self.records, names, self.rows).files()
+
+
+def prepare_export(
+    storage: Storage,
+    sae_id: str,
+    kind: str,
+    names: NeuronpediaConfig | None = None,
+    *,
+    repository: str | None = None,
+    model: str | None = None,
+) -> Export:
+    """Everything that an export needs, looked up; writes nothing.
+
+    repository: `org/repo` of a hub to which the SAE is pushed. model: the folder of its language model, of which the
+    config is read, where that lies elsewhere than the record says. UserError where a name is not one of Neuronpedia's;
+    NotFoundError where the feature records that an export needs are not made yet.
     """
-    if kind not in FORMATS:
-        raise UserError(f"'{kind}' is no export format; known are {', '.join(FORMATS)}.")
-    record = read_json(storage, layout.record(sae_id))
-    if record is None:
+    if kind not in EXPORTS:
+        raise UserError(f"'{kind}' is no export format; known are {', '.join(EXPORTS)}.")
+    record, cfg = (read_json(storage, key) for key in (layout.record(sae_id), layout.sae_file(sae_id, CFG)))
+    if record is None or cfg is None:
         raise NotFoundError(f"There is no finished SAE '{sae_id}' in {storage.uri}.")
-    _refuse_strangers(out, prefix, kind, sae_id)
-    names = names or NeuronpediaNames()
-    made = _files(storage, record, kind, names)  # wrong names are refused here, before anything changes
+    names = names or NeuronpediaConfig()
+    neuronpedia = NeuronpediaExport(record, cfg, _facts(storage, record, model), names, repository)
+    records = open_features(storage, sae_id) if kind != "saelens" else None
+    sweep = sweep_of(storage, sae_id) if kind == "bundle" else None
+    rows = sweep_rows(storage, sweep) if sweep else []
+    made_of = fingerprint(
+        "export",
+        VERSION,
+        {
+            "kind": kind,
+            "record": hashlib.sha256(dump(record)).hexdigest(),
+            "features": records.manifest["files"] if records else None,
+            "names": asdict(names),
+            "repository": repository,
+            "rows": rows,
+            "version": midiscover.__version__,
+        },
+    )
+    return Export(
+        storage=storage,
+        record=record,
+        kind=kind,
+        neuronpedia=neuronpedia,
+        records=records,
+        rows=rows,
+        made_of=made_of,
+    )
+
+
+def write_export(export: Export, out: Storage, prefix: str = "", *, force: bool = False) -> Exported:
+    """Write an export below `prefix` of `out`. A finished equal one is left as it is, unless `force`.
+
+    UserError where something else stands there than an export of this SAE in this format; CorruptError where its
+    weights are not those that were committed.
+    """
+    sae, kind = export.record["id"], export.kind
+    standing, mine = _standing(out, prefix, kind, sae)
+    if standing and standing.get("made_of") == export.made_of and not force and _is_whole(out, prefix, standing):
+        out.delete(_key(prefix, STARTED))
+        return Exported(standing, False)
+    out.write(_key(prefix, STARTED), dump({"v": VERSION, "kind": kind, "sae": sae}))
     out.delete(_key(prefix, MANIFEST))
     files = {}
-    for name, data in made:
+    for name, data in export.files():
+        digest = hashlib.sha256(data).hexdigest()
+        if name == WEIGHTS:
+            _refuse_damage(export, digest)
         out.write(_key(prefix, name), data)
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    manifest = {"v": VERSION, "kind": kind, "sae": sae_id, "files": files}
+        files[name] = {"sha256": digest, "bytes": len(data)}
+    for key in mine - {_key(prefix, name) for name in (*files, MANIFEST, STARTED)}:
+        out.delete(key)
+    manifest = {"v": VERSION, "kind": kind, "sae": sae, "made_of": export.made_of, "files": files}
     out.write(_key(prefix, MANIFEST), dump(manifest))
-    return manifest
+    out.delete(_key(prefix, STARTED))
+    return Exported(manifest, True)
 
 
-def _files(
-    storage: Storage, record: dict[str, Any], kind: str, names: NeuronpediaNames
-) -> Iterable[tuple[str, bytes]] | Iterator[tuple[str, bytes]]:
-    cfg = read_json(storage, layout.sae_file(record["id"], CFG))
-    assert cfg is not None, "a finished SAE has a cfg.json"
-    facts = _facts(storage, record)
-    if kind == "neuronpedia":
-        records = open_features(storage, record["id"])
-        return NeuronpediaExport(record, cfg, facts, names).files(records)
-    model = checked_model_id(names.model) if names.model else model_id(record["lineage"]["model"]["name"])
-    set_name = checked_source_set(names.source_set) if names.source_set else source_set(record)
-    named = f"{model}/{source_id(record, set_name)}"
-    return saelens_files(storage, record, facts.model_type, named).items()
+def export_files(out: Storage, prefix: str, manifest: dict[str, Any]) -> dict[str, bytes]:
+    """The files of an export that stands. CorruptError where one is not what its manifest says."""
+    files = {name: out.read(_key(prefix, name)) for name in manifest["files"]}
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+            raise CorruptError(f"{name} in {out.uri}/{prefix} is not the file that was written; export with --force.")
+    return files
 
 
-def _facts(storage: Storage, record: dict[str, Any]) -> ModelFacts:
-    identity = resolve_origin(record, storage.uri)
+def _facts(storage: Storage, record: dict[str, Any], model: str | None) -> ModelFacts:
+    identity = resolve_origin(record, storage.uri, model)
     config = json.loads((config_folder(identity) / "config.json").read_text())
     table = hook_table(identity)
     wide = (config.get(name) for name in ("intermediate_size", "n_inner"))
@@ -78,13 +165,34 @@ def _facts(storage: Storage, record: dict[str, Any]) -> ModelFacts:
     )
 
 
-def _refuse_strangers(out: Storage, prefix: str, kind: str, sae_id: str) -> None:
-    """An export replaces one of the same SAE and format, and is written into nothing else."""
-    found = read_json(out, _key(prefix, MANIFEST))
-    same = found is not None and (found.get("kind"), found.get("sae")) == (kind, sae_id)
-    if not same and out.list(prefix):
-        raise UserError(
-            f"{out.uri}{'/' if prefix else ''}{prefix} holds something else already; give --out another folder."
+def _standing(out: Storage, prefix: str, kind: str, sae: str) -> tuple[dict[str, Any] | None, set[str]]:
+    """The manifest of the finished export that stands there, and the keys that belong to it or to an interrupted one.
+
+    UserError where anything but an export of this SAE in this format stands there.
+    """
+    manifest, started = (read_json(out, _key(prefix, name)) for name in (MANIFEST, STARTED))
+    if _is_ours(started, kind, sae):
+        return manifest, set(out.list(prefix))
+    if manifest is not None and _is_ours(manifest, kind, sae):
+        return manifest, {_key(prefix, name) for name in manifest["files"]}
+    if out.list(prefix):
+        place = f"{out.uri}{'/' if prefix else ''}{prefix}"
+        raise UserError(f"{place} holds something else already; give --out another folder.")
+    return None, set()
+
+
+def _is_ours(word: Any, kind: str, sae: str) -> bool:
+    return isinstance(word, dict) and (word.get("kind"), word.get("sae")) == (kind, sae)
+
+
+def _is_whole(out: Storage, prefix: str, manifest: dict[str, Any]) -> bool:
+    return {_key(prefix, name) for name in manifest["files"]} <= set(out.list(prefix))
+
+
+def _refuse_damage(export: Export, digest: str) -> None:
+    if digest != export.record["files"][WEIGHTS]:
+        raise CorruptError(
+            f"The weights of {export.record['id']} in {export.storage.uri} differ from those that were committed."
         )
 
 

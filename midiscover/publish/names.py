@@ -9,6 +9,7 @@ from typing import Any
 from midiscover.errors import UserError
 from midiscover.ids import hook_layer, recorded_settings, sparsity_label
 
+MODEL_ID_LENGTH = 32
 _MODEL_ID = re.compile(r"[a-z](?!.*(--|\.\.))[a-z0-9.-]{0,30}[a-z0-9]")
 _SOURCE_SET = re.compile(r"[a-z](?!.*--)[a-z0-9-]*[a-z0-9]")
 
@@ -44,7 +45,10 @@ def model_id(name: str) -> str:
     """Neuronpedia's id of a model: of `microsoft/phi-2`, `phi-2`. At most 32 characters."""
     text = re.sub(r"[^a-z0-9.-]+", "-", name.rpartition("/")[2].lower())
     text = re.sub(r"-+", "-", re.sub(r"\.+", ".", text)).strip("-.")
-    text = re.sub(r"^[^a-z]+", "", text)[:32].rstrip("-.")
+    text = re.sub(r"^[^a-z]+", "", text)
+    if len(text) > MODEL_ID_LENGTH:
+        text = text[: MODEL_ID_LENGTH + 1].rpartition("-")[0] or text[:MODEL_ID_LENGTH]  # whole words
+    text = text.rstrip("-.")
     return checked_model_id(text)
 
 
@@ -59,12 +63,23 @@ def checked_model_id(text: str) -> str:
 
 
 def source_set(record: Mapping[str, Any]) -> str:
-    """Name of a source set from hook, width and sparsity: `mdc-mlp-20k-l1-3`."""
+    """Name of a source set from hook, width and sparsity: `mdc-mlp-20k-l1-3`.
+
+    Architecture, control and seed are named where they are not the usual ones, so that SAEs of a grid keep apart.
+    """
+    settings = recorded_settings(record["sae"])
     part = "mlp" if "mlp" in record["hook"] else "attn" if "attn" in record["hook"] else "res"
-    width = record["d_sae"]
-    size = f"{round(width / 1024)}k" if width >= 1024 else str(width)
-    sparsity = sparsity_label(recorded_settings(record["sae"])).lower().replace(".", "p").replace(" ", "-")
-    return checked_source_set(f"mdc-{part}-{size}-{sparsity}".replace("+", ""))
+    width, seed = record["d_sae"], (record.get("train") or {}).get("seed", 0)
+    words = [
+        "mdc",
+        part,
+        "" if settings.kind == "standard" else settings.kind,
+        f"{width // 1024}k" if width % 1024 == 0 else str(width),
+        sparsity_label(settings).replace(".", "p").replace("+", ""),
+        "" if settings.control == "none" else settings.control,
+        f"s{seed}" if seed else "",
+    ]
+    return checked_source_set(re.sub("[ _-]+", "-", "-".join(filter(None, words)).lower()))
 
 
 def checked_source_set(text: str) -> str:

@@ -5,7 +5,8 @@ space, features carry no vector (that would make them custom ones), and names th
 What is compressed has no time in it, so that equal records give equal bytes.
 
 Explanations say what can be said without a language model: the tokens at a feature's peaks and those that it promotes.
-They name neither a method nor a model, since both would have to be in the importer's tables.
+They name neither a method nor a model, since both would have to be in the importer's tables; so nothing of
+`v1/config/`, which would add to those tables, is written.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from midiscover.config import NeuronpediaConfig
 from midiscover.features.records import Context, FeatureRecords
 from midiscover.featureview import shown
+from midiscover.publish.dashboard import Dashboards
 from midiscover.publish.names import (
     checked_model_id,
     checked_source_set,
@@ -31,24 +34,10 @@ from midiscover.publish.names import (
 
 BATCH = 1024
 """Features of a file."""
-CREATOR = "clkht01d40000jv08hvalcvly"
-"""The user that Neuronpedia's own importer is seeded with."""
 _DIGITS = 5
 _LEVEL = 5
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NeuronpediaNames:
-    """How an SAE is called there; null: made from the record."""
-
-    model: str | None = None
-    release: str = "midiscover"
-    source_set: str | None = None
-    creator_name: str = "miDiscover"
-    creator_id: str = CREATOR
-    url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +55,16 @@ class NeuronpediaExport:
     """The files of one SAE."""
 
     def __init__(
-        self, record: Mapping[str, Any], cfg: Mapping[str, Any], model: ModelFacts, names: NeuronpediaNames
+        self,
+        record: Mapping[str, Any],
+        cfg: Mapping[str, Any],
+        model: ModelFacts,
+        names: NeuronpediaConfig,
+        repository: str | None = None,
     ) -> None:
-        """UserError for names that Neuronpedia would not take."""
+        """repository: `org/repo` of a hub where the SAE lies in a folder of its id. UserError for names that
+        Neuronpedia would not take."""
+        self.repository = repository
         self.record, self.cfg, self.facts, self.names = record, cfg, model, names
         self.model = checked_model_id(names.model) if names.model else model_id(model.name)
         self.set = checked_source_set(names.source_set) if names.source_set else source_set(record)
@@ -83,13 +79,9 @@ class NeuronpediaExport:
 
     def files(self, records: FeatureRecords) -> Iterator[tuple[str, bytes]]:
         """Names and contents, batch by batch."""
-        for name, row in (
-            ("release", self._release()),
-            ("model", self._model()),
-            ("sourceset", self._sourceset()),
-            ("source", self._source(records)),
-        ):
+        for name, row in self.single(records).items():
             yield f"{self.folder}/{name}.jsonl", _lines([row])
+        dashboards = Dashboards(self.model, self.record["layer"], self.set, self._source(records))
         for number, (features, contexts) in enumerate(records.batches(BATCH)):
             rows: dict[str, list[Row]] = {"features": [self._feature(feature) for feature in features]}
             rows["activations"] = [row for f in features for row in self._activations(f["index"], contexts[f["index"]])]
@@ -98,6 +90,17 @@ class NeuronpediaExport:
                 if found:
                     data = gzip.compress(_lines(found), _LEVEL, mtime=0)
                     yield f"{self.folder}/{name}/batch-{number}.jsonl.gz", data
+            yield from dashboards.batches(number * BATCH, rows["features"], rows["activations"])
+        yield from dashboards.settings()
+
+    def single(self, records: FeatureRecords) -> dict[str, Row]:
+        """The rows that a source has one of each: `release`, `model`, `sourceset`, `source`."""
+        return {
+            "release": self._release(),
+            "model": self._model(),
+            "sourceset": self._sourceset(),
+            "source": self._source(records),
+        }
 
     def _release(self) -> Row:
         names = self.names
@@ -180,8 +183,8 @@ class NeuronpediaExport:
             "saelensConfig": told,
             "saelensRelease": None,
             "saelensSaeId": None,
-            "hfRepoId": None,
-            "hfFolderId": None,
+            "hfRepoId": self.repository,
+            "hfFolderId": self.record["id"] if self.repository else None,
             "visibility": "PUBLIC",
             "defaultOfModelId": None,
             "hasUmap": False,

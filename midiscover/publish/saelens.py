@@ -6,11 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from midiscover.configio import to_yaml
 from midiscover.publish.names import transformer_lens_hook
 from midiscover.saes import CFG, SPARSITY, WEIGHTS, dump
 from midiscover.store import layout
 from midiscover.store.storage import Storage
 
+CARD, SNIPPET = "README.md", "pretrained_saes.yaml"
+SOMEWHERE = "your-organisation/your-repository"
+"""Stands for a repository on the hub where none is known."""
 _METRICS = {
     "l0": "L0",
     "fvu": "FVU",
@@ -21,15 +25,25 @@ _METRICS = {
 
 
 def saelens_files(
-    storage: Storage, record: Mapping[str, Any], model_type: str | None, neuronpedia_id: str | None
+    storage: Storage,
+    record: Mapping[str, Any],
+    model_type: str | None,
+    neuronpedia_id: str,
+    repository: str | None = None,
 ) -> dict[str, bytes]:
-    """Name -> content. Weights and sparsity are the committed bytes; cfg.json and the card are made."""
+    """Name -> content. Weights and sparsity are the committed bytes; cfg.json, the card and the snippet are made.
+
+    repository: `org/repo` of a hub where the SAE lies in a folder of its id.
+    """
     sae_id = record["id"]
-    files = {name: storage.read(layout.sae_file(sae_id, name)) for name in (WEIGHTS, SPARSITY)}
+    files = {WEIGHTS: storage.read(layout.sae_file(sae_id, WEIGHTS))}
+    if storage.exists(layout.sae_file(sae_id, SPARSITY)):
+        files[SPARSITY] = storage.read(layout.sae_file(sae_id, SPARSITY))
     cfg = json.loads(storage.read(layout.sae_file(sae_id, CFG)))
     cfg["metadata"] |= {"neuronpedia_id": neuronpedia_id} | _hooks(cfg["metadata"], model_type)
     files[CFG] = dump(cfg)
-    files["README.md"] = card(record, cfg).encode()
+    files[CARD] = card(record, cfg, repository).encode()
+    files[SNIPPET] = snippet(record, cfg, repository).encode()
     return files
 
 
@@ -42,30 +56,78 @@ def _hooks(metadata: Mapping[str, Any], model_type: str | None) -> dict[str, Any
     return {**found, "model_class_name": "HookedTransformer"}
 
 
-def card(record: Mapping[str, Any], cfg: Mapping[str, Any]) -> str:
-    """README.md of a model on a hub."""
-    model, metrics = record["lineage"]["model"]["name"], record["metrics"]
+def snippet(record: Mapping[str, Any], cfg: Mapping[str, Any], repository: str | None) -> str:
+    """The entry with which SAELens' own list of releases would know the SAE."""
+    metrics = {"variance_explained": 1 - record["metrics"]["fvu"], "l0": record["metrics"]["l0"]}
+    sae = {"id": record["id"], "path": record["id"], **{name: round(value, 4) for name, value in metrics.items()}}
+    release = {
+        "repo_id": repository or SOMEWHERE,
+        "model": cfg["metadata"]["model_name"],
+        "conversion_func": None,
+        "saes": [sae | {"neuronpedia": cfg["metadata"]["neuronpedia_id"]}],
+    }
+    return to_yaml({(repository or SOMEWHERE).rpartition("/")[2]: release})
+
+
+def card(record: Mapping[str, Any], cfg: Mapping[str, Any], repository: str | None) -> str:
+    """README.md of an SAE on a hub."""
+    origin, metrics, metadata = record["lineage"], record["metrics"], cfg["metadata"]
+    model, corpus = origin["model"], origin["corpus"]
     known = {title: metrics[name] for name, title in _METRICS.items() if metrics.get(name) is not None}
     table = "\n".join(f"| {title} | {value:.4g} |" for title, value in known.items())
-    revision = record["lineage"]["model"]["revision"] or record["lineage"]["model"]["digest"][:12]
-    corpus = record["lineage"]["corpus"]["source"]
+    base = f"base_model: {metadata['model_name']}\n" if "/" in str(metadata["model_name"]) else ""
+    settings = ", ".join(f"{name} {value}" for name, value in record["sae"].items() if value is not None)
+    verb = "measured" if record.get("imported") else "trained"
+    trained = f"settings: {settings}; seed {origin['seed']}"
+    if record.get("imported"):
+        trained = f"imported from {record['imported'].get('source')}; how it was trained is not known here"
+    code = origin["code"]
+    made = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return f"""---
 library_name: saelens
-tags: [sparse-autoencoder, interpretability]
+{base}tags: [saelens, sparse-autoencoder, interpretability]
 ---
 
 # {record["id"]}
 
-A sparse autoencoder ({record["kind"]}, {record["d_sae"]:,} features) on `{record["hook"]}` of {model} ({revision}),
-trained by miDiscover on {corpus}. Inputs are raw activations of width {record["d_in"]:,}; decoder rows have norm 1.
+A sparse autoencoder ({record["kind"]}, {record["d_sae"]:,} features) on `{record["hook"]}` of {model["name"]}, {verb}
+by miDiscover on {corpus["source"]}. Inputs are raw activations of width {record["d_in"]:,}; decoder rows have norm 1.
 
 | measured on held-out text | |
 |---|---|
 {table}
 
-In SAELens: `SAE.load_from_disk("<this folder>")`. In miDiscover: `load_sae("<this folder>")`.
+## Loading it
 
-In SAELens the hook is `{cfg["metadata"]["hook_name"]}` of `{cfg["metadata"]["model_class_name"]}`; in transformers the
-module `{record["hook"]}`. TransformerLens must load the model without processing its weights
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("<this folder>")
+sae = SAE.from_pretrained("{repository or SOMEWHERE}", "{record["id"]}")  # where it was pushed to a hub
+
+from midiscover import load_sae
+
+sae = load_sae("<this folder>")
+```
+
+In SAELens the hook is `{metadata["hook_name"]}` of `{metadata["model_class_name"]}`; in transformers the module
+`{record["hook"]}`. TransformerLens must load the model without processing its weights
 (`from_pretrained_no_processing`), or its activations are not those that the SAE was trained on.
+
+## Where it comes from
+
+- model: {model["name"]}, {_commit(model)}, activations in {model["dtype"]}
+- text: {corpus["source"]}, {corpus["id"]}, revision {corpus["revision"]}
+- {trained}
+- made by: miDiscover {code["version"]} ({code["commit"] or "no commit"}), {made}, on {record["created"]}
+- weights: sha256 `{record["files"][WEIGHTS]}`
+
+## Licence
+
+None is stated here: whoever publishes the SAE chooses it, within what the licences of the language model and of the
+text allow, and adds `license:` to the head of this card.
 """
+
+
+def _commit(model: Mapping[str, Any]) -> str:
+    return f"commit {model['revision']}" if model.get("revision") else f"digest {model['digest'][:12]}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
+import re
+import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,11 +17,14 @@ from midiscover.features.records import CONTEXTS, FEATURES, open_features
 from midiscover.publish.neuronpedia_rules import violations
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker, reindex
+from tests.faults.test_kills import kill_driver, wait_for
 from tests.jobs_cli import command, environment, midiscover
 from tests.runs import write_run
 from tests.unit.tracking import samples
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+PARTS = "saes/*/features/*/parts/*.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,34 @@ def test_the_tracker_has_the_scalars(store: Path, tmp_path: Path) -> None:
     with Tracker.open(f"sqlite:///{tmp_path / 'fresh.db'}") as fresh:
         assert reindex(open_store(str(store)), fresh).features == 4
     assert samples.dump(f"sqlite:///{tmp_path / 'fresh.db'}")["features"] == told
+
+
+def test_controls_and_activations_that_are_gone(tmp_path: Path) -> None:
+    """What was read can be had again from an SAE's own record, of the real model and of the shuffled one."""
+    write_run(
+        tmp_path,
+        harvest={"hooks": "model.layers.1.mlp.down_proj", "block_tokens": 1024},
+        grid={"sae.control": ["none", "neurons", "random_model"]},
+        train={"epochs": 1, "batch_size": 128, "lr": 1e-3},
+        evaluate={"ce_tokens": 0},
+    )
+    store = tmp_path / "store"
+    done = midiscover("sweep", str(tmp_path / "run.yaml"), "--store", str(store))
+    assert done.code == 0, done.err
+    words = ("features", next((store / "sweeps").iterdir()).name, "--store", str(store))
+    done = midiscover(*words)
+    assert done.code == 0, done.err
+    before = files(store)
+    assert len(before) == 6
+    for sae in (path.name for path in (store / "saes").iterdir()):
+        tokens = open_features(open_store(str(store)), sae).table(["pos_tokens"])["pos_tokens"].to_pylist()
+        assert {len(line) for line in tokens} == {0 if "random-model" in sae else 10}
+    for gone in ("corpora", "activations"):
+        shutil.rmtree(store / gone)
+        done = midiscover(*words, "--force")
+        assert done.code == 0, done.err
+        assert "made again" in done.err
+        assert files(store) == before
 
 
 def test_a_second_run_reads_nothing(folder: Path, store: Path) -> None:
@@ -141,12 +172,14 @@ def test_exports(store: Path, tmp_path: Path) -> None:
         (("feature", "show", "SAE", "100000"), "has no feature 100000; its features are 0 to"),
         (("feature", "list", "SAE", "--sort", "beauty"), "--sort beauty is no column of features; known are index"),
         (("feature", "list", "SAE", "--filter", "max~2"), "--filter 'max~2' is not understood"),
+        (("feature", "list", "SAE", "--limit", "0"), "--limit is 0; it must be a whole number above 0"),
         (("feature", "list", "nothing"), "There is no config, sweep or SAE 'nothing'"),
         (("features", "nothing"), "There is no config, sweep or SAE 'nothing'"),
         (("features", "SAE", "--train.lr", "1"), "--train.lr does not belong to features"),
         (("features", "SAE", "--features.top_contexts", "0"), "features.top_contexts must be above 0"),
         (("interpret", "SAE", ""), "holds no token"),
         (("interpret", "SAE", "river " * 2000), "reads at most"),
+        (("interpret", "SAE", "river", "--top", "-1"), "--top is -1; it must be a whole number above 0"),
         (("interpret", "SAE"), "Give either a text or --file FILE"),
         (("interpret", "SAE", "--file", "/dev/null"), "holds no text"),
     ],
@@ -161,21 +194,28 @@ def test_bad_input(store: Path, arguments: tuple[str, ...], sentence: str) -> No
 
 def test_a_killed_driver_goes_on_where_it_was(folder: Path, store: Path) -> None:
     before = files(store)
-    words = ("features", str(folder / "run.yaml"), "--store", str(store), "--features.max_tokens", "1000000")
+    words = ("features", str(folder / "run.yaml"), "--store", str(store))
+    rows = {}
     for manifest in store.glob("saes/*/features/*/manifest.json"):
+        told = json.loads(manifest.read_text())
+        rows[told["sae"]] = (told["hook"], told["rows"])
         manifest.unlink()
     driver = subprocess.Popen(
         command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
-    while not (parts := list(store.rglob("parts/*.safetensors"))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert parts, "the kill fell after the first part was written"
-    assert len(list(store.glob("saes/*/features/*/manifest.json"))) < 4, "and before everything was done"
-    kept = {path: path.stat().st_mtime_ns for path in store.rglob("parts/*.safetensors")}
+    wait_for(lambda: len(list(store.glob(PARTS))) > 1, driver, "two parts")
+    kill_driver(driver)
+    assert len(list(store.glob("saes/*/features/*/manifest.json"))) < 4, "the kill fell before everything was done"
+    stand = {path.parts[-5] for path in store.glob(PARTS)} | {
+        path.parts[-4] for path in store.glob("saes/*/features/*/manifest.json")
+    }
+    assert len(stand) > 1
     done = midiscover(*words)
     assert done.code == 0, done.err
-    assert kept, "what was there was not made again"
+    read = re.search(r"features: 100 %  ([\d,]+) tokens", done.err)
+    assert read is not None
+    # Each hook is one chunk here; one whose SAEs all have their part is not read again.
+    left = dict(rows[sae] for sae in rows.keys() - stand)
+    assert int(read[1].replace(",", "")) == sum(left.values()) < sum(dict(rows.values()).values())
     assert files(store) == before
+    assert not list(store.glob(PARTS))

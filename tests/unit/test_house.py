@@ -54,7 +54,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 
 def test_nothing_that_is_loaded_can_run_code() -> None:
-    """No pickle: neither by name, nor through torch.load, nor through numpy."""
+    """No pickle: neither by name, nor through numpy, nor through torch.load but in importers, of tensors alone."""
     for path in FILES:
         if path.is_relative_to(ROOT / "tests"):
             continue
@@ -63,6 +63,8 @@ def test_nothing_that_is_loaded_can_run_code() -> None:
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 assert not {"pickle", "cloudpickle", "joblib", "dill"} & {name.split(".")[0] for name in names}, path
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "numpy.load", "np.load"):
+                if path.name == "importers.py" and "weights_only=True" in ast.unparse(node):
+                    continue
                 raise AssertionError(f"{path} loads what may run code")
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from midiscover.config import NeuronpediaConfig
 from midiscover.errors import UserError
 from midiscover.features.collect import collect_chunk
 from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.publish.names import checked_model_id, checked_source_set, model_id, source_set, transformer_lens_hook
-from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport, NeuronpediaNames
+from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.neuronpedia_rules import violations
 from tests.unit.features.naive import D_IN, D_SAE, VOCABULARY, make_world, strings
 
@@ -58,8 +59,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> FeatureRecords:
     return open_features(world.storage, "sae")
 
 
-def export(names: NeuronpediaNames | None = None) -> NeuronpediaExport:
-    return NeuronpediaExport(RECORD, CFG, FACTS, names or NeuronpediaNames())
+def export(names: NeuronpediaConfig | None = None) -> NeuronpediaExport:
+    return NeuronpediaExport(RECORD, CFG, FACTS, names or NeuronpediaConfig())
 
 
 @pytest.fixture
@@ -224,10 +225,10 @@ def test_hooks_of_transformer_lens(hook: str, family: str, name: str | None) -> 
 
 def test_names() -> None:
     assert model_id("microsoft/phi-2") == "phi-2"
-    assert model_id("SmolLM2-135M-Instruct-Q4_1-dequantized") == "smollm2-135m-instruct-q4-1-dequa"
+    assert model_id("SmolLM2-135M-Instruct-Q4_1-dequantized") == "smollm2-135m-instruct-q4-1"
     assert model_id("1.. odd--Name_") == "odd-name"
     assert source_set(RECORD | {"d_sae": 20_480}) == "mdc-mlp-20k-l1-0p5"
-    assert export(NeuronpediaNames(model="my-model", source_set="my-set")).folder == "v1/my-model/1-my-set"
+    assert export(NeuronpediaConfig(model="my-model", source_set="my-set")).folder == "v1/my-model/1-my-set"
     for wrong in ("Phi", "a", "a--b", "a..b", "phi_2", "x" * 33):
         with pytest.raises(UserError, match="can't be a model of Neuronpedia"):
             checked_model_id(wrong)

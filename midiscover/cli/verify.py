@@ -1,0 +1,162 @@
+"""`midiscover verify`, `import` and `promote`: is an SAE what it says, taking in those of others, what is served."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from midiscover import tables
+from midiscover.errors import ConfigError
+from midiscover.launch import Parser, parse_import, run_job
+from midiscover.store.storage import Storage, open_store
+from midiscover.targets import find_target
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from midiscover.publish.checks import Subject
+    from midiscover.publish.promote import Decision
+    from midiscover.publish.verify import Report
+
+STYLES = {"pass": "green", "fail": "bold red", "skipped": "dim"}
+
+
+def _verify(argv: Sequence[str]) -> None:
+    parser = Parser(
+        prog="midiscover verify",
+        description="Check an SAE, or an export of one: files, weights, record, metrics, features, what others load.",
+        epilog="Exit code 1 where a check fails. MIDISCOVER_SAELENS_PYTHON names a Python that has SAELens.",
+    )
+    parser.add_argument("what", metavar="SAE|DIR", help="an SAE by the beginning of its id, a folder or s3:// address")
+    parser.add_argument("--visualize", action="store_true", help="draw firing rates and norms as PNG")
+    parser.add_argument("--package", action="store_true", help="pack what passed, with the report, as <name>.zip")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where those are put (here)")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    known = parser.parse_args(list(argv))
+    subject = _subject(known.what, known.store)
+    from midiscover.publish.verify import package, pictures, report_files, verify
+
+    report = verify(subject)
+    if known.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        tables.show(_report_table(report))
+    drawn = pictures(subject) if known.visualize else []
+    written = []
+    if known.visualize or known.package:
+        known.out.mkdir(parents=True, exist_ok=True)
+        for name, data in (*report_files(report), *drawn):
+            path = known.out / f"{report.name}.{name}"
+            path.write_bytes(data)
+            written.append(path)
+    if known.package:
+        written.append(package(subject, report, known.out, drawn))
+    if not known.json:
+        for path in written:
+            print(path)
+        print(report.summary)
+    if report.count("fail"):
+        raise SystemExit(1)
+
+
+def _subject(what: str, store: str | None) -> Subject:
+    if what.startswith("s3://") or Path(what).is_dir():
+        from midiscover.publish.verify import subject_of_folder
+
+        return subject_of_folder(what)
+    storage = open_store(store, create=False)
+    sae = _one_sae(storage, what)
+    from midiscover.publish.verify import subject_of_sae  # torch, after what is wrong has been said
+
+    return subject_of_sae(storage, sae)
+
+
+def _one_sae(storage: Storage, name: str) -> str:
+    target = find_target(storage, name)
+    if target.sweep_id is not None:
+        raise ConfigError(f"'{name}' is a sweep; give one of its SAEs, such as {target.saes[0]}.")
+    return target.saes[0]
+
+
+def _report_table(report: Report) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{report.name}  ({report.place})", box=None, padding=(0, 1), title_justify="left")
+    for heading in ("group", "", "check", "found"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("group", ""))
+    before = None
+    for (group, status, detail), alike in groupby(report.outcomes, key=lambda found: (found.group, *found[3:])):
+        skipped = list(alike) if status == "skipped" else []
+        # What has nothing to look at is one line, however many checks it has.
+        lines = [f"{len(skipped)} checks"] if len(skipped) > 1 else [found.asserts for found in skipped or alike]
+        for line in lines:
+            shown, before = group if group != before else "", group
+            style = STYLES[status]
+            table.add_row(shown, Text(status, style=style), Text(line), Text(detail, style=style))
+    return table
+
+
+def _import(argv: Sequence[str]) -> None:
+    parse_import(argv, prog="midiscover import")
+    run_job("imports", argv)
+
+
+_BETWEEN = re.compile(r"([0-9.eE+-]+)\.\.([0-9.eE+-]+)")
+
+
+def _promote(argv: Sequence[str]) -> None:
+    parser = Parser(
+        prog="midiscover promote",
+        description="Mark which SAEs a deployment serves: of each hook the one with the lowest FVU within the limits.",
+        epilog="Limits are on held-out text. Exit code 1, with the reasons, where no SAE keeps them.",
+    )
+    parser.add_argument("target", metavar="SWEEP|SAE|CONFIG", help="by the beginning of its id, or a config")
+    parser.add_argument("--max-fvu", type=float, metavar="X", help="highest share of variance left unexplained")
+    parser.add_argument("--l0", metavar="MIN..MAX", help="features a token, for example 20..100")
+    parser.add_argument("--max-dead", type=float, metavar="Y", help="highest share of features that never fire")
+    parser.add_argument("--min-ce", type=float, metavar="Z", help="lowest share of cross-entropy recovered")
+    parser.add_argument("--withdraw", action="store_true", help="take an SAE, or all of a sweep, out of it again")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    known = parser.parse_args(list(argv))
+    limits = (known.max_fvu, known.l0, known.max_dead)
+    if known.withdraw and (known.min_ce is not None or any(limit is not None for limit in limits)):
+        raise ConfigError("--withdraw takes SAEs out, whatever they measure; give it no limits.")
+    if not known.withdraw and None in limits:
+        raise ConfigError("Promotion needs --max-fvu, --l0 MIN..MAX and --max-dead, for example 0.25, 20..100 and 0.1.")
+    storage = open_store(known.store, create=False)
+    from midiscover.publish import promote
+
+    if known.withdraw:
+        gone = promote.withdraw(storage, known.target)
+        print("\n".join(f"withdrawn: {sae}" for sae in gone))
+        return
+    between = _BETWEEN.fullmatch(known.l0)
+    try:
+        low, high = (float(end) for end in between.groups()) if between else (None, None)
+    except ValueError:
+        low = high = None
+    if low is None or high is None or low > high:
+        raise ConfigError(f"--l0 {known.l0} is no range; give MIN..MAX, for example 20..100.")
+    wanted = promote.Limits(
+        max_fvu=known.max_fvu, min_l0=low, max_l0=high, max_dead=known.max_dead, min_ce=known.min_ce
+    )
+    _say(promote.promote(storage, find_target(storage, known.target), wanted))
+
+
+def _say(decision: Decision) -> None:
+    for sae, reason in decision.refused.items():
+        print(f"refused: {sae}: {reason}")
+    for entry in decision.promoted:
+        metrics = entry["metrics"]
+        print(f"promoted: {entry['id']}: FVU {metrics['fvu']:.4g}, L0 {metrics['l0']:.4g}")
+    if not decision.promoted:
+        raise SystemExit(1)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"verify": _verify, "import": _import, "promote": _promote}
