@@ -47,8 +47,8 @@ TEXTS = 5
 """Texts of a feature in feature_analysis.json at most."""
 CARDS = 4
 RANKED_BY = (
-    f"mean activation where it fires, among the features that fire at least {LEAST_FIRINGS} times and on at most "
-    f"{MOST_FREQUENT:.0%} of the tokens"
+    f"mean activation where it fires: first the features that fire at least {LEAST_FIRINGS} times and on at most "
+    f"{MOST_FREQUENT:.0%} of the tokens, then the others that fire"
 )
 ACTIVE = 0.001
 """Firing rate above which a feature counts in `active_features`."""
@@ -77,7 +77,8 @@ class Bundle:
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Names and contents."""
         stored = {name: self._stored(name) for name in (CFG, WEIGHTS, RECORD)}
-        weights, cfg = load(stored[WEIGHTS]), json.loads(stored[CFG])
+        weights = dict(sorted(load(stored[WEIGHTS]).items()))  # safetensors gives them in any order
+        cfg = json.loads(stored[CFG])
         yield from stored.items()
         if self.storage.exists(layout.sae_file(self.record["id"], SPARSITY)):
             yield SPARSITY, self._stored(SPARSITY)
@@ -195,8 +196,12 @@ class Bundle:
 
 def top_features(features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of top_100_features.json, highest first, each with its `rank` from 1."""
-    usual = [row for row in features if row["count"] >= LEAST_FIRINGS and row["firing_rate"] <= MOST_FREQUENT]
-    ranked = sorted(usual, key=lambda row: (-row["mean"], row["feature_idx"]))[:TOP_FEATURES]
+
+    def order(row: dict[str, Any]) -> tuple[bool, float, int]:
+        unusual = row["count"] < LEAST_FIRINGS or row["firing_rate"] > MOST_FREQUENT
+        return unusual, -row["mean"], row["feature_idx"]
+
+    ranked = sorted((row for row in features if row["count"]), key=order)[:TOP_FEATURES]
     return [{"rank": rank, **row} for rank, row in enumerate(ranked, 1)]
 
 

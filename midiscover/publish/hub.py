@@ -48,7 +48,6 @@ def push(files: Mapping[str, bytes], sae_id: str, repository: str) -> str:
 
     A repository without a README.md gets one. UserError where the hub can't be reached or refuses.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -64,8 +63,9 @@ def push(files: Mapping[str, bytes], sae_id: str, repository: str) -> str:
         api.create_commit(repository, operations, commit_message=f"Add {sae_id}")
     except HfHubHTTPError as error:
         raise UserError(f"The hub at {endpoint} refuses {repository}: {_reason(error)}") from error
-    except (httpx.HTTPError, OSError) as error:
-        raise UserError(f"The hub at {endpoint} can't be reached ({error}); nothing was pushed.") from error
+    except Exception as error:  # of the HTTP client, which is another one from version to version of the library
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise UserError(f"The push to the hub at {endpoint} failed ({reason}); nothing was committed there.") from error
     return f"{endpoint}/{repository}/tree/main/{sae_id}"
 
 

@@ -239,6 +239,7 @@ def record_of(kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
         "d_sae": D_SAE,
         "kind": kind,
         "sae": to_tree(SETTINGS[kind]),
+        "train": {"epochs": 2, "seed": 0},
         "evaluation_id": EVALUATION,
         "config": {name: config[name] for name in ("model", "corpus", "harvest", "evaluate")},
         "metrics": metrics | {"dead_in_window_share": None},
