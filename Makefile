@@ -14,6 +14,7 @@ demo: $(STAMP)
 	$(BIN)/midiscover sweep demo
 	$(BIN)/midiscover features demo
 	$(BIN)/midiscover concepts demo --module numbers --module questions
+	$(BIN)/midiscover publish demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

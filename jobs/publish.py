@@ -1,7 +1,8 @@
 """Exports of a sweep's SAEs. `python -m jobs.publish CONFIG|SWEEP|SAE [--store URI] [--publish.key value]`
 
-Reads top to bottom: which SAEs, what each export needs, then one export after another, each with its manifest last, and
-the push to a hub. What stands already is not written again. It starts no Ray: an export takes seconds.
+Reads top to bottom: which SAEs, what each export needs, then one export after another: written with its manifest last,
+verified as it lies there, and only then pushed to a hub. What stands already is not written again, but verified. It starts
+no Ray: an export takes seconds.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from jobs.progress import Bars
 from jobs.runtime import run_main
 from midiscover.config import PublishConfig
 from midiscover.configio import build_config, set_path, to_tree
-from midiscover.errors import ConfigError, UserError
+from midiscover.errors import ConfigError, StageError, UserError
 from midiscover.launch import TargetArgs, parse_target
 from midiscover.publish.choice import chosen, sweep_rows
 from midiscover.publish.export import Export, export_files, prepare_export, write_export
 from midiscover.publish.hub import push, repository_of, require_token
+from midiscover.publish.verify import subject_of_export, verify
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
 from midiscover.targets import Target, find_target
@@ -50,13 +52,18 @@ def main(argv: list[str]) -> int:
 
 
 def _write(export: Export, storage: Storage, config: PublishConfig, repository: str | None, *, force: bool) -> str:
-    """Write one export, and push it where that was asked; returns where it lies."""
+    """Write and verify one export, and push it where that was asked; returns where it lies and what was found."""
     sae = export.record["id"]
     out, prefix = storage, layout.export_folder(sae, export.kind)
     if config.out:
         out, prefix = open_store(config.out), f"{sae}/{export.kind}"
     done = write_export(export, out, prefix, force=force)
     place = f"{out.uri}/{prefix}"
+    report = verify(subject_of_export(out, prefix, export.kind))
+    wrong = [f"{found.name}: {found.detail}" for found in report.outcomes if found.status == "fail"]
+    if wrong:
+        raise StageError(f"{place} does not verify: {'; '.join(wrong)}. `midiscover publish --force` writes it anew.")
+    place += f"  {report.summary}"
     if repository and export.kind == "saelens":
         place += f"\n{push(export_files(out, prefix, done.manifest), sae, repository)}"
     return place

@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face hub on this machine: repositories, commits with git-LFS, downloads. In memory.
 
-It speaks what the real client (`huggingface_hub`) asks for over HTTP and nothing of Xet, which clients are told to leave
-by `HF_HUB_DISABLE_XET`; what the real hub refuses, such as a token that is not known or an LFS object that never came,
-it refuses too.
+It speaks what the real client (`huggingface_hub`) asks for over HTTP and nothing of Xet, which clients are told to
+leave by `HF_HUB_DISABLE_XET`; what the real hub refuses, such as a token that is not known or an LFS object that never
+came, it refuses too.
 """
 
 from __future__ import annotations

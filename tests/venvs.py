@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from midiscover.digests import cache_dir
+from midiscover.saes import SAELENS_VERSION
 
 FINISHED = "finished"
 """Written last; a folder without it is what an interrupted process left, and is made anew."""
@@ -34,6 +36,16 @@ def cached_venv(name: str, installs: Iterable[Sequence[str]]) -> Path:
                 checked([str(python), "-m", "pip", "install", "--no-input", *packages])
             (folder / FINISHED).touch()
     return python
+
+
+def saelens_python() -> Path:
+    """The Python of an environment with the SAELens whose format is written; made at the first call, torch and all."""
+    torch_version = torch.__version__.partition("+")[0]
+    # torch first and alone: it is the large one, and what comes after must not choose another.
+    return cached_venv(
+        f"saelens-{SAELENS_VERSION}-torch-{torch_version}",
+        [[f"torch=={torch_version}"], [f"torch=={torch_version}", f"sae-lens=={SAELENS_VERSION}"]],
+    )
 
 
 def checked(

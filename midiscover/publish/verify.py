@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import midiscover
 from midiscover.errors import StageError, UserError
@@ -106,6 +106,11 @@ def verify(subject: Subject, groups: Collection[str] | None = None) -> Report:
 def subject_of_sae(storage: Storage, sae_id: str) -> Subject:
     """An SAE of a store."""
     return Subject(kind="sae", files=storage, prefix=layout.sae_folder(sae_id), name=sae_id, store=storage)
+
+
+def subject_of_export(files: Storage, prefix: str, kind: str) -> Subject:
+    """An export, where it was written; kind: one of `config.EXPORTS`."""
+    return Subject(kind=cast(Kind, kind), files=files, prefix=prefix, name=prefix.rpartition("/")[2])
 
 
 def subject_of_folder(address: str) -> Subject:

@@ -35,7 +35,7 @@ from midiscover.train import Member, Pair, Trained, train
 from tests.planted import normalisation
 from tests.runs import write_run
 from tests.tiny import make_tiny_model
-from tests.venvs import cached_venv, checked
+from tests.venvs import checked, saelens_python
 from tests.workers import SilentWorker
 
 # The first run on a machine downloads torch once more; what was made is kept.
@@ -171,12 +171,7 @@ def contents(folders: list[Path]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def answers(folders: list[Path], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Everything is asked in one process: SAELens takes five seconds to import."""
-    torch_version = torch.__version__.partition("+")[0]
-    # torch first and alone: it is the large one, and what comes after must not choose another.
-    python = cached_venv(
-        f"saelens-{SAELENS_VERSION}-torch-{torch_version}",
-        [[f"torch=={torch_version}"], [f"torch=={torch_version}", f"sae-lens=={SAELENS_VERSION}"]],
-    )
+    python = saelens_python()
     there = tmp_path_factory.mktemp("answers")
     given, ids = [inputs(folder) for folder in folders], torch.arange(3, 3 + 2 * CONTEXT).view(2, CONTEXT)
     for i, tensors in enumerate(given):
