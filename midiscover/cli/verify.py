@@ -87,9 +87,10 @@ def _report_table(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{report.name}  ({report.place})", box=None, padding=(0, 1), title_justify="left")
-    for heading in ("group", "", "check", "found"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("group", ""))
+    title = f"{report.name}  ({report.place})"
+    table = Table(title=title, box=None, padding=(0, 1), title_justify="left", expand=True)
+    for heading, share in (("group", None), ("", None), ("check", 3), ("found", 2)):
+        table.add_column(heading, overflow="fold", no_wrap=share is None, ratio=share)
     before = None
     for (group, status, detail), alike in groupby(report.outcomes, key=lambda found: (found.group, *found[3:])):
         skipped = list(alike) if status == "skipped" else []

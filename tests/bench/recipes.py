@@ -5,7 +5,7 @@
 
 Corpora: the built-in text, then FILE. Three layers of the embedded model, 120,000 tokens of each corpus, two epochs in
 batches of 1,024, 2,304 features, seed 0, L0 60 (k, or the target that a penalty is steered to). The learning rate is
-the recipe's times 1/2, 1 and 2; with --densities it is the recipe's, and the initial density of kinds with a penalty is
+the recipe's times 1/2, 1 and 2, or what --factors says; with --densities it is the recipe's, and the initial density of kinds with a penalty is
 null, 0.02, 0.05 and 0.1. Transcoders read the input of the MLP and predict its output.
 
 Held-out rows are judged on the folded weights. A penalty, and the threshold of BatchTopK, end near L0 60, not at it:
@@ -218,7 +218,7 @@ def tries_of(args: argparse.Namespace, corpus: str, kind: str) -> list[Try]:
     if args.densities and not has_penalty(kind):
         return []
     default = getattr(SAE_KINDS[kind](), "initial_density", None)
-    points = [(1.0, density) for density in DENSITIES] if args.densities else [(f, default) for f in FACTORS]
+    points = [(1.0, density) for density in DENSITIES] if args.densities else [(f, default) for f in args.factors]
     return [
         Try(corpus=corpus, layer=layer, kind=kind, factor=factor, density=density)
         for layer in args.layers
@@ -323,7 +323,8 @@ def show(args: argparse.Namespace) -> None:
             usual = [row for row in rows if row["density"] == default]
             if len({row["factor"] for row in usual}) > 1:
                 title = f"{kind}{other}: learning rate over the recipe's"
-                tables.show(table_of(title, usual, "factor", FACTORS, 1.0, l0))
+                factors = sorted({row["factor"] for row in usual})
+                tables.show(table_of(title, usual, "factor", factors, 1.0, l0))
             at_recipe = [row for row in rows if row["factor"] == 1]
             if len({row["density"] for row in at_recipe}) > 1:
                 title = f"{kind}{other}: initial density"
@@ -347,6 +348,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="the second corpus: a text, jsonl or parquet file")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=list(SAE_KINDS), metavar="KIND")
     parser.add_argument("--layers", nargs="+", type=int, default=LAYERS)
+    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, help="learning rates over the recipe's")
     parser.add_argument("--densities", action="store_true", help="initial densities instead of learning rates")
     parser.add_argument("--tables", action="store_true", help="print what is there so far, and end")
     parser.add_argument("--small", action="store_true", help="a few steps of small SAEs, to see that it runs")

@@ -11,6 +11,8 @@ from tests.jobs_cli import midiscover
 from tests.runs import write_run
 from tests.tiny import make_tiny_model
 
+pytestmark = pytest.mark.alone
+
 SECONDS = 5.0
 
 

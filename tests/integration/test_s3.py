@@ -175,6 +175,7 @@ def test_storages_pickle_without_secrets(storage: S3Storage, server: S3Server) -
     copy.close()
 
 
+@pytest.mark.alone
 def test_bad_buckets_and_keys(server: S3Server, environment: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     with pytest.raises(StoreError, match="no bucket 'absent-bucket' for the store s3://absent-bucket/p"):

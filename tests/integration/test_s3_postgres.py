@@ -25,7 +25,14 @@ from tests.runs import blocks, weights, write_run, write_text
 from tests.s3 import S3Server, s3_server
 
 # The first test waits for three jobs and two servers.
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.postgres, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.ray,
+    pytest.mark.s3,
+    pytest.mark.postgres,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
 
 
 class Place(NamedTuple):

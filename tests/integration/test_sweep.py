@@ -13,7 +13,7 @@ from midiscover import load_sae
 from tests.jobs_cli import midiscover
 from tests.runs import blocks, weights, write_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.alone, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from midiscover.tracking.tracker import Tracker
 from tests.postgres import Server, fresh_database, or_skip, own_server, wheel_binaries
 from tests.unit.tracking import samples
 
-pytestmark = pytest.mark.postgres
+pytestmark = [pytest.mark.alone, pytest.mark.postgres]
 
 
 @pytest.fixture(scope="module")

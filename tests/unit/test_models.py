@@ -294,6 +294,7 @@ def ask(program: str, url: str, home: Path) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.alone
 def test_a_hub_model_is_its_commit_also_without_the_hub(hub: Hub, folder: Path, tmp_path: Path) -> None:
     identity = "i = resolve_model(M(id='org/tiny')); "
     answer = "print(json.dumps([i.name, i.hub_id, i.digest, i.revision, i.folder, i.tokenizer_digest]))"
@@ -324,6 +325,7 @@ def test_what_the_hub_does_not_know_is_named(hub: Hub, tmp_path: Path) -> None:
     assert "no revision 'no-such-branch'" in revision
 
 
+@pytest.mark.alone
 def test_a_hub_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
 

@@ -334,6 +334,7 @@ def test_s3_without_credentials(bare_environment: pytest.MonkeyPatch) -> None:
         open_store("s3://bucket")
 
 
+@pytest.mark.alone
 def test_s3_endpoint_that_refuses_hangs_or_is_no_url(bare_environment: pytest.MonkeyPatch) -> None:
     bare_environment.setenv("AWS_ACCESS_KEY_ID", "key")
     bare_environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")

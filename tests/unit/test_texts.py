@@ -206,6 +206,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+@pytest.mark.alone
 def test_wrong_sources_say_what_is_wrong(tmp_path: Path) -> None:
     for name, (source, said) in bad_sources(tmp_path).items():
         start = time.monotonic()

@@ -214,6 +214,7 @@ def test_names_of_postgresql(given: str) -> None:
         "sqlite:////no/such/folder/tracker.db",
     ],
 )
+@pytest.mark.alone
 def test_a_bad_address_is_one_sentence_without_the_password(given: str) -> None:
     started = time.monotonic()
     with pytest.raises(TrackingError) as caught:
@@ -225,6 +226,7 @@ def test_a_bad_address_is_one_sentence_without_the_password(given: str) -> None:
     assert message.endswith(".")
 
 
+@pytest.mark.alone
 def test_a_server_that_accepts_and_stays_silent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
