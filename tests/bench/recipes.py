@@ -5,8 +5,8 @@
 
 Corpora: the built-in text, then FILE. Three layers of the embedded model, 120,000 tokens of each corpus, two epochs in
 batches of 1,024, 2,304 features, seed 0, L0 60 (k, or the target that a penalty is steered to). The learning rate is
-the recipe's times 1/2, 1 and 2, or what --factors says; with --densities it is the recipe's, and the initial density of kinds with a penalty is
-null, 0.02, 0.05 and 0.1. Transcoders read the input of the MLP and predict its output.
+the recipe's times 1/2, 1 and 2, or what --factors says; with --densities it is the recipe's, and the initial density of
+kinds with a penalty is null, 0.02, 0.05 and 0.1. Transcoders read the input of the MLP and predict its output.
 
 Held-out rows are judged on the folded weights. A penalty, and the threshold of BatchTopK, end near L0 60, not at it:
 FVU is moved to L0 60 along L0^-0.4 before anything is compared, and the tables show it moved. A training that diverged,
