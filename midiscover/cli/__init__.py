@@ -36,7 +36,10 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   interpret SAE TEXT which features fire on a text, token by token
   figure TARGET CHART --out FILE   one chart as png, svg, pdf, html or csv
   export SAE --to saelens|neuronpedia|bundle
-  publish TARGET     exports of the SAEs that no other of their hook beats
+  publish TARGET     the exports that `publish` in a config lists, each of them verified
+  verify SAE|DIR     named checks of an SAE or an export, and an archive of what passed
+  import SRC --from saelens|seed   an SAE of others: folded, measured, then like one of ours
+  promote TARGET     mark what a deployment serves, within limits; or take it out again
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
