@@ -1,8 +1,8 @@
 """Exports of a sweep's SAEs. `python -m jobs.publish CONFIG|SWEEP|SAE [--store URI] [--publish.key value]`
 
 Reads top to bottom: which SAEs, what each export needs, then one export after another: written with its manifest last,
-verified as it lies there, and only then pushed to a hub. What stands already is not written again, but verified. It starts
-no Ray: an export takes seconds.
+verified as it lies there, and only then pushed to a hub. What stands already is not written again, but verified. It
+starts no Ray: an export takes seconds.
 """
 
 from __future__ import annotations
