@@ -38,9 +38,9 @@ from jobs.progress import Bars, replay
 from jobs.runtime import CLIENT, run_main
 from midiscover import lineage, tables
 from midiscover.config import RunConfig
-from midiscover.configio import find_config, load_config, to_yaml
+from midiscover.configio import to_yaml
 from midiscover.errors import ConfigError, CorpusError, NotFoundError, StageError
-from midiscover.launch import SubmitArgs, parse_submit
+from midiscover.launch import SubmitArgs, parse_submit, submitted_config
 from midiscover.models import STORED, push_model
 from midiscover.store.storage import store_uri
 from midiscover.texts import is_local
@@ -104,13 +104,9 @@ def connect(cluster: str) -> JobSubmissionClient:
 
 def run(client: JobSubmissionClient, args: SubmitArgs) -> int:
     """Upload, submit, follow."""
-    store = store_uri(args.store)
-    if not store.startswith("s3://"):
-        raise ConfigError(f"The store {store} is a folder here, which the nodes don't see; give --store s3://….")
-    config, words = None, [args.target]
-    if args.is_config:
-        config = portable(load_config(find_config(args.target), args.overrides), store)
-        words = [CONFIG]
+    config, store, words = submitted_config(args), store_uri(args.store), [args.target]
+    if config is not None:
+        config, words = portable(config, store), [CONFIG]
     words += ["--store", store, *args.flags]
     with tempfile.TemporaryDirectory(prefix="midiscover-upload-") as folder:
         size = pack(Path(folder), config)

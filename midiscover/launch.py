@@ -309,6 +309,14 @@ def wandb_online() -> bool:
     return os.environ.get("WANDB_MODE", "online") == "online"
 
 
+def submitted_config(args: SubmitArgs) -> RunConfig | None:
+    """The config that a stage is submitted with; None where it is about an id. ConfigError where it can't run there."""
+    store = store_uri(args.store)
+    if not store.startswith("s3://"):
+        raise ConfigError(f"The store {store} is a folder here, which the nodes don't see; give --store s3://….")
+    return load_config(find_config(args.target), args.overrides) if args.is_config else None
+
+
 def run_on_cluster(action: str, argv: Sequence[str], cluster: str | None = None) -> NoReturn:
     """Become the client of a cluster."""
     run_job("submit", [action, *argv, *(["--cluster", cluster] if cluster else [])])

@@ -27,6 +27,7 @@ from midiscover.launch import (
     run_job,
     run_on_cluster,
     split_cluster,
+    submitted_config,
 )
 from midiscover.saeconfig import SAE_KINDS
 
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb in STAGES:
             cluster, rest = split_cluster(rest)
             if cluster is not None:
+                # What is wrong is said before Ray is loaded and the cluster asked.
+                submitted_config(parse_submit(["run", verb, *rest, "--cluster", cluster], prog="midiscover"))
                 run_on_cluster("run", [verb, *rest], cluster)
         VERBS[verb](rest)
     except MiDiscoverError as error:
