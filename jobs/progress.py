@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import TracebackType
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
+_SAID = re.compile(r"(harvest|sweep|features|publish|pipeline|error|midiscover): ")
+_PLAIN = re.compile(r"(?P<stage>[a-z]+): (?P<name>.+): +(?P<percent>\d+) %  (?P<note>.*)")
 
 
 class Bars:
@@ -59,9 +62,35 @@ class Bars:
                 flush=True,
             )
 
+    def pause(self) -> None:
+        """End the bars, so that a question can be asked."""
+        if self.live is not None:
+            self.live.stop()
+
+    def line(self, text: str) -> None:
+        """A line of output, above the bars where there are any; lines that a stage says of itself go to stderr."""
+        if self.live is not None:
+            self.console.print(text, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr if _SAID.match(text) else sys.stdout, flush=True)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(f"{self.stage}: {text}", soft_wrap=True)
+
+
+def replay(line: str, bars: Bars) -> None:
+    """A line of another process's log: its plain progress becomes a bar where there is a terminal, the rest is printed.
+
+    What a driver says of its progress goes to stderr and its results to stdout, as they would here.
+    """
+    found = _PLAIN.fullmatch(line)
+    if found is None:
+        bars.line(line)
+    elif bars.live is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        bars.update(f"{found['stage']}: {found['name']}", float(found["percent"]), 100, found["note"])
 
 
 class _Line:

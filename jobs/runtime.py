@@ -5,6 +5,7 @@ A driver joins the Ray of RAY_ADDRESS where it is set (so on a cluster), else st
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -21,11 +22,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import ray
 
+from midiscover import lineage
 from midiscover.config import ResourcesConfig
-from midiscover.errors import MiDiscoverError, StageError, TrackingError
+from midiscover.errors import ConfigError, MiDiscoverError, StageError, TrackingError
 
 LOCAL_LOGICAL_CPUS = 4
 """Least CPUs a local Ray claims to have: with fewer, a stage's actors and its driver tasks wait for each other."""
+CLIENT = "MIDISCOVER_CLIENT"
+"""Environment variable of a submitted driver: the versions of whoever submitted it, as JSON."""
 OBJECT_STORE_BYTES = 200 * 2**20
 """Only manifest rows pass through the object store."""
 
@@ -207,6 +211,7 @@ def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Run a driver's `main` and exit: 0, 1: a stage failed, 2: wrong input, 130: Ctrl-C, 143: SIGTERM."""
     try:
+        check_client()
         code = main(sys.argv[1:]) or 0
     except MiDiscoverError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -218,6 +223,25 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         # Not sys.exit: threads of Ray may still be in C++ code, which the interpreter's end would pull from under them.
         os._exit(143 if _terminated.is_set() else 130)
     sys.exit(code)
+
+
+def check_client() -> None:
+    """Hold a submitted driver's versions against its client's. ConfigError where Python or Ray differ, a line where
+    anything else does: numbers may then not be those of a run there."""
+    told = os.environ.get(CLIENT)
+    if not told:
+        return
+    theirs, ours = json.loads(told), lineage.versions()
+    for name in sorted(theirs.keys() | ours.keys()):
+        there, here = theirs.get(name), ours.get(name)
+        if name == "python" and there and here:
+            there, here = (".".join(version.split(".")[:2]) for version in (there, here))
+        if there != here:
+            if name in ("python", "ray"):
+                raise ConfigError(
+                    f"The cluster has {name} {here}, and the job was submitted from {there}; use the same."
+                )
+            print(f"versions: the cluster has {name} {here}, and the client {there}", file=sys.stderr)
 
 
 def last_line(error: BaseException) -> str:

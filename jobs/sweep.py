@@ -20,7 +20,8 @@ from jobs.packs import PackJob, run_packs
 from jobs.progress import Bars
 from jobs.recorder import Recorder
 from jobs.runtime import Cluster, model_slots, pack_slots, ray_session, run_main
-from midiscover import figures, lineage, tables
+from midiscover import figures, lineage, tables, upkeep
+from midiscover.config import UNTIL_DONE, days_of
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError, MiDiscoverError
@@ -50,7 +51,8 @@ class SweepRun:
             corpus = ensure_corpus(self.prepared, self.bars)
             self._check_held_out(corpus)
             parts = self.resolved.parts()
-            unread = any(missing_spans(part, corpus, self.storage) for part in parts)
+            keeps = days_of(self.resolved.config.resources.keep_activations) is None
+            unread = keeps and any(missing_spans(part, corpus, self.storage) for part in parts)
             if unread or self._untrained() or self._unmeasured():
                 with ray_session() as cluster:
                     for part in parts:
@@ -273,7 +275,17 @@ class SweepRun:
         self._report(sweep, results, minutes)
         status = "failed" if failures or self.missing(results) else "done"
         self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
+        if status == "done" and self.resolved.config.resources.keep_activations == UNTIL_DONE:
+            self._let_go()
         return results
+
+    def _let_go(self) -> None:
+        """Remove the activations, unless another sweep keeps them."""
+        harvests = {layout.harvest_folder(part.harvest_id) for part in self.resolved.parts()}
+        spent = upkeep.spent_activations(upkeep.survey(self.storage))
+        size = upkeep.remove(self.storage, [one for one in spent if "/".join(one.key.split("/")[:2]) in harvests])
+        if size:
+            self.bars.say(f"{size / 1e6:,.1f} MB of activations removed: resources.keep_activations is {UNTIL_DONE}")
 
 
 def _annotate(tracker: Any, sweep_id: str, note: str | None, tags: tuple[str, ...]) -> None:

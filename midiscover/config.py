@@ -235,6 +235,22 @@ class PublishConfig:
         _require(self.push is None or "saelens" in self.formats, "publish.push needs saelens among publish.formats")
 
 
+KEEP, UNTIL_DONE = "always", "until_done"
+"""Words of `resources.keep_activations`; the first where nothing is said."""
+
+
+def days_of(keep: str) -> float | None:
+    """Days after which activations may go, 0 for `until_done`; None for `always`. ValueError for anything else."""
+    if keep == KEEP:
+        return None
+    if keep == UNTIL_DONE:
+        return 0.0
+    number = keep.removesuffix("d")
+    if number == keep or not number.replace(".", "", 1).isdigit():
+        raise ValueError(keep)
+    return float(number)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
     """How the work is laid over the machine. Never part of an id."""
@@ -255,8 +271,15 @@ class ResourcesConfig:
     """Tries again of a pack that fails by its own error; lost nodes are retried without limit."""
     stall_seconds: float = 1800.0
     """A stage in which nothing has moved for so long is ended with an error."""
+    keep_activations: str = KEEP
+    """always; until_done: the sweep removes them when all its SAEs stand; or days, such as 14d, after which
+    `midiscover store gc` removes them. Those that another sweep keeps stay. What needs them later harvests again."""
 
     def __post_init__(self) -> None:
+        try:
+            days_of(self.keep_activations)
+        except ValueError:
+            _require(False, "resources.keep_activations must be always, until_done or days such as 14d")
         for name in ("harvest_actors", "pack_size", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"resources.{name} must be a whole number above 0")

@@ -313,3 +313,16 @@ def find_config(name: str) -> Path:
     if path.is_dir():
         raise ConfigError(f"'{name}' is a folder; CONFIG is a YAML file, such as {_example()}.")
     raise ConfigError(f"There is no config file '{name}'. Give the path of a YAML file, such as {_example()}.")
+
+
+def names_config(name: str) -> bool:
+    """Whether an argument that may be the id of a sweep or an SAE means a config: a YAML file, or one that ships."""
+    if name.endswith((".yaml", ".yml")):
+        return True
+    if re.fullmatch(r"[a-z0-9_-]+", name) is None:
+        return False
+    try:
+        find_config(name)
+    except ConfigError:
+        return False
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TextIO
 
@@ -48,7 +49,7 @@ SPARED = ("seconds", "inactive", "dead", "FVU foreign", "CE recovered")
 """Columns that a narrow terminal does without, in this order."""
 SPARED_IDS = (("KL recovered", "dead", "inactive"), ("FVU foreign",), ("seed",), ("CE recovered",))
 """The same beside whole ids."""
-STATUS_STYLES = {"done": "green", "failed": "red", "running": "cyan"}
+STATUS_STYLES = {"done": "green", "succeeded": "green", "failed": "red", "running": "cyan"}
 MAPS = {
     "fvu": ("FVU", lambda value: fixed(value, 3)),
     "l0": ("L0", lambda value: fixed(value, 1)),
@@ -181,6 +182,18 @@ def runs_table(runs: Iterable[Row]) -> RenderableType:
     return table if table.row_count else Text("No runs yet.")
 
 
+def jobs_table(jobs: Iterable[Row], now: float) -> RenderableType:
+    """Jobs of a cluster: `id, stage, name, owner, status, started, ended` of each; times in milliseconds."""
+    table = _table("id", "owner", "status", ">minutes", "started")
+    for job in jobs:
+        began, status = job["started"], _text(job["status"])
+        status.style = STATUS_STYLES.get(status.plain, "")
+        minutes = fixed(((job["ended"] or now) - began) / 60_000, 1) if began else "-"
+        started = datetime.fromtimestamp(began / 1000, UTC).isoformat(" ", "minutes")[:16] if began else "-"
+        table.add_row(job["id"], _text(job["owner"]), status, minutes, started)
+    return table if table.row_count else Text("No jobs yet.")
+
+
 def hooks_table(hooks: Iterable[Row]) -> RenderableType:
     """Hook points: `path, d_in, flops_per_token, recommended` of each; bytes are those of one bfloat16 activation."""
     table = _table("hook", ">d_in", ">bytes per token", ">GFLOP per token", "recommended")
@@ -190,6 +203,15 @@ def hooks_table(hooks: Iterable[Row]) -> RenderableType:
         recommended = Text("yes", style="green") if hook.get("recommended") else ""
         table.add_row(hook["path"], fixed(hook["d_in"], 0), fixed(size, 0), gflop, recommended)
     return table
+
+
+def holdings_table(rows: Iterable[Row], now: float) -> RenderableType:
+    """A store's parts: `what, kind, bytes, objects, modified, used_by` of each; times in seconds since 1970."""
+    table = _table("what", "kind", ">MB", ">objects", ">days old", ">SAEs made of it")
+    for row in rows:
+        size, age = fixed(row["bytes"] / 1e6, 1), fixed((now - row["modified"]) / 86400, 1)
+        table.add_row(row["what"], row["kind"], size, fixed(row["objects"], 0), age, str(row["used_by"] or ""))
+    return table if table.row_count else Text("The store is empty.")
 
 
 def features_made(manifests: Iterable[Row]) -> RenderableType:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from midiscover.config import RunConfig
-from midiscover.configio import build_config, find_config, load_config, set_path
+from midiscover.configio import build_config, find_config, load_config, names_config, set_path
 from midiscover.errors import ConfigError, CorruptError, NotFoundError
 from midiscover.resolve import resolve
 from midiscover.store import layout
@@ -35,7 +34,7 @@ def find_target(storage: Storage, name: str, overrides: Mapping[str, Any] | None
     `overrides` (dotted path -> value) go over the config's settings or the sweep's. NotFoundError where nothing or
     more than one thing fits, or where a sweep has no finished SAE.
     """
-    if name.endswith((".yaml", ".yml")) or _ships(name):
+    if names_config(name):
         config = load_config(find_config(name), overrides)
         return _of_sweep(storage, resolve(config, storage.uri).sweep_id, config)
     sweeps = [found for found in _ids(storage, layout.SWEEPS, "sweep.json") if _fits(found, name)]
@@ -91,13 +90,3 @@ def _ids(storage: Storage, folder: str, last: str) -> list[str]:
 
 def _fits(found: str, name: str) -> bool:
     return found == name or found.startswith(name)
-
-
-def _ships(name: str) -> bool:
-    if re.fullmatch(r"[a-z0-9_-]+", name) is None:
-        return False
-    try:
-        find_config(name)
-    except ConfigError:
-        return False
-    return True

@@ -43,6 +43,11 @@ class SourceIdentity:
     """Names of the parts that `documents` returns."""
 
 
+def is_local(source: str) -> bool:
+    """Whether a source lies on this machine alone: neither comes with Python, nor is in a bucket or on the hub."""
+    return source not in builtin_text.PARTS and "://" not in source and text_files.find(source) is not None
+
+
 def resolve_source(cfg: CorpusConfig) -> SourceIdentity:
     """Find the source and identify its text.
 

@@ -14,10 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import concepts, features, figures, models, publish, runs, verify
+from midiscover.cli import concepts, features, figures, models, publish, runs, store, verify
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
-from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
+from midiscover.launch import (
+    STAGES,
+    Parser,
+    parse_job,
+    parse_overrides,
+    parse_submit,
+    prepare,
+    run_job,
+    run_on_cluster,
+    split_cluster,
+    submitted_config,
+)
 from midiscover.saeconfig import SAE_KINDS
 
 HELP = """\
@@ -28,6 +39,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   inspect MODEL      hook points of a model: d_in, bytes and FLOPs per token, the recommended ones
   config CONFIG      the settings a config resolves to, its ids and paths; runs nothing
   harvest CONFIG     corpus and activation blocks only
+  pipeline CONFIG    sweep, features and publish, one after another
   sweep CONFIG       what is missing of corpus and harvest, then the grid of SAEs, measured, with a report
   train              one SAE by flags, without a YAML file
   features TARGET    statistics, contexts, logit lens and neighbours of each feature
@@ -41,8 +53,11 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   import SRC --from saelens|seed   an SAE of others: folded, measured, then like one of ours
   promote TARGET     mark what a deployment serves, within limits; or take it out again
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
+  store du | gc      what a store holds; remove what nobody needs
+  jobs list | logs ID [-f] | stop ID   jobs on a cluster
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
+harvest, sweep, features, publish and pipeline run on a cluster with --cluster URL (or MIDISCOVER_CLUSTER).
 TARGET is a CONFIG, or a sweep or an SAE by the beginning of its id.
 CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, kinds,
 phi2_layers_by_l1.
@@ -63,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, rest = arguments[0], arguments[1:]
         if verb not in VERBS:
             raise ConfigError(f"'{verb}' is no verb of midiscover; known are {', '.join(VERBS)}.")
+        if verb in STAGES:
+            cluster, rest = split_cluster(rest)
+            if cluster is not None:
+                # What is wrong is said before Ray is loaded and the cluster asked.
+                submitted_config(parse_submit(["run", verb, *rest, "--cluster", cluster], prog="midiscover"))
+                run_on_cluster("run", [verb, *rest], cluster)
         VERBS[verb](rest)
     except MiDiscoverError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,6 +104,17 @@ def _job(stage: str, argv: Sequence[str]) -> None:
 
 def _harvest(argv: Sequence[str]) -> None:
     _job("harvest", argv)
+
+
+def _jobs(argv: Sequence[str]) -> None:
+    if not argv or argv[0] != "run":  # a stage is submitted by its own verb
+        parse_submit(argv, prog="midiscover jobs")
+        run_on_cluster(argv[0], argv[1:])
+    raise ConfigError("`midiscover jobs` lists, follows and stops jobs; submit one by `midiscover sweep … --cluster`.")
+
+
+def _pipeline(argv: Sequence[str]) -> None:
+    _job("pipeline", argv)
 
 
 def _sweep(argv: Sequence[str]) -> None:
@@ -149,6 +181,8 @@ def _attribute(flag: str) -> str:
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "harvest": _harvest,
+    "jobs": _jobs,
+    "pipeline": _pipeline,
     "sweep": _sweep,
     "train": _train,
     **concepts.VERBS,
@@ -157,6 +191,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     **models.VERBS,
     **publish.VERBS,
     **runs.VERBS,
+    **store.VERBS,
     **verify.VERBS,
 }
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from midiscover.errors import CorruptError, StoreError
 from midiscover.store.layout import check_key
-from midiscover.store.storage import Bytes
+from midiscover.store.storage import Bytes, Entry
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 _LEFT_SECONDS = 86_400  # a write takes seconds; the rest is for clocks that differ
@@ -105,6 +105,18 @@ class LocalStorage:
                 keys += [(base / name).as_posix() for name in names if not name.startswith(".")]
                 folders[:] = [name for name in folders if not name.startswith(".")]
         return sorted(keys)
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """See `Storage.entries`."""
+        found = []
+        for key in self.list(prefix):
+            with self._explained("look for", key):
+                try:
+                    stat = self.local_path(key).stat()
+                except FileNotFoundError:  # deleted since
+                    continue
+                found.append(Entry(key, stat.st_size, stat.st_mtime))
+        return found
 
     def exists(self, key: str) -> bool:
         """See `Storage.exists`."""

@@ -29,7 +29,7 @@ from botocore.exceptions import (
 
 from midiscover.errors import CorruptError, StoreError
 from midiscover.store.layout import check_key
-from midiscover.store.storage import Bytes
+from midiscover.store.storage import Bytes, Entry
 
 _ATTEMPTS = 10  # of botocore per request, and of ours per body: rides out an outage of about 10 s
 _CHECK_SECONDS = 2
@@ -164,12 +164,19 @@ class S3Storage:
 
     def list(self, prefix: str) -> list[str]:
         """See `Storage.list`."""
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """See `Storage.entries`."""
         below = check_key(prefix.rstrip("/")) + "/" if prefix else ""
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained("list", prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + below)
-            names = [item["Key"].removeprefix(root) for page in pages for item in page.get("Contents", ())]
-        return sorted(name for name in names if not name.endswith("/"))
+            items = [item for page in pages for item in page.get("Contents", ())]
+        found = [
+            Entry(item["Key"].removeprefix(root), item["Size"], item["LastModified"].timestamp()) for item in items
+        ]
+        return sorted(entry for entry in found if not entry.key.endswith("/"))
 
     def exists(self, key: str) -> bool:
         """See `Storage.exists`."""

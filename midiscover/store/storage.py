@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from midiscover.errors import StoreError
 
@@ -17,6 +17,15 @@ DEFAULT_STORE = "midiscover-store"
 """Folder below the working directory that is the store where nothing else is said."""
 
 Bytes = bytes | bytearray
+
+
+class Entry(NamedTuple):
+    """What a listing tells of an object."""
+
+    key: str
+    bytes: int
+    modified: float
+    """Seconds since 1970."""
 
 
 class Storage(Protocol):
@@ -64,6 +73,10 @@ class Storage(Protocol):
 
     def list(self, prefix: str) -> list[str]:
         """All keys below the folder `prefix` (`""`: the whole store), at any depth, sorted."""
+        ...
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """The same with size and time of each object."""
         ...
 
     def exists(self, key: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from midiscover.cli import TRAIN_FLAGS, VERBS
 from midiscover.configio import build_config, expand_grid, find_config, load_config, parse_value, read_yaml
-from midiscover.launch import parse_job
+from midiscover.launch import parse_job, parse_submit
 from tests.jobs_cli import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -35,12 +35,13 @@ def test_every_command_is_understood(line: str) -> None:
             assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
         case ["export", *assignments]:
             known = {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MIDISCOVER_DATABASE_URL"}
+            known |= {"MIDISCOVER_CLUSTER", "RAY_AUTH_TOKEN"}
             assert {assignment.partition("=")[0] for assignment in assignments} <= known
         case ["python", "-m", module, *arguments]:
             stage = module.removeprefix("jobs.")
             assert (ROOT / "jobs" / f"{stage}.py").is_file()
             _job(stage, arguments)
-        case ["midiscover", "sweep" | "harvest" as stage, *arguments]:
+        case ["midiscover", "sweep" | "harvest" | "pipeline" as stage, *arguments]:
             _job(stage, arguments)
         case ["midiscover", "config", *arguments]:
             _job("sweep", arguments)
@@ -48,6 +49,8 @@ def test_every_command_is_understood(line: str) -> None:
             flags = [word for word in arguments if word.startswith("--")]
             assert set(flags) <= set(TRAIN_FLAGS)
             assert "--hook" in flags
+        case ["midiscover", "jobs", *arguments]:
+            assert parse_submit([*arguments, "--cluster", "http://127.0.0.1:8265"]).action == arguments[0]
         case ["midiscover", verb, *_]:
             assert verb in VERBS
         case _:

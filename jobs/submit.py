@@ -1,0 +1,320 @@
+"""The only client of the Ray Jobs API: a stage's command line, run on a cluster as it would be run here.
+
+    python -m jobs.submit run STAGE ARGUMENTS     submit, follow the log, end with the job's exit code
+    python -m jobs.submit list | logs ID [-f] | stop ID
+
+The cluster is `--cluster`, else $MIDISCOVER_CLUSTER: the address of its dashboard, such as http://127.0.0.1:8265 behind
+`ray dashboard ray_cluster.yaml`. Its token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+What is uploaded is a temporary folder with our packages and the resolved YAML, and nothing of what is read here from
+the environment: nodes have addresses and secrets of their own. A local model goes into the store first; a text has to
+lie where the nodes can read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ray
+import requests
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from jobs.progress import Bars, replay
+from jobs.runtime import CLIENT, run_main
+from midiscover import lineage, tables
+from midiscover.config import RunConfig
+from midiscover.configio import to_yaml
+from midiscover.errors import ConfigError, CorpusError, NotFoundError, StageError
+from midiscover.launch import SubmitArgs, parse_submit, submitted_config
+from midiscover.models import STORED, push_model
+from midiscover.store.storage import store_uri
+from midiscover.texts import is_local
+
+PACKAGES = ("midiscover", "jobs", "serve")
+CONFIG = "run.yaml"
+TOKEN_PLACES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+ANSWER_SECONDS = 4.0
+START_SECONDS = 120.0
+"""How long the head of a cluster may take until it can start drivers."""
+AWAY_SECONDS = 300.0
+"""How long a cluster that was followed may stay away before we give up following."""
+_OURS = re.compile(r"[a-z]+-.+-\d{8}-\d{6}-[0-9a-f]{6}")
+
+
+def main(argv: list[str]) -> int:
+    """Do what is asked; returns the exit code."""
+    args = parse_submit(argv)
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they set it themselves, each for itself
+    client = connect(args.cluster)
+    match args.action:
+        case "list":
+            return show_jobs(client, as_json=args.json)
+        case "logs":
+            return show_log(client, args.job, follow=args.follow)
+        case "stop":
+            return stop(client, args.job)
+    return run(client, args)
+
+
+def connect(cluster: str) -> JobSubmissionClient:
+    """A client that has been answered. ConfigError where nothing answers within seconds, or the token is wrong."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # they would go over what was asked for
+    has_token = any(os.environ.get(name) for name in TOKEN_PLACES) or Path("~/.ray/auth_token").expanduser().is_file()
+    os.environ["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
+    try:
+        answer = requests.get(f"{cluster}/api/version", timeout=ANSWER_SECONDS, headers=_token_header())
+    except requests.RequestException as error:
+        raise ConfigError(
+            f"The cluster at {cluster} does not answer ({type(error).__name__}); give --cluster the address of its "
+            "dashboard, for example http://127.0.0.1:8265 behind `ray dashboard ray_cluster.yaml`."
+        ) from None
+    if answer.status_code in (401, 403):
+        raise ConfigError(
+            f"The cluster at {cluster} does not take the token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its own."
+            if has_token
+            else f"The cluster at {cluster} asks for a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        )
+    try:
+        there = answer.json()["ray_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"What answers at {cluster} is no Ray dashboard (HTTP {answer.status_code}).") from None
+    if there != ray.__version__:
+        raise ConfigError(
+            f"The cluster at {cluster} runs Ray {there}, and here is {ray.__version__}; use the same one."
+        )
+    return JobSubmissionClient(cluster)
+
+
+def run(client: JobSubmissionClient, args: SubmitArgs) -> int:
+    """Upload, submit, follow."""
+    config, store, words = submitted_config(args), store_uri(args.store), [args.target]
+    if config is not None:
+        config, words = portable(config, store), [CONFIG]
+    words += ["--store", store, *args.flags]
+    with tempfile.TemporaryDirectory(prefix="midiscover-upload-") as folder:
+        size = pack(Path(folder), config)
+        name = config.name if config is not None else args.target
+        job = f"{args.stage}-{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        print(f"uploading {size / 1e6:.1f} MB: {', '.join(PACKAGES)}{', ' + CONFIG if config else ''}", file=sys.stderr)
+        _submitted(
+            client,
+            entrypoint=shlex.join(["python", "-m", f"jobs.{args.stage}", *words]),
+            submission_id=job,
+            runtime_env={"working_dir": folder, "env_vars": variables()},
+            metadata={"stage": args.stage, "name": name, "owner": lineage.owner()},
+        )
+    print(f"submitted {job}", file=sys.stderr)
+    if args.detach:
+        print(job)
+        return 0
+    return follow_job(client, job)
+
+
+def _submitted(client: JobSubmissionClient, **job: Any) -> None:
+    """Submit. A head that has just come up has no agent yet that could start a driver: it is asked again."""
+    ends = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except (RuntimeError, requests.RequestException) as error:
+            if "No available agent" not in str(error) or time.monotonic() > ends:
+                raise StageError(f"The cluster did not take the job: {' '.join(str(error).split())}") from None
+            time.sleep(2)
+
+
+def variables() -> dict[str, str]:
+    """What the driver is told of here: whose run it is, and the versions it is held against. No secret."""
+    told = {"MIDISCOVER_OWNER": lineage.owner(), CLIENT: json.dumps(lineage.versions()), "COLUMNS": "120"}
+    commit = lineage.code()["commit"]
+    return told | ({"MIDISCOVER_COMMIT": commit} if commit else {})
+
+
+def portable(config: RunConfig, store: str) -> RunConfig:
+    """The config with nothing in it that lies on this machine alone. CorpusError for a text that does."""
+    for setting, source in (
+        ("corpus.source", config.corpus.source),
+        ("evaluate.foreign_source", config.evaluate.foreign_source),
+    ):
+        if source is not None and is_local(source):
+            raise CorpusError(
+                f"{setting} '{source}' lies on this machine, which the nodes don't see; put it into a bucket and give "
+                "its s3:// address."
+            )
+    if Path(config.model.id).expanduser().exists():
+        stored, is_new = push_model(config.model, store)
+        size = sum(file.size for file in stored.files.values()) / 1e6
+        print(f"{stored.name}: {size:,.1f} MB {'put' if is_new else 'stand already'} in {store}", file=sys.stderr)
+        return replace(config, model=replace(config.model, id=f"{STORED}{stored.key}", revision=None))
+    return config
+
+
+def pack(folder: Path, config: RunConfig | None) -> int:
+    """Put what is uploaded into a folder; returns its bytes."""
+    for name in PACKAGES:
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        shutil.copytree(Path(spec.origin).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    if config is not None:
+        (folder / CONFIG).write_text(to_yaml(config))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def follow_job(client: JobSubmissionClient, job: str) -> int:
+    """Show a job's log until it ends; the exit code is its own. Ctrl-C asks whether it goes on without us."""
+    with Bars("job") as bars:
+        try:
+            _tail(client, job, bars)
+            status = _ended(client, job)
+        except KeyboardInterrupt:
+            bars.pause()
+            if _wants_stop(job):
+                client.stop_job(job)
+                print(f"{job} is asked to stop.", file=sys.stderr)
+            else:
+                print(f"{job} goes on; `midiscover jobs logs -f {job}` follows it again.", file=sys.stderr)
+            return 130
+    return exit_code(client, job, status)
+
+
+def exit_code(client: JobSubmissionClient, job: str, status: JobStatus) -> int:
+    """That of a job that has ended: its driver's, 143 where it was stopped."""
+    if status == JobStatus.SUCCEEDED:
+        return 0
+    info = client.get_job_info(job)
+    if status == JobStatus.STOPPED:
+        print(f"{job} was stopped.", file=sys.stderr)
+        return 143
+    code = info.driver_exit_code
+    if code is None or code == 0:
+        print(f"{job} failed: {info.message}", file=sys.stderr)
+        return 1
+    return code if code > 0 else 128 - code
+
+
+def _tail(client: JobSubmissionClient, job: str, bars: Bars) -> None:
+    """Print a log as it grows. Where the connection breaks, what is there is read again and what was shown left out."""
+    shown, rest, away = 0, "", None
+
+    async def lines() -> None:
+        nonlocal shown, rest, away
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            away = None
+            seen += len(text)
+            new = text[max(0, len(text) - (seen - shown)) :] if seen > shown else ""
+            shown = max(shown, seen)
+            *whole, rest = (rest + new).split("\n")
+            for line in whole:
+                replay(line, bars)
+
+    while True:
+        try:
+            asyncio.run(lines())
+            if rest:
+                replay(rest, bars)
+            return
+        except (TimeoutError, RuntimeError, OSError, requests.RequestException) as error:
+            away = away or time.monotonic()
+            if time.monotonic() - away > AWAY_SECONDS:
+                raise StageError(
+                    f"The cluster has not answered for {AWAY_SECONDS / 60:.0f} minutes ({error}); the job may go on: "
+                    f"`midiscover jobs logs -f {job}`."
+                ) from None
+            time.sleep(2)
+
+
+def _ended(client: JobSubmissionClient, job: str) -> JobStatus:
+    while not (status := client.get_job_status(job)).is_terminal():
+        time.sleep(0.5)
+    return status
+
+
+def _wants_stop(job: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    try:
+        return input(f"\nStop {job} as well? [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
+
+
+def show_jobs(client: JobSubmissionClient, *, as_json: bool) -> int:
+    """The jobs that were submitted from here or elsewhere, newest first."""
+    rows = [
+        {
+            "id": job.submission_id,
+            **{name: (job.metadata or {}).get(name) for name in ("stage", "name", "owner")},
+            "status": str(job.status.value).lower(),
+            "started": job.start_time,
+            "ended": job.end_time,
+        }
+        for job in client.list_jobs()
+        if job.submission_id and _OURS.fullmatch(job.submission_id)
+    ]
+    rows.sort(key=lambda row: row["started"] or 0, reverse=True)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        tables.show(tables.jobs_table(rows, time.time() * 1000))
+    return 0
+
+
+def show_log(client: JobSubmissionClient, name: str, *, follow: bool) -> int:
+    """A job's log so far, or until it ends."""
+    job = find_job(client, name)
+    if not follow:
+        print(client.get_job_logs(job), end="")
+        return 0
+    return follow_job(client, job)
+
+
+def stop(client: JobSubmissionClient, name: str) -> int:
+    """Ask a job to stop, and wait until it has."""
+    job = find_job(client, name)
+    if not client.stop_job(job):
+        print(f"{job} had ended already.")
+        return 0
+    print(f"{job}: {str(_ended(client, job).value).lower()}")
+    return 0
+
+
+def find_job(client: JobSubmissionClient, name: str) -> str:
+    """The job whose id `name` is or begins. NotFoundError where none or several fit."""
+    known = [job.submission_id for job in client.list_jobs() if job.submission_id]
+    fits = [job for job in known if job == name] or [job for job in known if job.startswith(name)]
+    if len(fits) != 1:
+        what = f"'{name}' fits {', '.join(sorted(fits)[:5])}" if fits else f"There is no job '{name}'"
+        raise NotFoundError(f"{what} on the cluster; `midiscover jobs list` shows them.")
+    return fits[0]
+
+
+def _token_header() -> dict[str, str]:
+    for name in TOKEN_PLACES:
+        value = os.environ.get(name)
+        if value:
+            return {"Authorization": f"Bearer {value if name == TOKEN_PLACES[0] else Path(value).read_text().strip()}"}
+    path = Path("~/.ray/auth_token").expanduser()
+    return {"Authorization": f"Bearer {path.read_text().strip()}"} if path.is_file() else {}
+
+
+if __name__ == "__main__":
+    run_main(main)

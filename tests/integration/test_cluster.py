@@ -1,0 +1,181 @@
+"""Jobs submitted to a Ray cluster of several nodes with a store in S3 and a tracker in PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import boto3
+import pytest
+import requests
+
+from midiscover.store.storage import open_store
+from tests.clusters import LocalCluster, local_cluster
+from tests.jobs_cli import Done, command, environment, midiscover
+from tests.postgres import fresh_database
+from tests.runs import weights, write_run
+from tests.s3 import S3Server, s3_server
+
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.ray,
+    pytest.mark.s3,
+    pytest.mark.postgres,
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]
+SECONDS = 5.0
+
+
+class World(NamedTuple):
+    cluster: LocalCluster
+    server: S3Server
+    config: Path
+    """Its model is a folder here, its text lies in the bucket."""
+    store: str
+    mine: dict[str, str]
+    """The environment of a user: token and address of the cluster, access to the bucket for a model of his own."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with s3_server() as server, fresh_database(postgres_url) as database:
+        config = write_run(folder)
+        bucket = boto3.client(
+            "s3",
+            endpoint_url=server.endpoint,
+            aws_access_key_id=server.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=server.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+        bucket.upload_file(str(folder / "text.jsonl"), server.bucket, "texts/text.jsonl")
+        write_run(
+            folder,
+            corpus={"source": f"s3://{server.bucket}/texts", "context_size": 32, "max_tokens": 24_000},
+            publish={"saes": "best", "formats": ["saelens"]},
+        )
+        store, nodes = f"s3://{server.bucket}/store", {**server.environment, "MIDISCOVER_DATABASE_URL": database}
+        with local_cluster(folder, 2, nodes) as cluster:
+            yield World(cluster, server, config, store, cluster.client() | server.environment)
+
+
+@pytest.fixture(scope="module")
+def submitted(world: World) -> Done:
+    return midiscover("sweep", str(world.config), "--store", world.store, env=world.mine, timeout=900)
+
+
+def jobs(world: World) -> list[dict[str, str]]:
+    done = midiscover("jobs", "list", "--json", env=world.mine)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_a_sweep_shows_its_progress_and_its_table_and_ends_with_its_code(submitted: Done) -> None:
+    assert submitted.code == 0, submitted.out + submitted.err
+    assert "submitted sweep-tiny-" in submitted.err
+    assert "harvest" in submitted.err
+    assert "FVU" in submitted.out
+    assert "report.html" in submitted.out.splitlines()[-1]
+
+
+def test_the_saes_are_those_of_a_run_here_bit_for_bit(world: World, submitted: Done, tmp_path: Path) -> None:
+    """Undisturbed, in a folder, without the cluster: the text is the same object, the model the folder itself."""
+    assert submitted.code == 0
+    here = world.server.environment | {"MIDISCOVER_CLUSTER": ""}
+    done = midiscover("sweep", str(world.config), "--store", str(tmp_path / "store"), env=here, timeout=600)
+    assert done.code == 0, done.err
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in world.server.environment.items():
+            patch.setenv(name, value)
+        there = weights(open_store(world.store))
+    assert there == weights(str(tmp_path / "store"))
+    assert len(there) == 4
+
+
+def test_what_was_uploaded_is_code_and_one_yaml(world: World, submitted: Done) -> None:
+    (line,) = [line for line in submitted.err.splitlines() if line.startswith("uploading ")]
+    assert line.endswith("MB: midiscover, jobs, serve, run.yaml")
+    assert float(line.split()[1]) < 2
+    packages = world.cluster.temp.glob("head/session_*/runtime_resources/working_dir_files/_ray_pkg_*")
+    unpacked = next(path for path in packages if path.is_dir())
+    assert {path.name for path in unpacked.iterdir()} >= {"midiscover", "jobs", "serve", "run.yaml"}
+    text = (unpacked / "run.yaml").read_text()
+    assert "id: store:model-llama" in text
+    assert not list(unpacked.rglob("*.safetensors"))
+
+
+def test_no_secret_stands_in_what_the_cluster_tells_of_a_job(world: World, submitted: Done) -> None:
+    assert submitted.code == 0
+    secrets = [world.server.environment["AWS_SECRET_ACCESS_KEY"], world.cluster.token]
+    secrets.append(world.cluster.variables["MIDISCOVER_DATABASE_URL"].partition("@")[0])
+    header = {"Authorization": f"Bearer {world.cluster.token}"}
+    told = requests.get(f"{world.cluster.url}/api/jobs/", headers=header, timeout=10).text
+    assert "sweep-tiny-" in told
+    logs = midiscover("jobs", "logs", jobs(world)[0]["id"], env=world.mine)
+    for secret in secrets:
+        assert secret not in told + logs.out + logs.err + submitted.out + submitted.err
+
+
+def test_the_next_stages_find_it_and_a_second_run_does_nothing(world: World, submitted: Done) -> None:
+    assert submitted.code == 0
+    done = midiscover("pipeline", str(world.config), "--store", world.store, env=world.mine, timeout=900)
+    assert done.code == 0, done.err
+    assert "every SAE of the grid is trained" in done.err or "harvest" not in done.err
+    assert "exports/saelens" in done.out
+    sweep = midiscover("runs", "list", "--json", "--store", world.store, env=world.cluster.variables)
+    (row,) = json.loads(sweep.out)
+    features = midiscover("features", row["id"], "--store", world.store, env=world.mine, timeout=300)
+    assert (features.code, "nothing is read" in features.err) == (0, True), features.err
+
+
+def test_a_job_is_stopped_and_goes_on_later(world: World) -> None:
+    slow = ("--name", "slow", "--train.epochs", "40", "--store", world.store)
+    done = midiscover("sweep", str(world.config), *slow, "--detach", env=world.mine)
+    assert done.code == 0, done.err
+    job = done.out.strip()
+    following = subprocess.Popen(
+        command("jobs", "logs", "-f", job), env=environment(world.mine), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert following.stderr is not None
+    for line in following.stderr:
+        if b"SAEs of" in line:
+            break
+    stopped = midiscover("jobs", "stop", job[:12], env=world.mine)
+    assert stopped.code == 0, stopped.err
+    assert f"{job}: stopped" in stopped.out
+    following.communicate(timeout=60)
+    assert following.returncode == 143
+    assert {found["id"]: found["status"] for found in jobs(world)}[job] == "stopped"
+
+
+def test_a_job_that_fails_gives_its_code(world: World) -> None:
+    """What only the driver can know is said by it, once, with the code that it would have had here."""
+    done = midiscover(
+        *("sweep", str(world.config), "--store", world.store, "--harvest.hooks", "model.layers.9.mlp"), env=world.mine
+    )
+    assert (done.code, "layer 9 is out of range" in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "sentence"),
+    [
+        (("--cluster", "http://127.0.0.1:1"), {}, "The cluster at http://127.0.0.1:1 does not answer"),
+        ((), {"RAY_AUTH_TOKEN": "0" * 64}, "does not take the token"),
+        (("--store", "./here"), {}, "is a folder here, which the nodes don't see; give --store s3://"),
+        (("--corpus.source", "text.jsonl"), {}, "corpus.source 'text.jsonl' lies on this machine"),
+        (("--train.lrr", "1"), {}, "did you mean 'lr'"),
+        (("--surprise",), {}, "'--surprise' is not a flag"),
+    ],
+)
+def test_bad_input(world: World, arguments: tuple[str, ...], variables: dict[str, str], sentence: str) -> None:
+    words = ["sweep", str(world.config), "--store", world.store, *arguments]
+    before = len(jobs(world))
+    done = midiscover(*words, cwd=world.config.parent, env=world.mine | variables)
+    assert (done.code, sentence in done.err) == (2, True), done.err
+    assert done.err.count("\n") == 1, done.err
+    assert done.seconds < SECONDS
+    assert len(jobs(world)) == before

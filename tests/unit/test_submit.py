@@ -1,0 +1,192 @@
+"""The client of a cluster without one: its command line, what it uploads, how it follows and ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.job_submission import JobStatus
+
+from jobs import submit
+from jobs.progress import Bars, replay
+from jobs.runtime import CLIENT, check_client
+from midiscover import lineage
+from midiscover.config import CorpusConfig, EvaluateConfig, ModelConfig, RunConfig
+from midiscover.configio import load_config
+from midiscover.errors import ConfigError, CorpusError, NotFoundError, StageError
+from midiscover.launch import parse_submit, split_cluster
+from tests.tiny import make_tiny_model
+
+URL = "http://127.0.0.1:8265"
+
+
+def test_a_stages_line_names_a_cluster_or_the_variable_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MIDISCOVER_CLUSTER", raising=False)
+    assert split_cluster(["demo", "--train.lr", "1"]) == (None, ["demo", "--train.lr", "1"])
+    assert split_cluster(["demo", "--cluster", URL, "--force"]) == (URL, ["demo", "--force"])
+    monkeypatch.setenv("MIDISCOVER_CLUSTER", URL)
+    assert split_cluster(["demo"]) == (URL, ["demo"])
+    assert split_cluster(["demo", "--cluster", "none"]) == (None, ["demo"])
+
+
+def test_flags_of_a_config_go_into_it_and_those_of_an_id_along() -> None:
+    args = parse_submit(["run", "sweep", "demo", "--cluster", URL + "/", "--tag", "a", "--train.lr", "1e-3", "--force"])
+    assert (args.cluster, args.is_config, args.overrides) == (URL, True, {"train.lr": 1e-3})
+    assert args.flags == ("--force", "--tag", "a")
+    args = parse_submit(["run", "features", "demo.0123", "--cluster", URL, "--features.max_tokens", "5000"])
+    assert (args.is_config, args.overrides, args.flags) == (False, {}, ("--features.max_tokens", "5000"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["list"], "No cluster is named: give --cluster URL or set MIDISCOVER_CLUSTER"),
+        (["run", "serve", "demo", "--cluster", URL], "invalid choice: 'serve'"),
+        (["run", "sweep", "demo", "--cluster", URL, "--lr", "1"], "did you mean --train.lr?"),
+        (["logs", "--cluster", URL], "required: ID"),
+        (["list", "--cluster", URL, "more"], "'more' is not expected here"),
+    ],
+)
+def test_wrong_lines(argv: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MIDISCOVER_CLUSTER", raising=False)
+    with pytest.raises(ConfigError) as told:
+        parse_submit(argv)
+    assert sentence in str(told.value)
+
+
+def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret-s3cret")
+    monkeypatch.setenv("MIDISCOVER_DATABASE_URL", "postgresql://u:s3cret-s3cret@h/d")
+    config = RunConfig(name="mine", model=ModelConfig(id="a/b"))
+    size = submit.pack(tmp_path, config)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in tmp_path.iterdir()} == {"midiscover", "jobs", "serve", "run.yaml"}
+    assert size == sum(path.stat().st_size for path in files) < 2e6
+    assert {path.suffix for path in files} <= {
+        ".py",
+        ".yaml",
+        ".txt",
+        ".html",
+        ".css",
+        ".js",
+        ".mako",
+        ".j2",
+        ".typed",
+        ".ini",
+    }
+    assert load_config(tmp_path / "run.yaml") == config
+    told = submit.variables()
+    assert {"MIDISCOVER_OWNER", CLIENT} <= told.keys() <= {"MIDISCOVER_OWNER", "MIDISCOVER_COMMIT", CLIENT, "COLUMNS"}
+    assert not [path for path in files if b"s3cret-s3cret" in path.read_bytes()]
+    assert "s3cret" not in json.dumps(told)
+
+
+def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("words " * 100)
+    config = RunConfig(model=ModelConfig(id=str(tmp_path / "tiny")))
+    moved = submit.portable(config, str(tmp_path / "store"))
+    assert moved.model.id == "store:tiny"
+    assert (tmp_path / "store" / "models" / "tiny" / "manifest.json").is_file()
+    assert submit.portable(RunConfig(model=ModelConfig(id="a/b")), "unused").model.id == "a/b"
+    for wrong in (
+        RunConfig(corpus=CorpusConfig(source=str(tmp_path / "text.txt"))),
+        RunConfig(evaluate=EvaluateConfig(foreign_source=str(tmp_path / "text.txt"))),
+    ):
+        with pytest.raises(CorpusError, match=r"source '.*text\.txt' lies on this machine, which the nodes don't see"):
+            submit.portable(wrong, "unused")
+
+
+class FakeClient:
+    """Jobs as a cluster would tell them; its log breaks off as often as it is told."""
+
+    def __init__(self, chunks: list[list[str]], status: JobStatus = JobStatus.SUCCEEDED, code: int | None = 0) -> None:
+        self.chunks, self.status, self.code, self.asked = chunks, status, code, 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        parts, self.asked = self.chunks[min(self.asked, len(self.chunks) - 1)], self.asked + 1
+        for part in parts:
+            if part == "BREAK":
+                raise RuntimeError("closed")
+            yield part
+
+    def get_job_status(self, job: str) -> JobStatus:
+        return self.status
+
+    def get_job_info(self, job: str) -> Any:
+        return SimpleNamespace(driver_exit_code=self.code, message="it fell over")
+
+    def list_jobs(self) -> list[Any]:
+        return [SimpleNamespace(submission_id=name) for name in ("sweep-a-1", "sweep-a-2", "sweep-b-1")]
+
+
+def test_a_log_that_breaks_off_is_read_again_without_showing_a_line_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    lines = "one\ntwo\nthree\nfour\n"
+    client: Any = FakeClient([["one\ntw", "BREAK"], ["one\ntwo\nth", "ree\n", "BREAK"], [lines[:9], lines[9:]]])
+    assert submit.follow_job(client, "job") == 0
+    assert capsys.readouterr().out == lines
+    assert client.asked == 3
+
+
+def test_a_cluster_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    client: Any = FakeClient([["BREAK"]])
+    with pytest.raises(StageError, match="has not answered for 5 minutes"):
+        submit.follow_job(client, "job")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, -9, 137),
+        (JobStatus.FAILED, None, 1),
+        (JobStatus.STOPPED, None, 143),
+    ],
+)
+def test_exit_codes(status: JobStatus, code: int | None, expected: int) -> None:
+    client: Any = FakeClient([[]], status, code)
+    assert submit.exit_code(client, "job", status) == expected
+
+
+def test_jobs_are_found_by_the_beginning_of_their_ids() -> None:
+    client: Any = FakeClient([[]])
+    assert submit.find_job(client, "sweep-b") == "sweep-b-1"
+    with pytest.raises(NotFoundError, match="'sweep-a' fits sweep-a-1, sweep-a-2 on the cluster"):
+        submit.find_job(client, "sweep-a")
+    with pytest.raises(NotFoundError, match="There is no job 'x' on the cluster"):
+        submit.find_job(client, "x")
+
+
+def test_progress_goes_where_it_would_here(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bars("job") as bars:
+        for line in ("sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left", "sweep: corpus made", "hook  l1  L0"):
+            replay(line, bars)
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left",
+        "sweep: corpus made",
+    ]
+    assert told.out == "hook  l1  L0\n"
+
+
+def test_versions_of_client_and_driver(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = lineage.versions()
+    monkeypatch.setenv(CLIENT, json.dumps(ours))
+    check_client()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(CLIENT, json.dumps(ours | {"torch": "1.0"}))
+    check_client()
+    assert capsys.readouterr().err == f"versions: the cluster has torch {ours['torch']}, and the client 1.0\n"
+    monkeypatch.setenv(CLIENT, json.dumps(ours | {"ray": "1.0"}))
+    with pytest.raises(ConfigError, match="and the job was submitted from 1.0; use the same"):
+        check_client()

@@ -1,0 +1,199 @@
+"""What is garbage in a store and what is not, object by object; sizes against the file system."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midiscover.cli import main
+from midiscover.config import ResourcesConfig, days_of
+from midiscover.store.local import LocalStorage
+from midiscover.store.storage import Storage
+from midiscover.upkeep import garbage, holdings, remove, spent_activations, survey
+from tests.s3 import s3_server
+
+NOW = time.time()
+HOOK = "activations/h.1/model.layers.1.mlp"
+A, B = "block-00000-aaaaaaaaaaaa.safetensors", "block-00000-bbbbbbbbbbbb.safetensors"
+
+
+def record(harvest: str, model: str = "store:phi") -> dict[str, Any]:
+    return {"lineage": {"harvest": harvest, "corpus": {"id": "c.1"}}, "config": {"model": {"id": model}}}
+
+
+def sweep(name: str, saes: list[str], keep: str | None = None, harvest: str = "h.1") -> dict[str, Any]:
+    resources = {} if keep is None else {"keep_activations": keep}
+    return {"id": name, "sae_ids": saes, "harvest": harvest, "config": {"resources": resources}}
+
+
+def fill(storage: Storage) -> None:
+    """A store in which every kind of thing stands, whole and unfinished."""
+    files: dict[str, Any] = {
+        "models/phi/manifest.json": {},
+        "models/phi/model.safetensors": b"m" * 50,
+        "models/half/model.safetensors": b"m",
+        "corpora/c.1/manifest.json": {},
+        "corpora/c.1/shard-0.safetensors": b"t" * 10,
+        "corpora/c.2/shard-0.safetensors": b"t",
+        f"{HOOK}/block-00000.json": {"file": A},
+        f"{HOOK}/{A}": b"a" * 1000,
+        f"{HOOK}/{B}": b"b" * 900,
+        f"{HOOK}/block-00001-cccccccccccc.safetensors": b"c",
+        f"{HOOK}/manifest.json": {},
+        "activations/h.1/tokens/manifest.json": {},
+        "activations/h.2/model.layers.1.mlp/block-00000-dddddddddddd.safetensors": b"open",
+        "saes/one/record.json": record("h.1"),
+        "saes/one/sae_weights.safetensors": b"w" * 30,
+        "saes/one/features/f.1/manifest.json": {},
+        "saes/one/features/f.1/features.parquet": b"p" * 20,
+        "saes/one/features/f.1/parts/0.safetensors": b"p",
+        "saes/one/features/f.2/parts/0.safetensors": b"p",
+        "saes/one/exports/bundle/unfinished.json": {},
+        "saes/one/exports/bundle/cfg.json": {},
+        "saes/one/exports/saelens/manifest.json": {},
+        "saes/two/record.json": record("h.1"),
+        "sweeps/s.1/sweep.json": sweep("s.1", ["one", "two"]),
+        "sweeps/s.1/packs/p/step-9.safetensors": b"s",
+        "sweeps/s.2/sweep.json": sweep("s.2", ["one", "absent"]),
+        "sweeps/s.2/packs/p/step-9.safetensors": b"s",
+        "promoted.json": {},
+    }
+    for key, data in files.items():
+        storage.write(key, data if isinstance(data, bytes) else json.dumps(data).encode())
+
+
+GARBAGE = {
+    "models/half/model.safetensors": "it was never finished",
+    "corpora/c.2/shard-0.safetensors": "it was never finished",
+    f"{HOOK}/{B}": "its marker names another writer's block",
+    f"{HOOK}/block-00001-cccccccccccc.safetensors": "no marker names it",
+    "saes/one/features/f.1/parts/0.safetensors": "the features it was for are written down",
+    "saes/one/exports/bundle/unfinished.json": "the export was never finished",
+    "saes/one/exports/bundle/cfg.json": "the export was never finished",
+    "sweeps/s.1/packs/p/step-9.safetensors": "every SAE of its sweep stands",
+}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    storage = LocalStorage(tmp_path)
+    fill(storage)
+    return storage
+
+
+def test_garbage_is_just_what_nobody_reads(storage: LocalStorage) -> None:
+    found = garbage(survey(storage), grace=0, now=NOW + 60)
+    assert {one.key: one.why for one in found} == GARBAGE
+    assert remove(storage, found) == sum(one.bytes for one in found)
+    assert garbage(survey(storage), grace=0, now=NOW + 60) == []
+
+
+def test_what_is_young_stays(storage: LocalStorage, tmp_path: Path) -> None:
+    old = next(iter(GARBAGE))
+    os.utime(tmp_path / old, (NOW - 7200, NOW - 7200))
+    assert [one.key for one in garbage(survey(storage), grace=3600, now=NOW)] == [old]
+    assert garbage(survey(storage), grace=10_000, now=NOW) == []
+
+
+def test_sizes_are_those_of_the_files(storage: LocalStorage, tmp_path: Path) -> None:
+    rows = {row.what: row for row in holdings(survey(storage))}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(row.bytes for row in rows.values()) == sum(path.stat().st_size for path in files)
+    assert sum(row.objects for row in rows.values()) == len(files)
+    hook = list((tmp_path / HOOK).iterdir())
+    assert (rows[HOOK].bytes, rows[HOOK].objects) == (sum(path.stat().st_size for path in hook), len(hook))
+    assert {what: rows[what].used_by for what in (HOOK, "corpora/c.1", "models/phi", "saes/one")} == {
+        HOOK: 2,
+        "corpora/c.1": 2,
+        "models/phi": 2,
+        "saes/one": 0,
+    }
+    assert [row.bytes for row in holdings(survey(storage))] == sorted(
+        (row.bytes for row in rows.values()), reverse=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("policies", "age_days", "asked", "gone"),
+    [
+        ({"s.1": (["one"], None)}, 100, False, False),
+        ({"s.1": (["one"], "always")}, 100, False, False),
+        ({"s.1": (["one"], "until_done")}, 0, False, True),
+        ({"s.1": (["one", "absent"], "until_done")}, 100, False, False),
+        ({"s.1": (["one"], "until_done"), "s.2": (["two"], "always")}, 100, False, False),
+        ({"s.1": (["one"], "until_done"), "s.2": (["two"], "until_done")}, 0, False, True),
+        ({"s.1": (["one"], "14d")}, 13, False, False),
+        ({"s.1": (["one"], "14d")}, 15, False, True),
+        ({"s.1": (["one"], "always")}, 0, True, True),
+        ({"s.1": (["one", "absent"], "always")}, 0, True, False),
+        ({}, 100, True, False),
+    ],
+)
+def test_activations_go_only_where_every_sweep_lets_them(
+    storage: LocalStorage, policies: dict[str, tuple[list[str], str | None]], age_days: float, asked: bool, gone: bool
+) -> None:
+    for name in ("s.1", "s.2"):
+        storage.delete(f"sweeps/{name}/sweep.json")
+    for name, (saes, keep) in policies.items():
+        storage.write(f"sweeps/{name}/sweep.json", json.dumps(sweep(name, saes, keep)).encode())
+    found = spent_activations(survey(storage), asked=asked, now=NOW + age_days * 86400 + 60)
+    below = {key for key in storage.list("activations") if key.startswith("activations/h.1/")}
+    assert {one.key for one in found} == (below if gone else set())
+
+
+def test_a_retired_sae_is_no_unfinished_one(storage: LocalStorage) -> None:
+    storage.write("sweeps/s.2/sweep.json", json.dumps(sweep("s.2", ["one", "absent"], "until_done")).encode())
+    storage.write("sweeps/s.1/sweep.json", json.dumps(sweep("s.1", ["one"], "until_done")).encode())
+    assert spent_activations(survey(storage)) == []
+    storage.write("sweeps/s.2/retired/absent.json", b"{}")
+    assert len(spent_activations(survey(storage))) > 3
+
+
+def test_a_document_that_cannot_be_read_keeps_what_it_owns(storage: LocalStorage) -> None:
+    storage.write("sweeps/s.1/sweep.json", b"{")
+    keys = {one.key for one in garbage(survey(storage), grace=0, now=NOW + 60)}
+    assert keys == GARBAGE.keys() - {"sweeps/s.1/packs/p/step-9.safetensors"}
+
+
+def test_the_command(storage: LocalStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(storage.list(""))
+    assert main(["store", "gc", "--dry-run", "--grace", "0", "--store", str(tmp_path)]) == 0
+    assert "MB would go" in capsys.readouterr().out
+    assert set(storage.list("")) == before
+    assert main(["store", "gc", "--grace", "0", "--store", str(tmp_path)]) == 0
+    assert set(storage.list("")) == before - GARBAGE.keys()
+    assert main(["store", "du", "--json", "--store", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["store", "du", "--store", str(tmp_path)]) == 0
+    assert "activations/h.1/model.layers.1.mlp" in capsys.readouterr().out
+    assert main(["store", "gc", "--grace", "-1", "--store", str(tmp_path)]) == 2
+
+
+@pytest.mark.s3
+def test_the_same_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    from midiscover.store.s3 import S3Storage
+
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        storage = S3Storage(server.bucket, "upkeep")
+        fill(storage)
+        found = garbage(survey(storage), grace=0, now=time.time() + 60)
+        assert {one.key: one.why for one in found} == GARBAGE
+        before = set(storage.list(""))
+        remove(storage, found)
+        assert set(storage.list("")) == before - GARBAGE.keys()
+        sizes = {entry.key: entry.bytes for entry in storage.entries("corpora")}
+        assert sizes == {"corpora/c.1/manifest.json": 2, "corpora/c.1/shard-0.safetensors": 10}
+
+
+def test_settings() -> None:
+    assert [days_of(word) for word in ("always", "until_done", "14d", "0.5d")] == [None, 0, 14, 0.5]
+    for word in ("never", "d", "14", "-1d", "1.2.3d", ""):
+        with pytest.raises(ValueError, match="keep_activations must be always, until_done or days such as 14d"):
+            ResourcesConfig(keep_activations=word)
