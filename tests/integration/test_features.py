@@ -84,10 +84,14 @@ def test_controls_and_activations_that_are_gone(tmp_path: Path) -> None:
         grid={"sae.control": ["none", "neurons", "random_model"]},
         train={"epochs": 1, "batch_size": 128, "lr": 1e-3},
         evaluate={"ce_tokens": 0},
+        resources={"threads": 1, "keep_activations": "until_done"},
     )
     store = tmp_path / "store"
-    done = midiscover("sweep", str(tmp_path / "run.yaml"), "--store", str(store))
-    assert done.code == 0, done.err
+    first, second = (midiscover("sweep", str(tmp_path / "run.yaml"), "--store", str(store)) for _ in range(2))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "of activations removed: resources.keep_activations is until_done" in first.err
+    assert "tokens/s" not in second.err, "it has nothing to do, so it reads nothing"
+    assert not [path for path in (store / "activations").rglob("*") if path.is_file()]
     words = ("features", next((store / "sweeps").iterdir()).name, "--store", str(store))
     done = midiscover(*words)
     assert done.code == 0, done.err
