@@ -242,11 +242,20 @@ def _lines(head: str, features: Sequence[Mapping[str, Any]], decoder: Tensor, ta
     file.write(head.encode())
     for place, row in enumerate(features):
         direction = decoder[row["feature_idx"]]
-        told = {**row, "decoder_norm": float(direction.norm()), "decoder_weights": direction.tolist()}
-        text = json.dumps(_rounded(told), ensure_ascii=False, allow_nan=False)
+        told = _rounded({**row, "decoder_norm": float(direction.norm())})
+        told["decoder_weights"] = six_digits(direction.numpy()).tolist()
+        text = json.dumps(told, ensure_ascii=False, allow_nan=False)
         file.write(((",\n" if place else "") + text).encode(errors="replace"))
     file.write(f"\n{tail}".encode())
     return file.getvalue()
+
+
+def six_digits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The float64 nearest to each value's first six digits, whose shortest decimal is those digits."""
+    values = values.astype(np.float64)
+    places = 5 - np.floor(np.log10(np.abs(values), where=values != 0, out=np.zeros_like(values)))
+    scale = 10.0 ** np.clip(np.abs(places), 0, 22)  # powers that float64 holds exactly
+    return np.where(places >= 0, np.rint(values * scale) / scale, np.rint(values / scale) * scale)
 
 
 def _rounded(value: Any) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from midiscover.config import NeuronpediaConfig
 from midiscover.features.records import FeatureRecords, open_features
-from midiscover.publish.bundle import Bundle, top_features
+from midiscover.publish.bundle import Bundle, six_digits, top_features
 from midiscover.publish.checks_bundle import png_problem
 from midiscover.publish.export import Export, write_export
 from midiscover.publish.importers import read_seed
@@ -161,6 +161,21 @@ def test_the_hundred_best(standard: Made) -> None:
     assert [row["rank"] for row in top] == list(range(1, len(top) + 1))
     rows = [{"feature_idx": i, "count": i, "mean": 1.0, "firing_rate": i / 1000} for i in range(300)]
     assert [row["feature_idx"] for row in top_features(rows)] == [10, *range(1, 10), *range(11, 101)]
+
+
+def test_numbers_have_six_digits() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [torch.randn(2000, generator=draw) * 10.0**power for power in range(-12, 13)] + [torch.tensor([0.0, 1.0, -0.5])]
+    ).numpy()
+    found = six_digits(values)
+    digits = [
+        len(repr(value).partition("e")[0].replace(".", "").replace("-", "").strip("0")) for value in found.tolist()
+    ]
+    assert max(digits) <= 6
+    expected = np.array([float(f"{value:.6g}") for value in values.tolist()])
+    assert np.allclose(found, expected, rtol=1.01e-5, atol=0)  # a tie may go either way
+    assert (found == expected).mean() > 0.999
 
 
 def test_metadata_name_model_and_hook(standard: Made) -> None:
