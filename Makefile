@@ -1,4 +1,4 @@
-# make demo    the whole job on a small real model and real text: about a quarter of an hour on two cores
+# make demo    the whole job on a small real model and real text: about a quarter of an hour on two quiet cores
 # make test    all tests
 # make check   format, lint, types, import rules
 # make upgrade the newest versions that pyproject.toml allows into constraints.txt; then run `make test`
