@@ -53,7 +53,7 @@ START_SECONDS = 120.0
 """How long the head of a cluster may take until it can start drivers."""
 AWAY_SECONDS = 300.0
 """How long a cluster that was followed may stay away before we give up following."""
-_OURS = re.compile(r"[a-z]+-.+-\d{8}-\d{6}-[0-9a-f]{6}")
+_OURS = re.compile(r"[a-z]+(-.+)?-\d{8}-\d{6}-[0-9a-f]{6}")
 
 
 def main(argv: list[str]) -> int:
@@ -104,14 +104,15 @@ def connect(cluster: str) -> JobSubmissionClient:
 
 def run(client: JobSubmissionClient, args: SubmitArgs) -> int:
     """Upload, submit, follow."""
-    config, store, words = submitted_config(args), store_uri(args.store), [args.target]
+    config, store = submitted_config(args), store_uri(args.store)
+    words = [args.target] if args.target else []
     if config is not None:
         config, words = portable(config, store), [CONFIG]
     words += ["--store", store, *args.flags]
     with tempfile.TemporaryDirectory(prefix="midiscover-upload-") as folder:
         size = pack(Path(folder), config)
         name = config.name if config is not None else args.target
-        job = f"{args.stage}-{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        job = f"{args.stage}{f'-{name}' if name else ''}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         print(f"uploading {size / 1e6:.1f} MB: {', '.join(PACKAGES)}{', ' + CONFIG if config else ''}", file=sys.stderr)
         _submitted(
             client,

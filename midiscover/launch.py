@@ -26,8 +26,8 @@ from midiscover.tracking.engine import VARIABLE
 
 CLUSTER = "MIDISCOVER_CLUSTER"
 """Environment variable: where it is set, stages run on the cluster whose dashboard has this address."""
-STAGES = ("harvest", "sweep", "features", "publish", "pipeline")
-"""Stages that can run on a cluster."""
+STAGES = ("harvest", "sweep", "features", "publish", "pipeline", "doctor")
+"""What can run on a cluster."""
 WANDB_PROJECT = "MIDISCOVER_WANDB_PROJECT"
 """Environment variable: where it is set, a sweep's curves go to that project of Weights & Biases as well."""
 
@@ -77,6 +77,16 @@ class ImportArgs:
     output_hook: str | None = None
     model: str | None = None
     store: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorArgs:
+    """What the doctor is told on its command line."""
+
+    config: str | None = None
+    store: str | None = None
+    json: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -188,6 +198,21 @@ def parse_import(argv: Sequence[str], *, prog: str | None = None) -> ImportArgs:
     return ImportArgs(**vars(known), overrides=parse_overrides(rest))
 
 
+def parse_doctor(argv: Sequence[str], *, prog: str | None = None) -> DoctorArgs:
+    """Read the arguments of the doctor. ConfigError for anything unknown."""
+    parser = Parser(
+        prog=prog or "python -m jobs.doctor",
+        description="Look at what a run needs, one by one: versions, GPUs, store, database, model, text.",
+        epilog="Exit code 1 where anything fails. With --cluster URL, on every node of a cluster.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="whose model and text are looked up as well")
+    parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    known, rest = parser.parse_known_args(list(argv))
+    return DoctorArgs(config=known.config, store=known.store, json=known.json, overrides=parse_overrides(rest))
+
+
 def split_cluster(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The cluster that a stage's command line names, else the variable's, and the line without it; `none` is none."""
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -202,7 +227,7 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None) -> SubmitArgs:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     run = actions.add_parser("run", help="submit a stage and follow it", allow_abbrev=False)
     run.add_argument("stage", metavar="STAGE", choices=STAGES, help=", ".join(STAGES))
-    run.add_argument("target", metavar="CONFIG|SWEEP|SAE")
+    run.add_argument("target", metavar="CONFIG|SWEEP|SAE", nargs="?", default="", help="the doctor needs none")
     run.add_argument("--store", metavar="URI", help="s3://bucket/prefix; else $MIDISCOVER_STORE")
     run.add_argument("--force", action="store_true", help="make anew what is already committed")
     run.add_argument("--tag", action="append", default=[], help="mark the sweep; may stand several times")
@@ -231,6 +256,8 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None) -> SubmitArgs:
             json=getattr(known, "json", False),
         )
     overrides = parse_overrides(rest)
+    if not known.target and known.stage != "doctor":
+        raise ConfigError(f"{known.stage} needs a config, or a sweep or an SAE that it is about.")
     is_config = known.stage in ("harvest", "sweep", "pipeline") or names_config(known.target)
     flags = [*(["--force"] if known.force else []), *(word for tag in known.tag for word in ("--tag", tag))]
     flags += ["--note", known.note] if known.note else []

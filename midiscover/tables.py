@@ -182,6 +182,18 @@ def runs_table(runs: Iterable[Row]) -> RenderableType:
     return table if table.row_count else Text("No runs yet.")
 
 
+def findings_table(findings: Iterable[Row]) -> RenderableType:
+    """What a doctor found: `machine, what, status, told` of each; a machine is named where it changes."""
+    table = _table("machine", "", "looked at", "found")
+    before = None
+    for found in findings:
+        status = Text(found["status"], style={"ok": "green", "fails": "bold red"}.get(found["status"], "dim"))
+        shown = found["machine"] if found["machine"] != before else ""
+        before = found["machine"]
+        table.add_row(Text(shown), status, found["what"], Text(found["told"]))
+    return table
+
+
 def jobs_table(jobs: Iterable[Row], now: float) -> RenderableType:
     """Jobs of a cluster: `id, stage, name, owner, status, started, ended` of each; times in milliseconds."""
     table = _table("id", "owner", "status", ">minutes", "started")

@@ -54,10 +54,11 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   promote TARGET     mark what a deployment serves, within limits; or take it out again
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   store du | gc      what a store holds; remove what nobody needs
+  doctor [CONFIG]    what a run needs of this machine, or of a cluster's: store, database, GPUs, model, text
   jobs list | logs ID [-f] | stop ID   jobs on a cluster
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
-harvest, sweep, features, publish and pipeline run on a cluster with --cluster URL (or MIDISCOVER_CLUSTER).
+harvest, sweep, features, publish, pipeline and doctor run on a cluster with --cluster URL (or MIDISCOVER_CLUSTER).
 TARGET is a CONFIG, or a sweep or an SAE by the beginning of its id.
 CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, kinds,
 phi2_layers_by_l1.

@@ -11,7 +11,7 @@ from typing import Any
 from midiscover import tables
 from midiscover.config import ModelConfig
 from midiscover.configio import find_config, load_config, to_yaml
-from midiscover.launch import Parser, parse_job
+from midiscover.launch import Parser, parse_doctor, parse_job
 from midiscover.models import STORED, HookInfo, HookTable, hook_table, push_model, resolve_model
 from midiscover.resolve import Resolved, make_packs, resolve
 from midiscover.store import layout
@@ -94,4 +94,23 @@ def _model(argv: Sequence[str]) -> None:
     print(f"{STORED}{stored.key}")
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"inspect": _inspect, "config": _config, "model": _model}
+def _doctor(argv: Sequence[str]) -> None:
+    args = parse_doctor(argv, prog="midiscover doctor")
+    config = load_config(find_config(args.config), args.overrides) if args.config else None
+    from midiscover.doctor import examine
+
+    findings = [found._asdict() for found in examine(args.store, config)]
+    if args.json:
+        print(json.dumps(findings, indent=1))
+    else:
+        tables.show(tables.findings_table(findings))
+    if any(found["status"] == "fails" for found in findings):
+        raise SystemExit(1)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "inspect": _inspect,
+    "config": _config,
+    "model": _model,
+    "doctor": _doctor,
+}

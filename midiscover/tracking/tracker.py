@@ -88,6 +88,11 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def where(self) -> str:
+        """The database for people, without user and password."""
+        return self._database.description
+
     def __repr__(self) -> str:
         return f"<Tracker: {self._database.description}>"
 

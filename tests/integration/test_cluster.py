@@ -132,6 +132,16 @@ def test_the_next_stages_find_it_and_a_second_run_does_nothing(world: World, sub
     assert (features.code, "nothing is read" in features.err) == (0, True), features.err
 
 
+def test_the_doctor_looks_at_every_node(world: World) -> None:
+    done = midiscover("doctor", str(world.config), "--store", world.store, env=world.mine, timeout=300)
+    assert done.code == 0, done.out + done.err
+    assert "(driver)" in done.out
+    # Of the driver and of both workers; the head, which runs no work, has no line of its own.
+    assert done.out.count("reads, writes, and writes only where nothing") == 3
+    assert done.out.count("its tables are") == 3
+    assert world.server.environment["AWS_SECRET_ACCESS_KEY"] not in done.out
+
+
 def test_a_job_is_stopped_and_goes_on_later(world: World) -> None:
     slow = ("--name", "slow", "--train.epochs", "40", "--store", world.store)
     done = midiscover("sweep", str(world.config), *slow, "--detach", env=world.mine)

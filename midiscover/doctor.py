@@ -1,0 +1,153 @@
+"""What a run needs of a machine, looked at one by one: versions, GPUs, store, database, model, text.
+
+Everything is tried as a run does it, the store's conditional writes included, and nothing is left behind. What fails
+says in a sentence what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from midiscover import lineage
+from midiscover.config import RunConfig
+from midiscover.errors import MiDiscoverError, StoreError
+from midiscover.models import hook_table, resolve_model
+from midiscover.store.storage import Storage, open_store, store_uri
+from midiscover.texts import resolve_source
+from midiscover.tracking import Tracker
+from midiscover.tracking.engine import VARIABLE
+
+Status = Literal["ok", "fails", "none"]
+
+
+class Finding(NamedTuple):
+    """What one look found."""
+
+    machine: str
+    what: str
+    status: Status
+    """`none`: it is not there, and nothing needs it."""
+    told: str
+    """What was seen, or what is wrong and what would be right."""
+
+
+class Absent(Exception):
+    """Not there, and not needed."""
+
+
+def examine(store: str | None, config: RunConfig | None = None) -> list[Finding]:
+    """Look at this machine. config: whose model and text are looked up as well."""
+    looks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", _versions),
+        ("GPUs", _gpus),
+        ("memory", _memory),
+        ("store", lambda: _store(store)),
+        ("database", lambda: _database(store)),
+        ("hub token", _token),
+    ]
+    if config is not None:
+        looks.append(("model", lambda: _model(config, store)))
+        looks.append(("text", lambda: _text(config)))
+    return [_looked(what, look) for what, look in looks]
+
+
+def _looked(what: str, look: Callable[[], str]) -> Finding:
+    machine = platform.node()
+    try:
+        return Finding(machine, what, "ok", look())
+    except Absent as error:
+        return Finding(machine, what, "none", str(error))
+    except MiDiscoverError as error:
+        return Finding(machine, what, "fails", str(error))
+    except Exception as error:  # of a library, whose own words are the best there are
+        return Finding(machine, what, "fails", f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version}" for name, version in lineage.versions().items())
+
+
+def _gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Absent("no GPU that torch can use: everything runs on the CPU")
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        found.append(f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+    return "; ".join(found)
+
+
+def _memory() -> str:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = (os.sysconf(name) * page / 2**30 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    return f"{os.cpu_count()} cores, {free:.0f} of {total:.0f} GiB free"
+
+
+def _store(uri: str | None) -> str:
+    address = store_uri(uri)
+    if "://" not in address and not Path(address).expanduser().exists():
+        parent = next(path for path in Path(address).expanduser().resolve().parents if path.exists())
+        if not os.access(parent, os.W_OK):
+            raise StoreError(
+                f"The store {address} is not there, and {parent} can't be written to; choose another place."
+            )
+        raise Absent(f"{address} is not there yet; the first run makes it")
+    storage = open_store(uri, create=False)
+    _try_writes(storage)
+    return f"{storage.uri}: reads, writes, and writes only where nothing else stands"
+
+
+def _try_writes(storage: Storage) -> None:
+    """All that runs rely on, with an object of our own that is removed in the end."""
+    key, first, second = f"doctor-{secrets.token_hex(8)}.txt", b"first", b"second"
+    try:
+        storage.write(key, first)
+        if storage.read(key) != first:
+            raise StoreError(f"{storage.uri} gives back other bytes than were written.")
+        if storage.create(key, second):
+            raise StoreError(
+                f"{storage.uri} puts an object where one stands: the server ignores If-None-Match, so two runs could "
+                "overwrite each other. Use a server that honours conditional writes (AWS, SeaweedFS, MinIO, Ceph)."
+            )
+        if storage.replace(key, second, second) or not storage.replace(key, first, second):
+            raise StoreError(f"{storage.uri} does not compare before it replaces: the server ignores If-Match.")
+        if storage.read(key) != second or key not in storage.list(""):
+            raise StoreError(f"{storage.uri} does not show at once what was written.")
+    finally:
+        storage.delete(key)
+
+
+def _database(uri: str | None) -> str:
+    address = store_uri(uri)
+    if not os.environ.get(VARIABLE) and "://" not in address and not Path(address, "tracker.db").expanduser().exists():
+        raise Absent("tracker.db is not there yet; the first run makes it")
+    with Tracker.for_store(open_store(uri, create=False)) as tracker:
+        runs = len(tracker.list_runs())
+        return f"{tracker.where}: answers, its tables are current; {runs} sweeps"
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise Absent("HF_TOKEN is not set: only public models and data sets can be had")
+    return "there is one"
+
+
+def _model(config: RunConfig, store: str | None) -> str:
+    identity = resolve_model(config.model, store)
+    table = hook_table(identity, context_size=config.corpus.context_size)
+    return f"{identity.name}: {table.n_layers} layers, d_model {table.d_model:,}, digest {identity.digest[:12]}"
+
+
+def _text(config: RunConfig) -> str:
+    source = resolve_source(config.corpus)
+    return f"{source.name}: digest {source.digest[:12]}"
