@@ -1,6 +1,6 @@
 """Whole nodes of a cluster are killed while a submitted sweep runs: one in the harvest, one in the training.
 
-The SAEs equal those of an undisturbed run on one machine, bit for bit, and the test shows that its kills fell into work.
+The SAEs equal, bit for bit, those of an undisturbed run on one machine; the test shows that its kills fell into work.
 """
 
 from __future__ import annotations
