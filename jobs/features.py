@@ -95,7 +95,7 @@ class FeatureActor:
         self.run, self.threads, self.device, self.board = run, threads, "cuda" if gpu else "cpu", board
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """One chunk in; out comes how many SAEs have their part."""
+        """One chunk in; out come how many SAEs have their part, and how many rows were read for them."""
         torch.set_num_threads(self.threads)
         for text in batch["chunk"]:
             item = json.loads(text)
@@ -116,7 +116,7 @@ class FeatureActor:
                 )
                 for sae, part in parts.items():
                     self.run.storage.write(missing[sae], part.to_bytes())
-            yield {"parts": [len(keys)]}
+            yield {"parts": [len(keys)], "rows": [sum(block.rows for block in blocks) if missing else 0]}
 
 
 @ray.remote(max_retries=3)
@@ -220,11 +220,11 @@ class FeaturesRun:
                 for site, saes in sites.items()
                 for chunk in range(counts[site])
             ]
-            self._run_actors(items, slots, board)
-            counter.done()
+            counter.done(self._run_actors(items, slots, board))
             self._finish(sites, counts, identities, slots, board)
 
-    def _run_actors(self, items: Sequence[str], slots: Slots, board: Board) -> None:
+    def _run_actors(self, items: Sequence[str], slots: Slots, board: Board) -> int:
+        """Read what is missing; returns the rows that were read."""
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         data = ray.data.from_items([{"chunk": item} for item in items], override_num_blocks=len(items)).map_batches(
@@ -241,8 +241,7 @@ class FeaturesRun:
             num_gpus=slots.gpus,
         )
         try:
-            for _ in data.iter_rows():
-                continue
+            return sum(row["rows"] for row in data.iter_rows())
         except Exception as error:
             raise own_error(error) or StageError(f"The features failed: {last_line(error)}") from error
 
@@ -300,8 +299,9 @@ class _Rows:
         self.bars.update("features", min(self.rows, self.total), self.total, f"{self.rows:,} tokens, {rate:,.0f}/s")
         return self.rows <= 2 * self.total
 
-    def done(self) -> None:
-        self.bars.update("features", self.total, self.total, f"{self.rows:,} tokens")
+    def done(self, rows: int) -> None:
+        """All is read; the last events may still be on their way, so the number comes from the actors themselves."""
+        self.bars.update("features", self.total, self.total, f"{rows:,} tokens")
 
 
 def _target(storage: Storage, args: TargetArgs) -> tuple[Target, FeaturesConfig, ResourcesConfig]:

@@ -22,6 +22,7 @@ from midiscover.palette import FONT_MONO
 Table = Sequence[Mapping[str, Any]]
 
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NO_CHARACTER = "\U0010ffff"
 """No font has a glyph for it, by the Unicode standard."""
 _PAGE = """\
@@ -49,23 +50,23 @@ vegaEmbed("#chart", JSON.parse(document.getElementById("specification").textCont
 
 def png(chart: Chart, scale: float = 2) -> bytes:
     """The chart as PNG, `scale` pixels per CSS pixel."""
-    return vl_convert.vegalite_to_png(_json(chart), vl_version=_VEGA_LITE, scale=scale)
+    return vl_convert.vegalite_to_png(_drawable_json(chart), vl_version=_VEGA_LITE, scale=scale)
 
 
 def svg(chart: Chart) -> str:
     """The chart as SVG."""
-    return vl_convert.vegalite_to_svg(_json(chart), vl_version=_VEGA_LITE)
+    return vl_convert.vegalite_to_svg(_drawable_json(chart), vl_version=_VEGA_LITE)
 
 
 def pdf(chart: Chart) -> bytes:
     """The chart as a PDF of one page, its text as text."""
-    return vl_convert.vegalite_to_pdf(_json(chart), vl_version=_VEGA_LITE)
+    return vl_convert.vegalite_to_pdf(_drawable_json(chart), vl_version=_VEGA_LITE)
 
 
 def html(chart: Chart) -> str:
     """A page with the chart and everything that draws it; it forbids itself any request."""
     # In JSON a "<" may be written as its escape, so that no string of the data can end the element.
-    specification = _json(chart).replace("<", "\\u003c")
+    specification = json.dumps(chart.to_dict(), sort_keys=True).replace("<", "\\u003c")
     return _PAGE.format(
         title=html_module.escape(_title(chart)), specification=specification, script=embedded_javascript()
     )
@@ -182,5 +183,14 @@ def _title(chart: Chart) -> str:
     return text if isinstance(text, str) else " ".join(text)
 
 
-def _json(chart: Chart) -> str:
-    return json.dumps(chart.to_dict(), sort_keys=True)
+def _drawable_json(chart: Chart) -> str:
+    return json.dumps(_drawable(chart.to_dict()), sort_keys=True)
+
+
+def _drawable(value: Any) -> Any:
+    """The same with a point for each character that XML can't hold: an SVG has tokens in the texts of its tooltips."""
+    if isinstance(value, str):
+        return _NOT_IN_XML.sub("\N{MIDDLE DOT}", value)
+    if isinstance(value, dict):
+        return {name: _drawable(inner) for name, inner in value.items()}
+    return [_drawable(inner) for inner in value] if isinstance(value, list) else value

@@ -73,9 +73,9 @@ def neuronpedia_export_is_whole(subject: Subject) -> None:
 def neuronpedia_rows_follow_the_rules(subject: Subject) -> None:
     """Every row of the Neuronpedia export follows the importer's rules."""
     where = place(subject, "neuronpedia")
-    local = subject.files.local_path(subject.key(where.rstrip("/")) if where or subject.prefix else "x")
+    local = subject.files.local_path(subject.key(f"{where}{MANIFEST}"))
     if local is not None:
-        fail_for(violations(local if where or subject.prefix else local.parent))
+        fail_for(violations(local.parent))
         return
     with tempfile.TemporaryDirectory(prefix="midiscover-neuronpedia-") as folder:
         for name in subject.names(where.rstrip("/")):

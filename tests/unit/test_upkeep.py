@@ -17,7 +17,6 @@ from midiscover.store.storage import Storage
 from midiscover.upkeep import garbage, holdings, remove, spent_activations, survey
 from tests.s3 import s3_server
 
-NOW = time.time()
 HOOK = "activations/h.1/model.layers.1.mlp"
 A, B = "block-00000-aaaaaaaaaaaa.safetensors", "block-00000-bbbbbbbbbbbb.safetensors"
 
@@ -87,17 +86,18 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 
 def test_garbage_is_just_what_nobody_reads(storage: LocalStorage) -> None:
-    found = garbage(survey(storage), grace=0, now=NOW + 60)
+    found = garbage(survey(storage), grace=0, now=time.time() + 60)
     assert {one.key: one.why for one in found} == GARBAGE
     assert remove(storage, found) == sum(one.bytes for one in found)
-    assert garbage(survey(storage), grace=0, now=NOW + 60) == []
+    assert garbage(survey(storage), grace=0, now=time.time() + 60) == []
 
 
 def test_what_is_young_stays(storage: LocalStorage, tmp_path: Path) -> None:
     old = next(iter(GARBAGE))
-    os.utime(tmp_path / old, (NOW - 7200, NOW - 7200))
-    assert [one.key for one in garbage(survey(storage), grace=3600, now=NOW)] == [old]
-    assert garbage(survey(storage), grace=10_000, now=NOW) == []
+    now = time.time()
+    os.utime(tmp_path / old, (now - 7200, now - 7200))
+    assert [one.key for one in garbage(survey(storage), grace=3600, now=now)] == [old]
+    assert garbage(survey(storage), grace=10_000, now=now) == []
 
 
 def test_sizes_are_those_of_the_files(storage: LocalStorage, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_activations_go_only_where_every_sweep_lets_them(
         storage.delete(f"sweeps/{name}/sweep.json")
     for name, (saes, keep) in policies.items():
         storage.write(f"sweeps/{name}/sweep.json", json.dumps(sweep(name, saes, keep)).encode())
-    found = spent_activations(survey(storage), asked=asked, now=NOW + age_days * 86400 + 60)
+    found = spent_activations(survey(storage), asked=asked, now=time.time() + age_days * 86400 + 60)
     below = {key for key in storage.list("activations") if key.startswith("activations/h.1/")}
     assert {one.key for one in found} == (below if gone else set())
 
@@ -156,7 +156,7 @@ def test_a_retired_sae_is_no_unfinished_one(storage: LocalStorage) -> None:
 
 def test_a_document_that_cannot_be_read_keeps_what_it_owns(storage: LocalStorage) -> None:
     storage.write("sweeps/s.1/sweep.json", b"{")
-    keys = {one.key for one in garbage(survey(storage), grace=0, now=NOW + 60)}
+    keys = {one.key for one in garbage(survey(storage), grace=0, now=time.time() + 60)}
     assert keys == GARBAGE.keys() - {"sweeps/s.1/packs/p/step-9.safetensors"}
 
 

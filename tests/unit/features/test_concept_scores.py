@@ -141,6 +141,7 @@ def test_an_sae_of_another_origin_has_baselines_too(model: LanguageModel) -> Non
 @pytest.fixture
 def store(tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sweep of two SAEs, as far as the command looks at it."""
+    monkeypatch.setenv("COLUMNS", "120")
     folder = tmp_path / "store"
     configs: dict[str, SaeConfig] = {"l1.a.topk-48.k-4.0": TopKConfig(k=4), "l1.a.topk-48.k-8.1": TopKConfig(k=8)}
     for name in configs:
