@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from midiscover import load_sae
@@ -46,13 +46,19 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A sweep of two SAEs with their features, and what its config publishes of them."""
+    """A sweep of two SAEs with their features, and what its config publishes of them; activations go in between."""
     root = tmp_path_factory.mktemp("publish")
     changes = {"harvest": {"hooks": HOOK, "block_tokens": 1024}, "publish": {"saes": "all", "neuronpedia": NAMES}}
+    changes["resources"] = {"threads": 1, "keep_activations": "until_done"}
     config, store = write_run(root, **changes), root / "store"
+    said = {}
     for verb in ("sweep", "features", "publish"):
         done = midiscover(verb, str(config), "--store", str(store))
         assert done.code == 0, done.err
+        said[verb] = done.err
+        assert bool(list(store.glob("activations/*/*/*.safetensors"))) == (verb != "sweep")
+    assert "of activations removed: resources.keep_activations is until_done" in said["sweep"]
+    assert "its activations can't be found in the store and will be made again" in said["features"]
     return World(config, store, sorted(path.name for path in (store / "saes").iterdir()))
 
 
@@ -136,9 +142,12 @@ def test_a_push_arrives_and_saelens_loads_it_from_there(world: World, tmp_path: 
         assert folders == {"README.md", *world.saes}
         card = there.files["lab/saes"][f"{world.saes[0]}/README.md"].decode()
         assert f'SAE.from_pretrained("lab/saes", "{world.saes[0]}")' in card
-        got = snapshot_download("lab/saes", endpoint=there.url, cache_dir=tmp_path / "cache", token=False)
         sae, x = world.saes[0], torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
-        ours, theirs = load_sae(sae, store=str(world.store)), load_sae(str(Path(got) / sae))
+        got = [
+            hf_hub_download("lab/saes", f"{sae}/{name}", endpoint=there.url, cache_dir=tmp_path / "cache", token=False)
+            for name in ("cfg.json", "sae_weights.safetensors")
+        ]
+        ours, theirs = load_sae(sae, store=str(world.store)), load_sae(str(Path(got[0]).parent))
         assert torch.equal(ours.encode(x), theirs.encode(x))
         save_file({"x": x}, tmp_path / "x.safetensors")
         environment = os.environ | there.environment() | {"HF_HOME": str(tmp_path / "home")}
