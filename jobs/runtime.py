@@ -5,6 +5,7 @@ A driver joins the Ray of RAY_ADDRESS where it is set (so on a cluster), else st
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import math
@@ -28,6 +29,8 @@ from midiscover.errors import ConfigError, MiDiscoverError, StageError, Tracking
 
 LOCAL_LOGICAL_CPUS = 4
 """Least CPUs a local Ray claims to have: with fewer, a stage's actors and its driver tasks wait for each other."""
+ASK_AGAIN_SECONDS = 10.0
+"""After an interrupt, which may take so long to clean up."""
 CLIENT = "MIDISCOVER_CLIENT"
 """Environment variable of a submitted driver: the versions of whoever submitted it, as JSON."""
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -75,6 +78,7 @@ def ray_session() -> Iterator[Cluster]:
     """Join or start Ray; ends only what it started."""
     address = os.environ.get("RAY_ADDRESS")
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -96,7 +100,8 @@ def ray_session() -> Iterator[Cluster]:
     # Ray puts its own handler in place, which aborts the process and leaves the tracker saying "running".
     signal.signal(signal.SIGTERM, terminate)
     try:
-        yield _cluster(local=not address)
+        with insisting():
+            yield _cluster(local=not address)
     finally:
         ray.shutdown()
 
@@ -114,7 +119,13 @@ def _cluster(*, local: bool) -> Cluster:
     return Cluster(local=local, cores=cores() if local else int(min(node.cpus for node in nodes)), nodes=nodes)
 
 
-_terminated = threading.Event()
+_asked, _terminated = threading.Event(), threading.Event()
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Ctrl-C. That it was asked for is kept, for the case that the exception gets lost; see `insisting`."""
+    _asked.set()
+    raise KeyboardInterrupt
 
 
 def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -123,7 +134,31 @@ def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     By the same exception, because Ray's own code hands on a KeyboardInterrupt and not every other.
     """
     _terminated.set()
-    raise KeyboardInterrupt
+    interrupt(_signal, _frame)
+
+
+@contextmanager
+def insisting(seconds: float = ASK_AGAIN_SECONDS) -> Iterator[None]:
+    """Interrupt the main thread again as long as it stays in the body after it was asked to end.
+
+    An exception that is raised where Python ignores it (a callback of Ray's, a destructor) is gone, and the driver
+    would go on to the end of the stage.
+    """
+    _asked.clear()
+    left = threading.Event()
+
+    def ask_again() -> None:
+        while not left.wait(min(seconds, 0.5)):
+            if _asked.is_set() and not left.wait(seconds):
+                _thread.interrupt_main()
+
+    thread = threading.Thread(target=ask_again, name="insisting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 @contextmanager
