@@ -6,6 +6,7 @@ Without a cluster, the machine it is called on. Exit code 1 where anything fails
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,11 +34,13 @@ def main(argv: list[str]) -> int:
 def _everywhere(store: str | None, config: RunConfig | None) -> list[Finding]:
     """The driver's machine, then each node of the cluster."""
     findings = [found._replace(machine=f"{found.machine} (driver)") for found in examine(store, config)]
-    look = ray.remote(num_cpus=0, max_retries=0)(examine)
+    look: Any = ray.remote(examine)
     with ray_session():
         asked = {
             node["NodeID"][:8]: look.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
             ).remote(store, config)
             for node in ray.nodes()
             if node["Alive"] and node["Resources"].get("CPU")
