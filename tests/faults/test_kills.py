@@ -22,7 +22,7 @@ import pytest
 from tests.jobs_cli import command, environment, midiscover
 from tests.runs import blocks, weights, write_run
 
-pytestmark = [pytest.mark.alone, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrange(10**6)))
 SLOW = {
