@@ -78,7 +78,8 @@ def ray_session() -> Iterator[Cluster]:
     """Join or start Ray; ends only what it started."""
     address = os.environ.get("RAY_ADDRESS")
     signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background, which Ctrl-C leaves alone
+        signal.signal(signal.SIGINT, interrupt)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     logging.getLogger("ray.data").setLevel(logging.ERROR)

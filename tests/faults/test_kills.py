@@ -63,7 +63,13 @@ def start(folder: Path, store: Path, *flags: str) -> subprocess.Popen[bytes]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hears_ctrl_c,
         )
+
+
+def _hears_ctrl_c() -> None:
+    """Tests that were started in the background of a script have inherited that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], what: str, seconds: float = 120) -> None:
