@@ -12,10 +12,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime import own_error, ray_session, run_main
-from midiscover import tables
 from midiscover.config import RunConfig
 from midiscover.configio import find_config, load_config
-from midiscover.doctor import Finding, examine
+from midiscover.doctor import Finding, examine, report
 from midiscover.launch import parse_doctor
 
 SECONDS = 120.0
@@ -27,8 +26,7 @@ def main(argv: list[str]) -> int:
     args = parse_doctor(argv)
     config = load_config(find_config(args.config), args.overrides) if args.config else None
     findings = _everywhere(args.store, config) if os.environ.get("RAY_ADDRESS") else examine(args.store, config)
-    tables.show(tables.findings_table([found._asdict() for found in findings]))
-    return 1 if any(found.status == "fails" for found in findings) else 0
+    return report(findings, as_json=args.json)
 
 
 def _everywhere(store: str | None, config: RunConfig | None) -> list[Finding]:

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from jobs.board import Board
+from jobs.board import Board, Event, watched
 from jobs.harvest import ModelPlace, model_place
+from jobs.progress import Bars
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.corpus import Corpus
 from midiscover.errors import StageError
@@ -174,6 +175,21 @@ def _foreign_text(resolved: Resolved, storage: Storage) -> Windows | None:
         return None
     like = Corpus.open(storage, resolved.corpus_id).manifest
     return foreign_windows(config, resolved.foreign, load_tokenizer(resolved.model), like)
+
+
+def measure(resolved: Resolved, storage: Storage, groups: Groups, slots: Slots, bars: Bars) -> None:
+    """`evaluate_hooks` with its progress shown, and a watch on it."""
+    done, total = 0, splice_passes(groups) * resolved.config.evaluate.ce_tokens
+
+    def on_event(event: Event) -> bool:
+        nonlocal done
+        if event.kind == "spliced":
+            done += event.data
+            bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
+        return done <= 2 * total
+
+    with watched("evaluation", on_event, stall_seconds=resolved.config.resources.stall_seconds) as board:
+        evaluate_hooks(resolved, storage, groups, slots, board)
 
 
 def splice_passes(groups: Groups) -> int:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.board import Event, watched
-from jobs.evaluation import by_site, evaluate_hooks
+from jobs.evaluation import by_site, measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.progress import Bars
 from jobs.runtime import model_slots, ray_session, run_main
@@ -166,7 +165,8 @@ class ImportRun:
                 harvest(self.prepared, corpus, cluster, self.bars)
                 commit_manifests(self.resolved, corpus, self.storage)
                 self._write(corpus)
-                self._measure(model_slots(cluster, self.resolved.config.resources))
+                slots = model_slots(cluster, self.resolved.config.resources)
+                measure(self.resolved, self.storage, by_site([self.sae]), slots, self.bars)
         self._write(corpus)
         metrics = (read_json(self.storage, evaluation) or {})["metrics"]
         record = commit_record(self.storage, self.sae, self.resolved, metrics=metrics, imported=self._origin())
@@ -199,20 +199,6 @@ class ImportRun:
         )
         bos = corpus.bos_id is not None
         write_trained(self.storage, self.sae, self.resolved, trained, prepend_bos=bos, run={"trainer": "imported"})
-
-    def _measure(self, slots: Any) -> None:
-        resources, done = self.resolved.config.resources, 0
-        total = 3 * self.resolved.config.evaluate.ce_tokens  # the model as it is, zeroed, and with the SAE in it
-
-        def on_event(event: Event) -> bool:
-            nonlocal done
-            if event.kind == "spliced":
-                done += event.data
-                self.bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
-            return done <= 2 * total
-
-        with watched("evaluation", on_event, stall_seconds=resources.stall_seconds) as board:
-            evaluate_hooks(self.resolved, self.storage, by_site([self.sae]), slots, board)
 
     def _origin(self) -> dict[str, Any]:
         told = {"from": self.foreign.form, "source": self.foreign.source, "sha256": self.foreign.sha256}

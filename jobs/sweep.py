@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from jobs.board import Event, watched
-from jobs.evaluation import by_site, evaluate_hooks, splice_passes
+from jobs.board import watched
+from jobs.evaluation import by_site, measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.packs import PackJob, run_packs
 from jobs.progress import Bars
@@ -177,22 +177,9 @@ class SweepRun:
 
     def _evaluate(self, cluster: Cluster) -> None:
         groups = by_site(self._unmeasured())
-        if not groups:
-            return
-        config = self.resolved.config
-        total = splice_passes(groups) * config.evaluate.ce_tokens
-        done = 0
-
-        def on_event(event: Event) -> bool:
-            nonlocal done
-            if event.kind == "spliced":
-                done += event.data
-                self.bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
-            return done <= 2 * total
-
-        slots = model_slots(cluster, config.resources)
-        with watched("evaluation", on_event, stall_seconds=config.resources.stall_seconds) as board:
-            evaluate_hooks(self.resolved, self.storage, groups, slots, board)
+        if groups:
+            slots = model_slots(cluster, self.resolved.config.resources)
+            measure(self.resolved, self.storage, groups, slots, self.bars)
 
     def _commit(self) -> None:
         """Write the record of every SAE that is measured, and tell the tracker."""

@@ -6,14 +6,15 @@ says in a sentence what to do.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from midiscover import lineage
+from midiscover import lineage, tables
 from midiscover.config import RunConfig
 from midiscover.errors import MiDiscoverError, StoreError
 from midiscover.models import hook_table, resolve_model
@@ -54,6 +55,16 @@ def examine(store: str | None, config: RunConfig | None = None) -> list[Finding]
         looks.append(("model", lambda: _model(config, store)))
         looks.append(("text", lambda: _text(config)))
     return [_looked(what, look) for what, look in looks]
+
+
+def report(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """Print what was found; the exit code: 1 where anything fails."""
+    rows = [found._asdict() for found in findings]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        tables.show(tables.findings_table(rows))
+    return 1 if any(found.status == "fails" for found in findings) else 0
 
 
 def _looked(what: str, look: Callable[[], str]) -> Finding:

@@ -54,6 +54,14 @@ def find_target(storage: Storage, name: str, overrides: Mapping[str, Any] | None
     return Target(saes=(found[0],))
 
 
+def find_sae(storage: Storage, name: str) -> str:
+    """The id of the one SAE that `name` means. ConfigError for a sweep, though it may have a single SAE."""
+    target = find_target(storage, name)
+    if target.sweep_id is not None:
+        raise ConfigError(f"'{name}' is a sweep; give one of its SAEs, such as {target.saes[0]}.")
+    return target.saes[0]
+
+
 def _of_sweep(
     storage: Storage, sweep_id: str, config: RunConfig | None, overrides: Mapping[str, Any] | None = None
 ) -> Target:

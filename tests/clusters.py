@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import psutil
 import requests
 
 from tests.jobs_cli import environment
+from tests.ports import free_port, free_ports
 
 START_SECONDS = 90.0
 
@@ -76,7 +76,7 @@ class LocalCluster:
     def _start(self, *flags: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *flags, "--block", "--disable-usage-stats"]
         # Agents have fixed ports by default, which two nodes of one machine can't share; the head's starts jobs.
-        (agent,) = free_ports(1)
+        agent = free_port()
         command += ["--object-store-memory", str(100 * 2**20), "--dashboard-agent-listen-port", str(agent)]
         with (self.folder / f"node-{len(self.nodes)}.out").open("wb") as out:
             node = subprocess.Popen(
@@ -127,15 +127,3 @@ def wait_until(condition: Callable[[], bool], what: str, node: subprocess.Popen[
         assert node.poll() is None, f"the node ended before {what} was there"
         assert time.monotonic() < ends, f"no {what} within {START_SECONDS:.0f} s"
         time.sleep(0.3)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

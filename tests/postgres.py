@@ -17,7 +17,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -29,6 +28,8 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+
+from tests.ports import free_port
 
 VARIABLE = "MIDISCOVER_TEST_PG_URL"
 UNPRIVILEGED = "nobody"
@@ -139,7 +140,7 @@ class Server:
     def start(self) -> None:
         """Start on a free port, or on the one it had before, and wait until it answers."""
         for _ in range(3):
-            port = self.port or _free_port()
+            port = self.port or free_port()
             if self._start_on(port):
                 self.port = port
                 return
@@ -201,9 +202,3 @@ def _is_complete(folder: Path) -> bool:
 def _version(binaries: Path) -> int:
     digits = "".join(character for character in binaries.parent.name if character.isdigit())
     return int(digits or 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

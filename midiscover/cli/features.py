@@ -15,7 +15,7 @@ from midiscover.errors import ConfigError, CorpusError, NotFoundError
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.launch import Parser, parse_target, run_job
 from midiscover.store.storage import Storage, open_store
-from midiscover.targets import find_target
+from midiscover.targets import find_sae, find_target
 
 LISTED = ("index", "count", "firing_rate", "mean", "max", "std")
 """Columns that features are sorted and filtered by."""
@@ -64,10 +64,7 @@ def _feature(argv: Sequence[str]) -> None:
 
 
 def _records(storage: Storage, name: str) -> FeatureRecords:
-    target = find_target(storage, name)
-    if target.sweep_id is not None:
-        raise ConfigError(f"'{name}' is a sweep; give one of its SAEs, such as {target.saes[0]}.")
-    return open_features(storage, target.saes[0])
+    return open_features(storage, find_sae(storage, name))
 
 
 def _list(known: argparse.Namespace, records: FeatureRecords) -> None:

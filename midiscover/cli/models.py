@@ -97,15 +97,11 @@ def _model(argv: Sequence[str]) -> None:
 def _doctor(argv: Sequence[str]) -> None:
     args = parse_doctor(argv, prog="midiscover doctor")
     config = load_config(find_config(args.config), args.overrides) if args.config else None
-    from midiscover.doctor import examine
+    from midiscover.doctor import examine, report
 
-    findings = [found._asdict() for found in examine(args.store, config)]
-    if args.json:
-        print(json.dumps(findings, indent=1))
-    else:
-        tables.show(tables.findings_table(findings))
-    if any(found["status"] == "fails" for found in findings):
-        raise SystemExit(1)
+    code = report(examine(args.store, config), as_json=args.json)
+    if code:
+        raise SystemExit(code)
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -9,7 +9,7 @@ from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_target, run_job
 from midiscover.store import layout
 from midiscover.store.storage import open_store
-from midiscover.targets import find_target
+from midiscover.targets import find_sae, find_target
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -37,10 +37,7 @@ def _export(argv: Sequence[str]) -> None:
     if known.push and known.to != "saelens":
         raise ConfigError("--push goes with --to saelens.")
     storage = open_store(known.store, create=False)
-    target = find_target(storage, known.sae)
-    if target.sweep_id is not None:
-        raise ConfigError(f"'{known.sae}' is a sweep; give one of its SAEs, such as {target.saes[0]}.")
-    (sae,) = target.saes
+    sae = find_sae(storage, known.sae)
     from midiscover.publish.export import export_files, prepare_export, write_export
     from midiscover.publish.hub import push, repository_of, require_token
 

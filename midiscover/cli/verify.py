@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from midiscover import tables
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_import, run_job
-from midiscover.store.storage import Storage, open_store
-from midiscover.targets import find_target
+from midiscover.store.storage import open_store
+from midiscover.targets import find_sae, find_target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,17 +70,10 @@ def _subject(what: str, store: str | None) -> Subject:
 
         return subject_of_folder(what)
     storage = open_store(store, create=False)
-    sae = _one_sae(storage, what)
+    sae = find_sae(storage, what)
     from midiscover.publish.verify import subject_of_sae  # torch, after what is wrong has been said
 
     return subject_of_sae(storage, sae)
-
-
-def _one_sae(storage: Storage, name: str) -> str:
-    target = find_target(storage, name)
-    if target.sweep_id is not None:
-        raise ConfigError(f"'{name}' is a sweep; give one of its SAEs, such as {target.saes[0]}.")
-    return target.saes[0]
 
 
 def _report_table(report: Report) -> RenderableType:

@@ -37,7 +37,7 @@ def require_token() -> str:
     """The token that a push is made with. UserError where there is none."""
     from huggingface_hub import get_token
 
-    token = os.environ.get("HF_TOKEN") or get_token()
+    token = get_token()  # HF_TOKEN, else that of a log-in
     if not token:
         raise UserError("A push needs a token of the hub: set HF_TOKEN to one that may write, or run `hf auth login`.")
     return token

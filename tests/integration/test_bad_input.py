@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
 from tests.jobs_cli import midiscover
+from tests.ports import free_port
 from tests.runs import write_run
 from tests.tiny import make_tiny_model
 
@@ -27,12 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The table of hooks is made once per model and then read; the first time is not what is timed here.
     assert midiscover("inspect", str(folder / "model-llama")).code == 0
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 CASES: dict[str, tuple[list[str], str]] = {
