@@ -6,6 +6,7 @@ A driver joins the Ray of RAY_ADDRESS where it is set (so on a cluster), else st
 from __future__ import annotations
 
 import _thread
+import gc
 import json
 import logging
 import math
@@ -258,6 +259,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         sys.stderr.flush()
         # Not sys.exit: threads of Ray may still be in C++ code, which the interpreter's end would pull from under them.
         os._exit(143 if _terminated.is_set() else 130)
+    gc.freeze()  # or the exit walks every object that torch, transformers and Ray made once more: a second or two
     sys.exit(code)
 
 

@@ -18,13 +18,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from midiscover.config import Dtype
@@ -32,6 +32,9 @@ from midiscover.errors import ModelError
 from midiscover.ids import hook_layer
 from midiscover.modelfiles import NAME_FILE
 from midiscover.models import ModelIdentity, config_folder, model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes as long to import as torch, and here it is only named
 
 Edit = Callable[[Tensor], Tensor | None]
 """What happens at a hook: takes the activations [b, t, d]; returns their replacement, or None to leave them."""
