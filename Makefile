@@ -1,5 +1,6 @@
 # make demo    the whole job on a small real model and real text: about a quarter of an hour on two quiet cores
 # make test    all tests
+# make cluster a Ray head, two workers, SeaweedFS and PostgreSQL on this machine; make cluster-down ends them
 # make check   format, lint, types, import rules
 # make upgrade the newest versions that pyproject.toml allows into constraints.txt; then run `make test`
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format upgrade clean
+.PHONY: demo test cluster cluster-down check format upgrade clean
 
 demo: $(STAMP)
 	$(BIN)/midiscover sweep demo
@@ -20,6 +21,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m alone
+
+cluster: $(STAMP)
+	$(BIN)/python -m cluster.local up
+
+cluster-down: $(STAMP)
+	$(BIN)/python -m cluster.local down
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ Without a cluster, the machine it is called on. Exit code 1 where anything fails
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import ray
@@ -33,7 +34,9 @@ def _everywhere(store: str | None, config: RunConfig | None) -> list[Finding]:
     """The driver's machine, then each node of the cluster."""
     findings = [found._replace(machine=f"{found.machine} (driver)") for found in examine(store, config)]
     look: Any = ray.remote(examine)
-    with ray_session():
+    # Where an autoscaler is to bring the nodes, one of them tells what they are like.
+    nodes = 1 if config is not None and config.resources.nodes else None
+    with ray_session(nodes, lambda line: print(line, file=sys.stderr)):
         asked = {
             node["NodeID"][:8]: look.options(
                 num_cpus=0,

@@ -170,7 +170,7 @@ class FeaturesRun:
             sites: dict[Site, list[str]] = {}
             for sae in todo:
                 sites.setdefault(_site(self.records[sae]), []).append(sae)
-            with ray_session() as cluster:
+            with ray_session(self.resources.nodes, self.bars.say) as cluster:
                 for site, saes in sites.items():
                     self._ensure_rows(site, self.records[saes[0]], cluster)
                 self._collect(sites, identities, cluster)

@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
                 forget(part)
         corpus = ensure_corpus(prepared, bars)
         if any(missing_spans(part.resolved, corpus, storage) for part in parts):
-            with ray_session() as cluster:
+            with ray_session(prepared.resolved.config.resources.nodes, bars.say) as cluster:
                 for part in parts:
                     harvest(part, corpus, cluster, bars)
         else:

@@ -161,7 +161,7 @@ class ImportRun:
         evaluation = layout.evaluation(self.sae.id, self.resolved.evaluation_id)
         unread = bool(missing_spans(self.resolved, corpus, self.storage))
         if unread or not self.storage.exists(evaluation):
-            with ray_session() as cluster:
+            with ray_session(self.resolved.config.resources.nodes, self.bars.say) as cluster:
                 harvest(self.prepared, corpus, cluster, self.bars)
                 commit_manifests(self.resolved, corpus, self.storage)
                 self._write(corpus)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from ray import PlacementGroupID, tune
 from ray import train as ray_train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from jobs.board import Board
+from jobs.group import TorchGroup
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.resolve import Pack, PlannedSae, Resolved
@@ -52,15 +53,22 @@ class PackJob:
 class PackWorker:
     """The process a pack runs in, as the training loop sees it."""
 
-    def __init__(self, job: PackJob, pack: Pack) -> None:
-        self.job, self.pack = job, pack
+    def __init__(self, job: PackJob, pack: Pack, group: TorchGroup | None = None) -> None:
+        self.job, self.pack, self.group = job, pack, group
+        self.leads = group is None or group.rank == 0
         self.device = torch.device("cuda" if job.slots.gpus > 0 else "cpu")
+        if group is not None and job.slots.gpus > 0:
+            self.device = get_device()
         self.folder = layout.pack_folder(job.resolved.sweep_id, pack.id)
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
     def load_checkpoint(self) -> bytes | None:
-        """The newest checkpoint of this pack in the store."""
+        """The newest checkpoint of this pack in the store; of a group the one that its first process found."""
+        found = self._newest() if self.leads else None
+        return found if self.group is None else self.group.from_first(found)
+
+    def _newest(self) -> bytes | None:
         keys = self._checkpoints()
         if not keys:
             return None
@@ -74,18 +82,21 @@ class PackWorker:
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Written by a background thread, one at a time; older ones go once the new one stands."""
+        if not self.leads:
+            return
         if self.writing is not None:
             self.writing.result()
         self.writing = self.writer.submit(self._write, step, data)
 
     def report(self, progress: Progress) -> None:
         """To the board, for the driver's bars and the tracker's curves."""
-        self.job.board.post("pack", self.pack.id, progress)
+        if self.leads:
+            self.job.board.post("pack", self.pack.id, progress)
 
     def finish(self) -> None:
         """The pack's SAEs stand, so its checkpoints go."""
         self.close()
-        for key in self._checkpoints():
+        for key in self._checkpoints() if self.leads else ():
             self.job.storage.delete(key)
 
     def close(self) -> None:
@@ -107,19 +118,22 @@ def _step_of(key: str) -> int:
     return int(key.rpartition("step-")[2].partition(".")[0])
 
 
-def run_pack(job: PackJob, pack: Pack) -> None:
-    """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process."""
+def run_pack(job: PackJob, pack: Pack, group: TorchGroup | None = None) -> None:
+    """Train a pack from its last checkpoint and commit its SAEs as trained. Runs in any process, or in a group."""
     torch.set_num_threads(job.slots.threads)
     # A pack that is tried again may have committed some of its SAEs before; those stand.
     todo = [planned for planned in pack.saes if not _ended(job, planned)]
-    worker = PackWorker(job, pack)
+    if group is not None:
+        todo = group.from_first(todo)
+    worker = PackWorker(job, pack, group)
     try:
         if todo:
             first = todo[0]
             source = open_source(job.storage, first.harvest_id, first.point.hook, first.output_hook, first.point.train)
             members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in todo]
-            for planned, result in zip(todo, train(members, source, worker), strict=True):
-                _commit(job, planned, result)
+            for planned, result in zip(todo, train(members, source, worker, group), strict=True):
+                if worker.leads:
+                    _commit(job, planned, result)
         worker.finish()
     finally:
         worker.close()
@@ -136,6 +150,8 @@ def _commit(job: PackJob, planned: PlannedSae, result: Trained | Diverged | Reti
         return
     device = "cuda" if job.slots.gpus else "cpu"
     run = {"threads": job.slots.threads, "device": device, "trainer": job.trainer}
+    if job.slots.workers > 1:
+        run["workers"] = job.slots.workers
     part = job.resolved.part_of(planned)
     write_trained(job.storage, planned, part, result, prepend_bos=job.prepend_bos, run=run)
     job.board.post("trained", planned.id, result.history)
@@ -206,24 +222,36 @@ def _in_torch_trainer(job: PackJob, pack: Pack) -> None:
             _train_worker,
             train_loop_config={"job": job, "pack": pack},
             scaling_config=ray_train.ScalingConfig(
-                num_workers=1,
+                num_workers=job.slots.workers,
                 use_gpu=job.slots.gpus > 0,
                 resources_per_worker={"CPU": job.slots.cpus} | ({"GPU": job.slots.gpus} if job.slots.gpus else {}),
             ),
             run_config=ray_train.RunConfig(
                 name=pack.id,
                 storage_path=folder,
-                failure_config=ray_train.FailureConfig(max_failures=RETRY_FAILURES),
+                failure_config=ray_train.FailureConfig(
+                    max_failures=RETRY_FAILURES if job.slots.workers == 1 else MAX_DEATHS
+                ),
             ),
         ).fit()
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     job, pack = config["job"], config["pack"]
-    group = get_current_placement_group()
-    if group is not None:
-        job.board.exchange(f"group {pack.id}", group.id.hex())
-    run_pack_tries(job, pack)
+    placed = get_current_placement_group()
+    if placed is not None:
+        job.board.exchange(f"group {pack.id}", placed.id.hex())
+    if job.slots.workers == 1:
+        run_pack_tries(job, pack)
+        return
+    try:
+        run_pack(job, pack, TorchGroup())
+    except UserError as error:  # all of them have it
+        _fail(job, pack, _reason(error))
+    except Exception as error:
+        # The others wait for this one in vain: Train starts all of them again, from the last checkpoint.
+        job.board.post("retry", pack.id, _reason(error))
+        raise
 
 
 def run_packs(job: PackJob) -> None:

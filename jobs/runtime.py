@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import ray
 
+from jobs.nodes import Node, ask_for, give_back, working_nodes
 from midiscover import lineage
 from midiscover.config import ResourcesConfig
 from midiscover.errors import ConfigError, MiDiscoverError, StageError, TrackingError
@@ -38,16 +39,9 @@ OBJECT_STORE_BYTES = 200 * 2**20
 """Only manifest rows pass through the object store."""
 
 
-class Node(NamedTuple):
-    """What one machine offers."""
-
-    cpus: float
-    gpus: float
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """What Ray has, node by node; nodes that run no work (a head with 0 CPUs) are left out."""
+    """The nodes that run work, those that an autoscaler was asked for among them."""
 
     local: bool
     cores: int
@@ -66,17 +60,19 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slots:
-    """How many workers of a stage run at once, and what each takes."""
+    """How many pieces of a stage's work run at once, and what each process takes."""
 
     count: int
     cpus: float
     gpus: float
     threads: int
+    workers: int = 1
+    """Processes of one piece."""
 
 
 @contextmanager
-def ray_session() -> Iterator[Cluster]:
-    """Join or start Ray; ends only what it started."""
+def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) -> Iterator[Cluster]:
+    """Join or start Ray; ends only what it started. nodes: how many to ask a joined cluster's autoscaler for."""
     address = os.environ.get("RAY_ADDRESS")
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background, which Ctrl-C leaves alone
@@ -103,17 +99,27 @@ def ray_session() -> Iterator[Cluster]:
     signal.signal(signal.SIGTERM, terminate)
     try:
         with insisting():
-            yield _cluster(local=not address)
+            if not address:
+                yield _cluster(working_nodes(), local=True)
+            elif nodes is None:
+                yield _cluster(working_nodes(), local=False)
+            else:
+                try:
+                    yield _cluster(ask_for(nodes, say), local=False)
+                finally:
+                    give_back()
     finally:
         ray.shutdown()
 
 
-def _cluster(*, local: bool) -> Cluster:
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = tuple(Node(have.get("CPU", 0), have.get("GPU", 0)) for have in resources if have.get("CPU", 0) >= 1)
+def _cluster(nodes: tuple[Node, ...], *, local: bool) -> Cluster:
     if not nodes:
-        raise StageError("Ray has no node with a CPU to work on; add a worker node.")
-    if len(resources) > 1 and not os.environ.get("MIDISCOVER_DATABASE_URL"):
+        raise StageError(
+            "Ray has no node with a CPU to work on; add a worker node, or say with resources.nodes how many an "
+            "autoscaler shall add."
+        )
+    several = max(len(nodes), sum(node["Alive"] for node in ray.nodes())) > 1
+    if several and not os.environ.get("MIDISCOVER_DATABASE_URL"):
         raise TrackingError(
             "A Ray of several nodes needs a database that all can rely on: set MIDISCOVER_DATABASE_URL to a "
             "PostgreSQL, such as postgresql://user:password@host/midiscover."
@@ -201,9 +207,13 @@ def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slot
 
     Threads are taken to speed a pack up by their number to the power 0.9.
     """
+    workers = resources.workers
     if cluster.gpus:
-        count = max(1, min(packs, cluster.fits(1, resources.gpus_per_pack)))
-        return _checked("sweep", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1))
+        count = max(1, min(packs, cluster.fits(1, resources.gpus_per_pack) // workers))
+        slots = Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1, workers=workers)
+        return _checked("sweep", cluster, slots)
+    if workers > 1:
+        return _shared_slots(cluster, resources, packs)
     nodes = len(cluster.nodes)
     most = max(1, cluster.cores // (resources.threads or 1) - (0 if cluster.local else 1))
 
@@ -217,6 +227,16 @@ def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slot
     return _checked(
         "sweep", cluster, Slots(count=count, cpus=_cpus(cluster, threads, per_node), gpus=0, threads=threads)
     )
+
+
+def _shared_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slots:
+    """Packs of several processes each, on CPU: as many as find a place, a process a node where that is enough."""
+    nodes, workers = len(cluster.nodes), resources.workers
+    per_node = math.ceil(workers / nodes)
+    threads = resources.threads or max(1, cluster.cores // per_node)
+    count = max(1, min(packs, nodes * per_node // workers))
+    slots = Slots(count=count, cpus=_cpus(cluster, threads, per_node), gpus=0, threads=threads, workers=workers)
+    return _checked("sweep", cluster, slots)
 
 
 def _cpus(cluster: Cluster, threads: int, per_node: int) -> int:
@@ -234,13 +254,14 @@ def _places(node: Node, cpus: float, gpus: float) -> int:
 
 def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
     """Refuse what would wait for ever: Ray schedules nothing that does not fit, and says nothing."""
-    fits = cluster.fits(slots.cpus, slots.gpus)
-    spare = sum(node.cpus for node in cluster.nodes) - slots.count * slots.cpus
-    if fits < slots.count or spare < 1:
+    fits, count = cluster.fits(slots.cpus, slots.gpus), slots.count * slots.workers
+    spare = sum(node.cpus for node in cluster.nodes) - count * slots.cpus
+    if fits < count or spare < 1:
         have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in cluster.nodes)
         raise StageError(
-            f"The {stage} needs {slots.count} workers of {slots.cpus:g} CPUs and {slots.gpus:g} GPUs and one CPU more; "
-            f"Ray's nodes have {have}. Add nodes, or lower harvest_actors, threads or the GPU shares in resources."
+            f"The {stage} needs {count} workers of {slots.cpus:g} CPUs and {slots.gpus:g} GPUs and one CPU more; "
+            f"Ray's nodes have {have}. Add nodes, or lower harvest_actors, workers, threads or the GPU shares in "
+            "resources."
         )
     return slots
 

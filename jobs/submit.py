@@ -7,8 +7,8 @@ The cluster is `--cluster`, else $MIDISCOVER_CLUSTER: the address of its dashboa
 `ray dashboard ray_cluster.yaml`. Its token comes from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
 
 What is uploaded is a temporary folder with our packages and the resolved YAML, and nothing of what is read here from
-the environment: nodes have addresses and secrets of their own. A local model goes into the store first; a text has to
-lie where the nodes can read it.
+the environment: nodes have addresses and secrets of their own. Local models and texts go into the store first, where
+they are what they were here.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from jobs.runtime import CLIENT, run_main
 from midiscover import lineage, tables
 from midiscover.config import RunConfig
 from midiscover.configio import to_yaml
-from midiscover.errors import ConfigError, CorpusError, NotFoundError, StageError
+from midiscover.errors import ConfigError, NotFoundError, StageError
 from midiscover.launch import SubmitArgs, parse_submit, submitted_config
 from midiscover.models import STORED, push_model
 from midiscover.store.storage import store_uri
-from midiscover.texts import is_local
+from midiscover.texts import is_local, push_text
 
 PACKAGES = ("midiscover", "jobs", "serve")
 CONFIG = "run.yaml"
@@ -149,22 +149,27 @@ def variables() -> dict[str, str]:
 
 
 def portable(config: RunConfig, store: str) -> RunConfig:
-    """The config with nothing in it that lies on this machine alone. CorpusError for a text that does."""
-    for setting, source in (
-        ("corpus.source", config.corpus.source),
-        ("evaluate.foreign_source", config.evaluate.foreign_source),
-    ):
-        if source is not None and is_local(source):
-            raise CorpusError(
-                f"{setting} '{source}' lies on this machine, which the nodes don't see; put it into a bucket and give "
-                "its s3:// address."
-            )
+    """The config with nothing in it that lies on this machine alone: local texts and models go into the store."""
+    corpus, evaluate = config.corpus, config.evaluate
+    if is_local(corpus.source):
+        corpus = replace(corpus, source=_put_text(corpus.source, store))
+    if evaluate.foreign_source is not None and is_local(evaluate.foreign_source):
+        evaluate = replace(evaluate, foreign_source=_put_text(evaluate.foreign_source, store))
+    config = replace(config, corpus=corpus, evaluate=evaluate)
     if Path(config.model.id).expanduser().exists():
         stored, is_new = push_model(config.model, store)
         size = sum(file.size for file in stored.files.values()) / 1e6
         print(f"{stored.name}: {size:,.1f} MB {'put' if is_new else 'stand already'} in {store}", file=sys.stderr)
         return replace(config, model=replace(config.model, id=f"{STORED}{stored.key}", revision=None))
     return config
+
+
+def _put_text(source: str, store: str) -> str:
+    address, size, is_new = push_text(source, store)
+    print(
+        f"{Path(source).name}: {size / 1e6:,.1f} MB {'put' if is_new else 'stand already'} in {store}", file=sys.stderr
+    )
+    return address
 
 
 def pack(folder: Path, config: RunConfig | None) -> int:

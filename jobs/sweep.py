@@ -54,7 +54,7 @@ class SweepRun:
             keeps = days_of(self.resolved.config.resources.keep_activations) is None
             unread = keeps and any(missing_spans(part, corpus, self.storage) for part in parts)
             if unread or self._untrained() or self._unmeasured():
-                with ray_session() as cluster:
+                with ray_session(self.resolved.config.resources.nodes, self.bars.say) as cluster:
                     for part in parts:
                         harvest(replace(self.prepared, resolved=part), corpus, cluster, self.bars)
                         commit_manifests(part, corpus, self.storage)
@@ -149,7 +149,8 @@ class SweepRun:
             return
         self.recorder.name_packs(packs)
         slots = pack_slots(cluster, resources, len(packs))
-        trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if cluster.gpus else "inline")
+        shared = bool(cluster.gpus) or resources.workers > 1
+        trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if shared else "inline")
         for sae in missing:
             self.recorder.track(lambda tracker, sae=sae: tracker.sae_status(sae.id, "training"))
         with watched("sweep", self.recorder.on_event, stall_seconds=resources.stall_seconds) as board:
@@ -171,7 +172,8 @@ class SweepRun:
         key = layout.sweep_file(self.id, "packs.json")
         if resources.pack_size is not None:
             return resources.pack_size
-        size = auto_pack_size(self.resolved.saes, int(cluster.fits(1, resources.gpus_per_pack)) if cluster.gpus else 1)
+        slots = cluster.fits(1, resources.gpus_per_pack) // resources.workers if cluster.gpus else 1
+        size = auto_pack_size(self.resolved.saes, max(1, slots))
         self.storage.create(key, dump({"v": 1, "pack_size": size}))
         return (read_json(self.storage, key) or {})["pack_size"]
 

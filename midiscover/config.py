@@ -257,6 +257,8 @@ class ResourcesConfig:
 
     trainer: Literal["auto", "inline", "ray_train"] = "auto"
     """A pack's loop runs inside its Tune trial, or in a TorchTrainer. auto: ray_train where there are GPUs."""
+    nodes: int | None = None
+    """Nodes to ask a cluster's autoscaler for, for as long as a stage runs; null: those that are there."""
     harvest_actors: int | None = None
     """Language-model actors; null: one per GPU share, or one on CPU."""
     gpus_per_actor: float = 1.0
@@ -264,7 +266,10 @@ class ResourcesConfig:
     pack_size: int | None = None
     """SAEs at most in a pack; null: all that read one hook, or fewer where GPUs would stay idle. 1: the plain grid."""
     gpus_per_pack: float = 1.0
-    """GPU share of a pack, where there are GPUs."""
+    """GPU share of a pack, or of each of its workers, where there are GPUs."""
+    workers: int = 1
+    """Processes that train a pack together, each on its share of every batch, in a TorchTrainer: for SAEs of which one
+    card is too slow. Numbers are those of one process but for the order of sums."""
     threads: int | None = None
     """Torch threads of an actor or pack on CPU; null: the cores divided by what runs at once."""
     max_failures: int = 3
@@ -280,9 +285,14 @@ class ResourcesConfig:
             days_of(self.keep_activations)
         except ValueError:
             _require(False, "resources.keep_activations must be always, until_done or days such as 14d")
-        for name in ("harvest_actors", "pack_size", "threads"):
+        for name in ("nodes", "harvest_actors", "pack_size", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"resources.{name} must be a whole number above 0")
+        _require(self.workers > 0, "resources.workers must be a whole number above 0")
+        _require(
+            self.workers == 1 or self.trainer != "inline",
+            "resources.workers above 1 needs resources.trainer ray_train, or auto",
+        )
         for name in ("gpus_per_actor", "gpus_per_pack"):
             value = getattr(self, name)
             _require(0 < value <= 1, f"resources.{name} must be a share of one GPU, above 0 and at most 1")

@@ -7,20 +7,36 @@ shares its pack.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from midiscover.config import TrainConfig
-from midiscover.sae.base import Losses, Normalisation, Sae, StepContext
+from midiscover.sae.base import Normalisation, Sae, StepContext
 from midiscover.sae.l0control import CoefficientControl, L0Control, ThresholdControl
 from midiscover.sae.registry import make_sae
 from midiscover.sae.resample import resample_
 from midiscover.sae.schedule import dead_window, l1_scale, lr_scale, peak_lr
 from midiscover.saeconfig import UNSTEPPED_CONTROLS, JumpReluConfig, PenaltyConfig, SaeConfig
+
+
+class Group(Protocol):
+    """Processes that train the same SAEs together: each takes its share of every batch, and all take the same step."""
+
+    rank: int
+    size: int
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Put in the place of each tensor its mean over the processes, the same bits in all of them."""
+        ...
+
+    def any(self, mask: Tensor) -> Tensor:
+        """Where a bool tensor is true in any of the processes."""
+        ...
+
 
 HISTORY = ("step", "tokens", "loss", "mse", "sparsity", "l0", "fvu", "lr", "coefficient")
 
@@ -83,6 +99,15 @@ class Retired:
     """Id of the other."""
 
 
+class Point(NamedTuple):
+    """What a step's loss came to on the whole batch; scalar tensors, so that no step waits for a GPU."""
+
+    total: Tensor
+    mse: Tensor
+    sparsity: Tensor
+    l0: Tensor
+
+
 class Slot:
     """A member with everything that changes while it trains."""
 
@@ -95,8 +120,9 @@ class Slot:
         rows_per_epoch: int,
         steps: int,
         device: torch.device,
+        group: Group | None = None,
     ) -> None:
-        self.member, self.inputs, self.outputs, self.steps = member, inputs, outputs, steps
+        self.member, self.inputs, self.outputs, self.steps, self.group = member, inputs, outputs, steps, group
         config, train = member.config, member.train
         self.unstepped = config.control in UNSTEPPED_CONTROLS
         if config.control == "neurons" and isinstance(config, PenaltyConfig):
@@ -132,7 +158,7 @@ class Slot:
         """The sparsity coefficient without its warm-up."""
         return self.sae.coefficient if self.control is None else self.control.coefficient()
 
-    def step(self, x: Tensor, y: Tensor, step: int) -> Losses:
+    def step(self, x: Tensor, y: Tensor, step: int) -> Point:
         """One step of Adam on a normalised batch: x [tokens, d_in], y [tokens, d_out]."""
         config, sae = self.member.train, self.sae
         if step in self.resample_steps:
@@ -140,20 +166,40 @@ class Slot:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_scale(step, self.steps, config)
         weight = self.coefficient() * l1_scale(step, self.steps, config)
+        context = StepContext(sparsity=weight, dead=self._dead(), mean=self._mean if self.group else None)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            losses = sae.loss(x, y, StepContext(sparsity=weight, dead=self._dead()))
+            losses = sae.loss(self._share(x), self._share(y), context)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
+        fires = losses.features > 0
+        fired, l0 = fires.any(0), fires.sum().float() / len(fires)
+        point = Point(losses.total.detach(), losses.mse.detach(), losses.sparsity.detach(), l0)
+        if self.group is not None:
+            point, fired = Point(*map(self._mean, point)), self.group.any(fired)
+            self.group.mean_([p.grad for p in sae.parameters() if p.grad is not None])
         if config.clip:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
         sae.before_step()
         self.optimizer.step()
         sae.after_step()
         if self.control is not None:
-            self.control.observe(sae, losses.features, step)
-        fired = (losses.features > 0).any(0)
+            self.control.observe(sae, point.l0, step)
         self.since_fired = torch.where(fired, 0, self.since_fired + len(x))
-        return losses
+        return point
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        if self.group is None:
+            return rows
+        count = len(rows) // self.group.size
+        return rows[self.group.rank * count : (self.group.rank + 1) * count]
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the processes; of a value without gradient."""
+        assert self.group is not None
+        value = value.float().clone()
+        self.group.mean_([value])
+        return value
 
     def _dead(self) -> Tensor | None:
         if not self.sae.uses_dead:
@@ -161,16 +207,16 @@ class Slot:
         dead = self.since_fired >= self.window
         return dead if bool(dead.any()) else None
 
-    def record(self, losses: Losses, step: int, batch_size: int) -> None:
+    def record(self, point: Point, step: int, batch_size: int) -> None:
         """A point of the loss curve; where the loss is not finite, the end of this SAE."""
-        mse = float(losses.mse)
+        mse = float(point.mse)
         values = {
             "step": step,
             "tokens": (step + 1) * batch_size,
-            "loss": float(losses.total.detach()),
+            "loss": float(point.total),
             "mse": mse,
-            "sparsity": float(losses.sparsity),
-            "l0": float((losses.features > 0).sum()) / len(losses.features),
+            "sparsity": float(point.sparsity),
+            "l0": float(point.l0),
             "fvu": mse / (self.outputs.scale**2 * self.outputs.variance),
             "lr": self.optimizer.param_groups[0]["lr"],
             "coefficient": float(self.coefficient()),

@@ -15,7 +15,7 @@ from midiscover.config import RunConfig, SaePoint
 from midiscover.configio import expand_grid
 from midiscover.errors import ConfigError
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
-from midiscover.saeconfig import UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig, TranscoderConfig
+from midiscover.saeconfig import SHARES_NO_BATCH, UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig, TranscoderConfig
 from midiscover.texts import SourceIdentity, resolve_foreign, resolve_source
 
 
@@ -113,6 +113,7 @@ def resolve(config: RunConfig, store: str | None = None) -> Resolved:
             f"{table.context_length} tokens; lower it."
         )
     points = expand_grid(config)
+    _check_shares(points, config.resources.workers)
     outputs = {point: _output_hook(point) for point in points}
     hooks = {hook: table.require(hook).d_in for hook in (*config.harvest.hooks, *outputs.values())}
     firing = list(table.hooks)
@@ -146,6 +147,21 @@ def resolve(config: RunConfig, store: str | None = None) -> Resolved:
         hooks=hooks,
         saes=saes,
     )
+
+
+def _check_shares(points: Iterable[SaePoint], workers: int) -> None:
+    """Whether every SAE can be trained by so many processes together."""
+    for point in points if workers > 1 else ():
+        if point.sae.kind in SHARES_NO_BATCH:
+            raise ConfigError(
+                f"sae.kind {point.sae.kind} selects its features over the whole batch, which resources.workers "
+                f"{workers} would share out; train it with 1 worker."
+            )
+        if point.train.batch_size % workers:
+            raise ConfigError(
+                f"train.batch_size {point.train.batch_size} can't be shared out evenly among resources.workers "
+                f"{workers}; take a multiple of it."
+            )
 
 
 def auto_pack_size(saes: Sequence[PlannedSae], slots: int) -> int | None:

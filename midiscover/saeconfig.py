@@ -12,6 +12,8 @@ from typing import Literal
 Control = Literal["none", "neurons", "frozen_decoder", "random_model", "untrained"]
 UNSTEPPED_CONTROLS = ("neurons", "untrained")
 """Controls that take no training step."""
+SHARES_NO_BATCH = ("batchtopk", "matryoshka_batchtopk")
+"""Kinds that select their features over the whole batch, so that no two processes can share one."""
 
 
 def require(condition: bool, message: str) -> None:

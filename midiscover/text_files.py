@@ -21,12 +21,17 @@ from typing import Any, BinaryIO, cast
 
 from midiscover.digests import files_sha256
 from midiscover.errors import CorpusError
+from midiscover.ids import canonical_json
+from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".txt")
 
 PARAGRAPH_CHARACTERS = 2000
 """Paragraphs of a .txt file that stands alone are joined until a document has so many characters."""
+
+CONTENTS = "_contents.json"
+"""Beside files that we put into a store: the sha256 of each, which stands for it as if it were read here."""
 
 OBJECT_BYTES = 1 << 23
 """Bytes of one request to a bucket."""
@@ -64,6 +69,25 @@ def find(source: str) -> list[TextFile] | None:
     if source.endswith(SUFFIXES) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise CorpusError(f"{source} does not exist; corpus.source must name an existing file or folder.")
     return None
+
+
+def put(source: str, storage: Storage) -> tuple[str, int, bool]:
+    """Put local files into a store; their address there, their bytes, and whether they are new there.
+
+    What is read there has the digest that it has here, so that it makes the same corpus.
+    """
+    files = find(source) or []
+    folder = layout.text_folder(digest(files))
+    paths = [file.path for file in files if file.path is not None]
+    contents = {file.name: sha256 for file, sha256 in zip(files, files_sha256(paths), strict=True)}
+    is_new = not storage.exists(f"{folder}/{CONTENTS}")
+    if is_new:
+        for file, path in zip(files, paths, strict=True):
+            storage.write(f"{folder}/{file.name}", path.read_bytes())
+        storage.create(f"{folder}/{CONTENTS}", canonical_json(contents).encode())
+    # A file that stands alone is named by itself: a folder of one .txt would be another text.
+    only = f"/{files[0].name}" if Path(source).expanduser().is_file() else ""
+    return f"{storage.uri}/{folder}{only}", sum(path.stat().st_size for path in paths), is_new
 
 
 def name_of(source: str) -> str:
@@ -141,12 +165,19 @@ def _in_store(source: str) -> list[TextFile]:
         path, _, only = path.rpartition("/")
     address = f"s3://{path}"
     storage = open_store(address, create=False)
-    keys = [key for key in storage.list("") if only is None or key == only]
+    there = storage.list("")
+    keys = [key for key in there if only is None or key == only]
     texts = [key for key in keys if key.endswith(SUFFIXES) and not re.search(r"(^|/)[._]", key)]
     if not texts:
         raise _nothing_in(source, {Path(key).suffix or key for key in keys})
+    contents = json.loads(storage.read(CONTENTS)) if CONTENTS in there else {}
     return [
-        TextFile(key, f"{address}/{key}", lambda key=key: _open_object(storage, key), version=storage.version(key))
+        TextFile(
+            key,
+            f"{address}/{key}",
+            lambda key=key: _open_object(storage, key),
+            version=contents.get(key) or storage.version(key),
+        )
         for key in texts
     ]
 

@@ -18,6 +18,7 @@ from typing import Any
 from midiscover import builtin_text, text_files
 from midiscover.config import CorpusConfig, EvaluateConfig
 from midiscover.errors import CorpusError
+from midiscover.store.storage import open_store
 
 HUB_SECONDS = 3.0
 """How long the hub may take to name a commit; a name look-up that hangs is given up a second later."""
@@ -46,6 +47,11 @@ class SourceIdentity:
 def is_local(source: str) -> bool:
     """Whether a source lies on this machine alone: neither comes with Python, nor is in a bucket or on the hub."""
     return source not in builtin_text.PARTS and "://" not in source and text_files.find(source) is not None
+
+
+def push_text(source: str, store: str | None) -> tuple[str, int, bool]:
+    """Put a local source into a store; see `text_files.put`. CorpusError where it holds none, or what is no text."""
+    return text_files.put(source, open_store(store))
 
 
 def resolve_source(cfg: CorpusConfig) -> SourceIdentity:

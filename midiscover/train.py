@@ -14,12 +14,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from midiscover.member import HISTORY, Diverged, Member, Retired, Slot, Trained
+from midiscover.member import HISTORY, Diverged, Group, Member, Retired, Slot, Trained
 from midiscover.retirement import dominated
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 
-__all__ = ["Diverged", "Member", "Progress", "Retired", "Source", "Trained", "Worker", "train"]
+__all__ = ["Diverged", "Group", "Member", "Progress", "Retired", "Source", "Trained", "Worker", "train"]
 
 
 class Pair(NamedTuple):
@@ -77,11 +77,17 @@ class Progress(NamedTuple):
     """SAE id -> the newest point of its history."""
 
 
-def train(members: Sequence[Member], source: Source, worker: Worker) -> list[Trained | Diverged | Retired]:
+def train(
+    members: Sequence[Member], source: Source, worker: Worker, group: Group | None = None
+) -> list[Trained | Diverged | Retired]:
     """Train every member on the same stream, resuming from the worker's last checkpoint.
 
     All members share one `batch_size`, `epochs` and `seed` (those of `source`); the rest may differ. The result has
     one entry per member, in order.
+
+    group: the processes that share each batch. Each calls this with the same members, an equal source and the same
+    checkpoint, and gets the same result; gradients are those of the whole batch. `batch_size` must be a multiple of
+    the group's size, and no member of a kind that selects over the batch (`SHARES_NO_BATCH` in `saeconfig`).
     """
     slots = [
         Slot(
@@ -91,6 +97,7 @@ def train(members: Sequence[Member], source: Source, worker: Worker) -> list[Tra
             rows_per_epoch=source.rows_per_epoch,
             steps=len(source),
             device=worker.device,
+            group=group,
         )
         for member in members
     ]
@@ -125,9 +132,9 @@ class _Loop:
                 break
             for slot in learning:
                 began = time.perf_counter()
-                losses = slot.step(x, y, step)
+                point = slot.step(x, y, step)
                 if self._reports(slot, step):
-                    slot.record(losses, step, self.source.batch_size)
+                    slot.record(point, step, self.source.batch_size)
                 slot.seconds += time.perf_counter() - began
                 taken[slot.member.id] += 1
             self._retire(step)

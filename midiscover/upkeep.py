@@ -24,6 +24,15 @@ from midiscover.store.storage import Entry, Storage
 
 GRACE_SECONDS = 24 * 3600.0
 """How old garbage is at least."""
+KINDS = {
+    layout.MODELS: "model",
+    layout.TEXTS: "text",
+    layout.CORPORA: "corpus",
+    layout.SAES: "sae",
+    layout.SWEEPS: "sweep",
+}
+LAST_WRITTEN = {layout.CORPORA: "manifest.json", layout.MODELS: "manifest.json", layout.TEXTS: "_contents.json"}
+"""Folders that are unfinished without this file."""
 _BLOCK = re.compile(r"(?P<marker>.+/block-\d+)-[0-9a-f]+\.safetensors")
 
 Json = Mapping[str, Any]
@@ -35,7 +44,7 @@ class Holding(NamedTuple):
     what: str
     """Its folder in the store; of SAEs a part that can be large by itself."""
     kind: str
-    """`model`, `corpus`, `activations`, `sae`, `features`, `exports`, `sweep` or `other`."""
+    """`model`, `text`, `corpus`, `activations`, `sae`, `features`, `exports`, `sweep` or `other`."""
     bytes: int
     objects: int
     modified: float
@@ -148,9 +157,8 @@ def _place(key: str) -> tuple[str, str]:
             return "activations", "/".join(parts[:3])
         case [layout.SAES, _, ("features" | "exports") as part, _, *_]:
             return part, "/".join(parts[:3])
-        case [(layout.MODELS | layout.CORPORA | layout.SAES | layout.SWEEPS) as top, _, _, *_]:
-            kinds = {layout.MODELS: "model", layout.CORPORA: "corpus", layout.SAES: "sae", layout.SWEEPS: "sweep"}
-            return kinds[top], "/".join(parts[:2])
+        case [top, _, _, *_] if top in KINDS:
+            return KINDS[top], "/".join(parts[:2])
     return "other", parts[0]
 
 
@@ -174,8 +182,8 @@ def _reasons(found: Survey) -> Iterator[tuple[str, str]]:
     yield from _finished_packs(found)
     for key in found.entries:
         parts = key.split("/")
-        if parts[0] in (layout.CORPORA, layout.MODELS) and len(parts) > 2:
-            if f"{parts[0]}/{parts[1]}/manifest.json" not in found.entries:
+        if parts[0] in LAST_WRITTEN and len(parts) > 2:
+            if f"{parts[0]}/{parts[1]}/{LAST_WRITTEN[parts[0]]}" not in found.entries:
                 yield key, "it was never finished"
         elif key.startswith(f"{layout.SAES}/") and "/parts/" in key:
             if key.partition("/parts/")[0] + "/manifest.json" in found.entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -86,9 +88,44 @@ class LocalCluster:
         return node
 
 
+def autoscaling(gcs: int, most: int, cpus: int) -> dict[str, Any]:
+    """A cluster of Ray's fake provider, which starts its nodes as processes on this machine, from none up to `most`."""
+    nodes = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {
+            "resources": {"CPU": cpus, "object_store_memory": 100 * 2**20},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": most,
+        },
+    }
+    return {
+        "cluster_name": "grows",
+        "max_workers": most,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.1,
+        "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{gcs}", "launch_multiple": True},
+        "available_node_types": nodes,
+        "head_node_type": "ray.head.default",
+        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+        **dict.fromkeys(
+            (
+                *("initialization_commands", "setup_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
+                *(f"{role}_{what}" for role in ("head", "worker") for what in ("setup_commands", "start_ray_commands")),
+            ),
+            [],
+        ),
+    }
+
+
 @contextmanager
-def local_cluster(folder: Path, workers: int, extra: Mapping[str, str], *, cpus: int = 2) -> Iterator[LocalCluster]:
-    """A head without CPUs and `workers` nodes, whose environment has `extra`; ended by pid, whatever happens."""
+def local_cluster(
+    folder: Path, workers: int, extra: Mapping[str, str], *, cpus: int = 2, most: int = 0
+) -> Iterator[LocalCluster]:
+    """A head without CPUs and `workers` nodes, whose environment has `extra`; ended by pid, whatever happens.
+
+    most: how many nodes an autoscaler may add.
+    """
     gcs, dashboard = free_ports(2)
     token = secrets.token_hex(32)
     temp = Path(f"/tmp/mdc-{secrets.token_hex(4)}")  # sockets have short paths
@@ -99,12 +136,19 @@ def local_cluster(folder: Path, workers: int, extra: Mapping[str, str], *, cpus:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     variables.pop("PYTHONPATH")  # what runs there is what was uploaded
+    grows: list[str] = []
+    if most:
+        plan = folder / "autoscaling.yaml"
+        plan.write_text(json.dumps(autoscaling(gcs, most, cpus)))
+        grows = ["--autoscaling-config", str(plan)]
+        variables |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     cluster = LocalCluster(folder, token, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", variables, temp)
     try:
         head = cluster._start(
             *("--head", "--port", str(gcs), "--num-cpus", "0"),
             *("--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
             *("--temp-dir", str(temp / "head")),
+            *grows,
         )
         wait_until(lambda: cluster.alive() >= 1, "the head", head)
         for _ in range(workers):

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
@@ -123,13 +124,20 @@ class Server:
             shutil.chown(folder, UNPRIVILEGED)
             binaries = self._reachable(binaries)
         self.binaries = binaries
-        options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        self._run(str(binaries / "initdb"), "-D", str(folder / "data"), *options)
+        self.password = secrets.token_hex(16)
+        told = folder / "password"
+        told.touch(mode=0o600)
+        told.write_text(self.password)
+        if self._identity:
+            shutil.chown(told, UNPRIVILEGED)
+        options = ["--username=postgres", "--auth=scram-sha-256", f"--pwfile={told}", "--encoding=UTF8", "--locale=C"]
+        self._run(str(binaries / "initdb"), "-D", str(folder / "data"), "--no-sync", *options)
+        told.unlink()
 
     @property
     def url(self) -> str:
         """Address of the server's own first database."""
-        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
+        return f"postgresql+psycopg://postgres:{self.password}@127.0.0.1:{self.port}/postgres"
 
     @property
     def pid(self) -> int:
@@ -168,7 +176,8 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             try:
-                psycopg.connect(f"postgresql://postgres@127.0.0.1:{port}/postgres", connect_timeout=2).close()
+                address = f"postgresql://postgres:{self.password}@127.0.0.1:{port}/postgres"
+                psycopg.connect(address, connect_timeout=2).close()
                 return True
             except psycopg.OperationalError:
                 time.sleep(0.05)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -50,6 +50,8 @@ class StepContext(NamedTuple):
     steered, so that no step waits for a GPU."""
     dead: Tensor | None
     """[d_sae] bool, features that count as dead; None where nothing asks for them or none is."""
+    mean: Callable[[Tensor], Tensor] | None = None
+    """Mean of a value without gradient over the processes that share the batch; None: the batch is whole."""
 
 
 class Sae(nn.Module, ABC):

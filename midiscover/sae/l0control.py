@@ -39,9 +39,9 @@ class L0Control(ABC):
         """The coefficient of the coming step, a scalar tensor."""
         return self.state[3]
 
-    def observe(self, sae: Sae, features: Tensor, step: int) -> None:
-        """Take a step's code [tokens, d_sae] into account; may change `sae`."""
-        log_l0 = torch.log((features > 0).sum().float() / len(features) + 1e-2)
+    def observe(self, sae: Sae, l0: Tensor, step: int) -> None:
+        """Take the L0 of a step's batch, a scalar, into account; may change `sae`."""
+        log_l0 = torch.log(l0 + 1e-2)
         integral, previous, begin, coefficient = self.state
         running = log_l0 if step == 0 else previous + SMOOTHING * (log_l0 - previous)
         if step <= self.first:

@@ -37,7 +37,7 @@ class TopKSae(Sae):
         features = self.select(pre)
         reconstruction, residual = self.reconstruction(features, y)
         mse = residual.pow(2).sum(-1).mean()
-        auxk = self.auxk(pre, residual, context.dead)
+        auxk = self.auxk(pre, residual, context)
         total = reconstruction + self.config.auxk_coefficient * auxk
         return Losses(total, mse, auxk.detach(), features.detach())
 
@@ -50,16 +50,19 @@ class TopKSae(Sae):
         y_hat = self.decode(features).to(y.dtype)
         return squared_error(y_hat, y), (y - y_hat).detach()
 
-    def auxk(self, pre: Tensor, residual: Tensor, dead: Tensor | None) -> Tensor:
+    def auxk(self, pre: Tensor, residual: Tensor, context: StepContext) -> Tensor:
         """The dead features' squared error on the residual [tokens, d_out] over the residual's variance."""
-        if dead is None or self.config.auxk_coefficient == 0:
+        if context.dead is None or self.config.auxk_coefficient == 0:
             return residual.new_zeros(())
         # Only the dead columns: with all of them AuxK would cost three more of a step's five large products, however
         # few are dead. Their number is the one thing that a step with dead features waits for.
-        columns = dead.nonzero().flatten()
+        columns = context.dead.nonzero().flatten()
         k = min(self.config.k_aux or max(1, self.d_in // 2), len(columns))
         code = keep_top(pre.index_select(1, columns), k)
-        variance = (residual - residual.mean(0)).pow(2).sum(-1).mean()
+        centre = residual.mean(0)
+        variance = (residual - (context.mean(centre) if context.mean else centre)).pow(2).sum(-1).mean()
+        if context.mean:
+            variance = context.mean(variance)
         return squared_error(code @ self.W_dec[columns], residual) / variance.clamp(min=1e-8)
 
     def saelens_fields(self) -> dict[str, Any]:

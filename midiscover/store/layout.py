@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from midiscover.errors import StoreError
 
-MODELS, CORPORA, ACTIVATIONS, SAES, SWEEPS = "models", "corpora", "activations", "saes", "sweeps"
+MODELS, TEXTS, CORPORA, ACTIVATIONS = "models", "texts", "corpora", "activations"
+SAES, SWEEPS = "saes", "sweeps"
 """The folders at the top of a store, for `Storage.list`."""
 
 TOKENS = "tokens"
@@ -47,6 +48,11 @@ def model_file(model_id: str, name: str) -> str:
 def model_manifest(model_id: str) -> str:
     """Written last: a model without it is not complete."""
     return model_file(model_id, "manifest.json")
+
+
+def text_folder(digest: str) -> str:
+    """Text files of somebody's machine that cluster nodes read in the store."""
+    return f"{TEXTS}/{digest[:16]}"
 
 
 def corpus_folder(corpus_id: str) -> str:

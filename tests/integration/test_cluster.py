@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import boto3
 import pytest
 import requests
 
@@ -34,30 +33,17 @@ class World(NamedTuple):
     cluster: LocalCluster
     server: S3Server
     config: Path
-    """Its model is a folder here, its text lies in the bucket."""
+    """Its model is a folder here and its text a file here."""
     store: str
     mine: dict[str, str]
-    """The environment of a user: token and address of the cluster, access to the bucket for a model of his own."""
+    """The environment of a user: token and address of the cluster, access to the bucket for model and text."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("cluster")
     with s3_server() as server, fresh_database(postgres_url) as database:
-        config = write_run(folder)
-        bucket = boto3.client(
-            "s3",
-            endpoint_url=server.endpoint,
-            aws_access_key_id=server.environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=server.environment["AWS_SECRET_ACCESS_KEY"],
-            region_name="us-east-1",
-        )
-        bucket.upload_file(str(folder / "text.jsonl"), server.bucket, "texts/text.jsonl")
-        write_run(
-            folder,
-            corpus={"source": f"s3://{server.bucket}/texts", "context_size": 32, "max_tokens": 24_000},
-            publish={"saes": "best", "formats": ["saelens"]},
-        )
+        config = write_run(folder, publish={"saes": "best", "formats": ["saelens"]})
         store, nodes = f"s3://{server.bucket}/store", {**server.environment, "MIDISCOVER_DATABASE_URL": database}
         with local_cluster(folder, 2, nodes) as cluster:
             yield World(cluster, server, config, store, cluster.client() | server.environment)
@@ -83,7 +69,7 @@ def test_a_sweep_shows_its_progress_and_its_table_and_ends_with_its_code(submitt
 
 
 def test_the_saes_are_those_of_a_run_here_bit_for_bit(world: World, submitted: Done, tmp_path: Path) -> None:
-    """Undisturbed, in a folder, without the cluster: the text is the same object, the model the folder itself."""
+    """Undisturbed, in a folder, without the cluster: model and text are read where they lie. The ids are equal too."""
     assert submitted.code == 0
     here = world.server.environment | {"MIDISCOVER_CLUSTER": ""}
     done = midiscover("sweep", str(world.config), "--store", str(tmp_path / "store"), env=here, timeout=600)
@@ -105,7 +91,8 @@ def test_what_was_uploaded_is_code_and_one_yaml(world: World, submitted: Done) -
     assert {path.name for path in unpacked.iterdir()} >= {"midiscover", "jobs", "serve", "run.yaml"}
     text = (unpacked / "run.yaml").read_text()
     assert "id: store:model-llama" in text
-    assert not list(unpacked.rglob("*.safetensors"))
+    assert f"source: {world.store}/texts/" in text
+    assert not [*unpacked.rglob("*.safetensors"), *unpacked.rglob("text.jsonl")]
 
 
 def test_no_secret_stands_in_what_the_cluster_tells_of_a_job(world: World, submitted: Done) -> None:
@@ -176,7 +163,7 @@ def test_a_job_that_fails_gives_its_code(world: World) -> None:
         (("--cluster", "http://127.0.0.1:1"), {}, "The cluster at http://127.0.0.1:1 does not answer"),
         ((), {"RAY_AUTH_TOKEN": "0" * 64}, "does not take the token"),
         (("--store", "./here"), {}, "is a folder here, which the nodes don't see; give --store s3://"),
-        (("--corpus.source", "text.jsonl"), {}, "corpus.source 'text.jsonl' lies on this machine"),
+        (("--corpus.source", "./missing.jsonl"), {}, "./missing.jsonl does not exist"),
         (("--train.lrr", "1"), {}, "did you mean 'lr'"),
         (("--surprise",), {}, "'--surprise' is not a flag"),
     ],

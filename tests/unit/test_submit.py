@@ -17,7 +17,7 @@ from jobs.runtime import CLIENT, check_client
 from midiscover import lineage
 from midiscover.config import CorpusConfig, EvaluateConfig, ModelConfig, RunConfig
 from midiscover.configio import load_config
-from midiscover.errors import ConfigError, CorpusError, NotFoundError, StageError
+from midiscover.errors import ConfigError, NotFoundError, StageError
 from midiscover.launch import parse_submit, split_cluster
 from tests.tiny import make_tiny_model
 
@@ -93,12 +93,12 @@ def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path) -> None:
     assert moved.model.id == "store:tiny"
     assert (tmp_path / "store" / "models" / "tiny" / "manifest.json").is_file()
     assert submit.portable(RunConfig(model=ModelConfig(id="a/b")), "unused").model.id == "a/b"
-    for wrong in (
-        RunConfig(corpus=CorpusConfig(source=str(tmp_path / "text.txt"))),
-        RunConfig(evaluate=EvaluateConfig(foreign_source=str(tmp_path / "text.txt"))),
-    ):
-        with pytest.raises(CorpusError, match=r"source '.*text\.txt' lies on this machine, which the nodes don't see"):
-            submit.portable(wrong, "unused")
+    text, store = str(tmp_path / "text.txt"), str(tmp_path / "store")
+    config = RunConfig(corpus=CorpusConfig(source=text), evaluate=EvaluateConfig(foreign_source=text))
+    moved = submit.portable(config, store)
+    assert moved.corpus.source == moved.evaluate.foreign_source
+    assert moved.corpus.source.startswith(f"{store}/texts/")
+    assert Path(moved.corpus.source).read_bytes() == Path(text).read_bytes()
 
 
 class FakeClient:

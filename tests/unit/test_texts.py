@@ -323,3 +323,34 @@ def test_sources_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         close = getattr(storage, "close", None)
         if close is not None:
             close()
+
+
+@pytest.mark.s3
+def test_what_is_put_into_a_store_is_the_text_that_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its digest, so the corpus has the same id; else objects of a bucket are told apart by their versions."""
+    from midiscover.store.storage import open_store
+    from tests.s3 import s3_server
+
+    folder = tmp_path / "texts"
+    for name in ("b/2.txt", "a.jsonl", "b/1.parquet", "c.json.gz"):
+        make(folder / name)
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        store = server.uri("some/store")
+        for source in (folder, folder / "a.jsonl", folder / "b" / "2.txt"):
+            address, size, is_new = texts.push_text(str(source), store)
+            assert is_new
+            assert size > 0
+            assert read(address) == read(source)
+            assert (
+                resolve_source(CorpusConfig(source=address)).digest
+                == resolve_source(CorpusConfig(source=str(source))).digest
+            )
+            assert texts.push_text(str(source), store) == (address, size, False)
+        (folder / "a.jsonl").write_bytes(lines().replace(b"Third", b"Other"))
+        assert texts.push_text(str(folder), store)[2]
+        # One that was left off half-way is written again.
+        storage = open_store(store)
+        storage.delete(f"{address.removeprefix(f'{store}/').rpartition('/')[0]}/_contents.json")
+        assert texts.push_text(str(folder / "b" / "2.txt"), store) == (address, size, True)
