@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from jobs.board import Board
 from jobs.group import TorchGroup
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
+from midiscover.memory import Sizes, fit_together
 from midiscover.resolve import Pack, PlannedSae, Resolved
 from midiscover.saes import dump, has_ended, write_trained
 from midiscover.source import open_source
@@ -59,25 +61,25 @@ class PackWorker:
         self.device = torch.device("cuda" if job.slots.gpus > 0 else "cpu")
         if group is not None and job.slots.gpus > 0:
             self.device = get_device()
-        self.folder = layout.pack_folder(job.resolved.sweep_id, pack.id)
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
     def load_checkpoint(self) -> bytes | None:
-        """The newest checkpoint of this pack in the store; of a group the one that its first process found."""
+        """The newest checkpoint of this pack in the store, or of the pack it is a part of; of a group the first's."""
         found = self._newest() if self.leads else None
         return found if self.group is None else self.group.from_first(found)
 
     def _newest(self) -> bytes | None:
-        keys = self._checkpoints()
-        if not keys:
-            return None
-        self.job.board.post("resumed", self.pack.id, self.newest())
-        return self.job.storage.read(keys[-1])
+        for pack in (self.pack.id, *self.pack.parents):
+            keys = self._checkpoints(pack)
+            if keys:
+                self.job.board.post("resumed", self.pack.id, _step_of(keys[-1]))
+                return self.job.storage.read(keys[-1])
+        return None
 
     def newest(self) -> int:
         """The step of the newest checkpoint; 0 where there is none."""
-        keys = self._checkpoints()
+        keys = self._checkpoints(self.pack.id)
         return _step_of(keys[-1]) if keys else 0
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
@@ -96,7 +98,7 @@ class PackWorker:
     def finish(self) -> None:
         """The pack's SAEs stand, so its checkpoints go."""
         self.close()
-        for key in self._checkpoints() if self.leads else ():
+        for key in self._checkpoints(self.pack.id) if self.leads else ():
             self.job.storage.delete(key)
 
     def close(self) -> None:
@@ -104,13 +106,13 @@ class PackWorker:
         self.writer.shutdown(wait=True)
 
     def _write(self, step: int, data: bytes) -> None:
-        old = self._checkpoints()
+        old = self._checkpoints(self.pack.id)
         self.job.storage.write(layout.pack_checkpoint(self.job.resolved.sweep_id, self.pack.id, step), data)
         for key in old:
             self.job.storage.delete(key)
 
-    def _checkpoints(self) -> list[str]:
-        keys = self.job.storage.list(self.folder)
+    def _checkpoints(self, pack: str) -> list[str]:
+        keys = self.job.storage.list(layout.pack_folder(self.job.resolved.sweep_id, pack))
         return sorted(keys, key=_step_of)
 
 
@@ -158,13 +160,56 @@ def _commit(job: PackJob, planned: PlannedSae, result: Trained | Diverged | Reti
 
 
 def run_pack_tries(job: PackJob, pack: Pack) -> None:
-    """`run_pack`, tried again from its checkpoint after an error of its own; then reported while other packs go on."""
+    """`run_pack` on as many SAEs at once as the card's memory holds; where it held fewer, on half of them.
+
+    After an error of its own a part is tried again from its checkpoint; then that is reported, while others go on.
+    """
+    parts = deque(_parts(job, pack))
+    whole = len(parts) == 1
+    while parts:
+        part = parts.popleft()
+        try:
+            _try(job, part)
+            continue
+        except torch.OutOfMemoryError:
+            whole = False
+        # Outside the handler, so that what the error's traceback held is free by now.
+        torch.cuda.empty_cache()
+        parts.extendleft(reversed(part.halves()))
+        job.board.post("retry", pack.id, f"{len(part.saes)} SAEs are too many for this card; half of them at a time")
+    if not whole and all(_ended(job, planned) for planned in pack.saes):
+        PackWorker(job, pack).finish()  # the checkpoints of the whole, from which its parts went on
+
+
+def _parts(job: PackJob, pack: Pack) -> list[Pack]:
+    """The pack, or parts of it that fit this card by reckoning: cards of one cluster may differ."""
+    if not job.slots.gpus:
+        return [pack]
+    free, total = torch.cuda.mem_get_info()
+    limit = int(0.95 * min(free, total * min(1.0, job.slots.gpus)))
+    sizes = [
+        Sizes(
+            job.resolved.hooks[planned.point.hook],
+            planned.d_sae,
+            job.resolved.hooks[planned.output_hook],
+            planned.point.train.batch_size,
+        )
+        for planned in pack.saes
+    ]
+    parts = fit_together(sizes, limit)
+    return [pack] if len(parts) < 2 else [pack.part([pack.saes[i] for i in part]) for part in parts]
+
+
+def _try(job: PackJob, pack: Pack) -> None:
+    """Tries of one part. OutOfMemoryError where it could be smaller."""
     tries = job.resolved.config.resources.max_failures + 1
     for attempt in range(1, tries + 1):
         try:
             run_pack(job, pack)
             return
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and len(pack.saes) > 1:
+                raise
             reason = _reason(error)
             job.board.post("retry", pack.id, f"try {attempt} of {tries}: {reason}")
             if attempt == tries or isinstance(error, UserError):  # wrong input is wrong every time

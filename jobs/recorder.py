@@ -1,12 +1,15 @@
 """What a sweep's driver writes down while packs train: bars, the tracker, TensorBoard files, wandb, failures.
 
-A database that goes away never stops a sweep: the store is the truth, and `midiscover runs reindex` catches up.
+A database that goes away never stops a sweep. What it should have been told waits in memory until it is back; the store
+is the truth, and `midiscover runs reindex` makes up for a database that was away to the end.
 """
 
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from midiscover.tracking import Tracker
 from midiscover.train import Progress
 
 FLUSH_SECONDS = 5.0
+AGAIN_SECONDS = 5.0
+"""How long a database that went away is left alone before it is asked again; a thread that asks waits for seconds."""
 
 
 class Recorder:
@@ -36,7 +41,9 @@ class Recorder:
         self.failures: dict[str, str] = {}
         self.points: dict[str, dict[str, list[float]]] = {}
         self.flushed = time.monotonic()
-        self.tracking = True
+        self.lock = threading.RLock()  # the board's thread tells, and so does the driver's own
+        self.waiting: deque[Callable[[Tracker], None]] = deque()
+        self.away_until: float | None = None
         self.mirror = Mirror(sweep_id, bars.say)
 
     def name_packs(self, packs: Sequence[Pack]) -> None:
@@ -77,16 +84,38 @@ class Recorder:
         return event.kind in ("trained", "failed", "retired")
 
     def track(self, write: Callable[[Tracker], None]) -> None:
-        """One write to the tracker; the first that fails is said, and the rest are left out."""
-        if not self.tracking:
-            return
-        try:
-            write(self.tracker)
-        except TrackingError as error:
-            self.tracking = False
-            self.bars.say(
-                f"{error} The sweep goes on; `midiscover runs reindex` brings the tracker up to date afterwards."
-            )
+        """One write to the tracker, after those that wait for a database that went away."""
+        with self.lock:
+            self.waiting.append(write)
+            if self.away_until is None or time.monotonic() >= self.away_until:
+                self._catch_up()
+
+    def settle(self) -> None:
+        """At the end: once more what still waits, and a word where it stays undone."""
+        with self.lock:
+            if self.waiting:
+                self._catch_up()
+            if self.waiting:
+                self.bars.say(
+                    f"{len(self.waiting)} entries did not reach the tracker; `midiscover runs reindex` brings it up to "
+                    "date."
+                )
+
+    def _catch_up(self) -> None:
+        """Writes are idempotent, so one whose answer was lost may be made again."""
+        waited = len(self.waiting) - 1
+        while self.waiting:
+            try:
+                self.waiting[0](self.tracker)
+            except TrackingError as error:
+                if self.away_until is None:
+                    self.bars.say(f"{error} The sweep goes on; what it records waits until the database is back.")
+                self.away_until = time.monotonic() + AGAIN_SECONDS
+                return
+            self.waiting.popleft()
+        if self.away_until is not None:
+            self.away_until = None
+            self.bars.say(f"the tracking database is back; it was told the {waited} entries that waited")
 
     def _progress(self, pack: str, progress: Progress) -> None:
         points = progress.latest.values()

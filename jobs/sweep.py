@@ -67,6 +67,7 @@ class SweepRun:
             self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
             raise
         finally:
+            self.recorder.settle()
             self.recorder.mirror.end()
         return results
 

@@ -93,6 +93,22 @@ class Pack:
     id: str
     hook: str
     saes: tuple[PlannedSae, ...]
+    parents: tuple[str, ...] = ()
+    """Ids of the packs that it is a part of, the nearest first; it may go on from a checkpoint of theirs."""
+
+    def part(self, saes: Sequence[PlannedSae]) -> Pack:
+        """Some of its SAEs by themselves, which changes nothing for them."""
+        return Pack(
+            id=ids.pack_id([sae.id for sae in saes]),
+            hook=self.hook,
+            saes=tuple(saes),
+            parents=(self.id, *self.parents),
+        )
+
+    def halves(self) -> tuple[Pack, Pack]:
+        """Two packs that need about half of its memory each."""
+        middle = len(self.saes) // 2
+        return self.part(self.saes[:middle]), self.part(self.saes[middle:])
 
 
 def resolve(config: RunConfig, store: str | None = None) -> Resolved:

@@ -1,18 +1,19 @@
 """A store in an S3 bucket (or a compatible server), through boto3.
 
-Requests are repeated by botocore; what it does not repeat, a body that breaks off while it is read, is continued here
-with a Range request. `create` needs a server that honours `If-None-Match: *` on PUT, `replace` one that honours
-`If-Match` (AWS, SeaweedFS, MinIO, Ceph).
+Requests are repeated by botocore for about ten seconds, and then here until a server that went away is back, or minutes
+have passed. A body that breaks off while it is read is continued with a Range request. `create` needs a server that
+honours `If-None-Match: *` on PUT, `replace` one that honours `If-Match` (AWS, SeaweedFS, MinIO, Ceph).
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3.session
 from boto3.s3.transfer import TransferConfig
@@ -20,18 +21,24 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionError,
+    HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
     ReadTimeoutError,
     ResponseStreamingError,
+    SSLError,
 )
 
 from midiscover.errors import CorruptError, StoreError
 from midiscover.store.layout import check_key
 from midiscover.store.storage import Bytes, Entry
 
+T = TypeVar("T")
+
 _ATTEMPTS = 10  # of botocore per request, and of ours per body: rides out an outage of about 10 s
+_PATIENCE_SECONDS = 300.0
 _CHECK_SECONDS = 2
 _CHUNK = 1 << 20
 _MULTIPART_ABOVE = 1 << 30  # one PUT carries 5 GiB at most, and a broken one starts again from zero
@@ -39,6 +46,7 @@ _PART = 128 << 20
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _STANDS = {"412", "PreconditionFailed"}
 _CONTENDED = {"409", "ConditionalRequestConflict", "OperationAborted"}
+_BUSY = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError"}
 _BROKEN_BODY = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError)
 
 
@@ -105,14 +113,14 @@ class S3Storage:
         if len(data) <= _MULTIPART_ABOVE:
             self._put(key, data)
             return
-        with self._explained("write", key):
-            self._client.upload_fileobj(
-                io.BytesIO(data),
-                self.bucket,
-                self._name(key),
-                ExtraArgs={"ChecksumAlgorithm": "SHA256"},
-                Config=TransferConfig(multipart_threshold=_MULTIPART_ABOVE, multipart_chunksize=_PART),
-            )
+        name, parts = self._name(key), TransferConfig(multipart_threshold=_MULTIPART_ABOVE, multipart_chunksize=_PART)
+        self._ask(
+            "write",
+            key,
+            lambda: self._client.upload_fileobj(
+                io.BytesIO(data), self.bucket, name, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=parts
+            ),
+        )
 
     def create(self, key: str, data: Bytes) -> bool:
         """See `Storage.create`.
@@ -170,9 +178,8 @@ class S3Storage:
         """See `Storage.entries`."""
         below = check_key(prefix.rstrip("/")) + "/" if prefix else ""
         root = f"{self.prefix}/" if self.prefix else ""
-        with self._explained("list", prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + below)
-            items = [item for page in pages for item in page.get("Contents", ())]
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + below)
+        items = self._ask("list", prefix, lambda: [item for page in pages for item in page.get("Contents", ())])
         found = [
             Entry(item["Key"].removeprefix(root), item["Size"], item["LastModified"].timestamp()) for item in items
         ]
@@ -188,22 +195,26 @@ class S3Storage:
 
     def version(self, key: str) -> str:
         """See `Storage.version`: the ETag."""
-        with self._explained("look for", key):
-            return self._client.head_object(Bucket=self.bucket, Key=self._name(key))["ETag"].strip('"')
+        name = self._name(key)
+        answer = self._ask("look for", key, lambda: self._client.head_object(Bucket=self.bucket, Key=name))
+        return answer["ETag"].strip('"')
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`."""
-        with self._explained("delete", key):
-            self._client.delete_object(Bucket=self.bucket, Key=self._name(key))
+        name = self._name(key)
+        self._ask("delete", key, lambda: self._client.delete_object(Bucket=self.bucket, Key=name))
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
 
     def _put(self, key: str, data: Bytes, **condition: str) -> None:
-        with self._explained("write", key, expected=_STANDS | _CONTENDED if condition else frozenset()):
-            self._client.put_object(
-                Bucket=self.bucket, Key=self._name(key), Body=data, ChecksumAlgorithm="SHA256", **condition
-            )
+        request = {"Bucket": self.bucket, "Key": self._name(key), "ChecksumAlgorithm": "SHA256", **condition}
+        self._ask(
+            "write",
+            key,
+            lambda: self._client.put_object(Body=data, **request),
+            expected=_STANDS | _CONTENDED if condition else frozenset(),
+        )
 
     def _chunks(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         """The bytes of an object from `start` on, whatever breaks on the way; all of one version of it."""
@@ -213,8 +224,9 @@ class S3Storage:
             if start + done or length is not None:
                 request["Range"] = f"bytes={start + done}-{'' if length is None else start + length - 1}"
             try:
-                with self._explained("read", key, expected={"416", "InvalidRange"}):
-                    answer = self._client.get_object(**request)
+                answer = self._ask(
+                    "read", key, lambda: self._client.get_object(**request), expected={"416", "InvalidRange"}
+                )
             except ClientError:
                 return  # nothing lies at or behind `start`
             if size is None:
@@ -231,18 +243,28 @@ class S3Storage:
             finally:
                 answer["Body"].close()
 
-    @contextmanager
-    def _explained(self, verb: str, key: str, expected: Set[str] = frozenset()) -> Iterator[None]:
-        """Turn botocore's errors into ours; `expected` codes pass as ClientError."""
-        try:
-            with self._reached():
-                yield
-        except ClientError as error:
-            if _code(error) in expected:
-                raise
-            if _code(error) in _ABSENT:
-                raise FileNotFoundError(f"{self.uri}/{key}") from error
-            raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error}.") from error
+    def _ask(self, verb: str, key: str, request: Callable[[], T], expected: Set[str] = frozenset()) -> T:
+        """The answer to a request, repeated while the server is away; botocore's errors as ours.
+
+        Errors with an `expected` code pass as ClientError.
+        """
+        ends = time.monotonic() + _PATIENCE_SECONDS
+        for attempt in itertools.count(6):
+            try:
+                return request()
+            except (ClientError, BotoCoreError, ValueError) as error:
+                if not _is_away(error) or time.monotonic() > ends:
+                    failed = error
+                    break
+            _wait(attempt)
+        if isinstance(failed, ClientError):
+            if _code(failed) in expected:
+                raise failed
+            if _code(failed) in _ABSENT:
+                raise FileNotFoundError(f"{self.uri}/{key}") from failed
+            raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {failed}.") from failed
+        with self._reached():
+            raise failed
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
@@ -281,6 +303,14 @@ def _client(*, attempts: int, connect_seconds: float, read_seconds: float) -> An
             response_checksum_validation="when_required",  # blocks carry a sha256; a resumed Range has no checksum
         ),
     )
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the server, or the way to it, may come back: botocore has given up after `_ATTEMPTS`."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or _code(error) in _BUSY
+    return isinstance(error, (HTTPClientError, ConnectionError)) and not isinstance(error, SSLError)
 
 
 def _code(error: ClientError) -> str:

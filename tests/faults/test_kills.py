@@ -201,6 +201,28 @@ def test_a_killed_pack(
     assert made.items() <= weights(str(undisturbed)).items()
 
 
+def test_one_is_killed_of_two_processes_that_share_a_pack(
+    folder: Path, undisturbed: Path, moment: random.Random
+) -> None:
+    """Bit for bit what two that are left alone make, and to the rounding of sums what one makes."""
+    flags = (*ONE_PACK, "--resources.workers", "2")
+    alone = folder / "group-alone"
+    finish(start(folder, alone, *flags), alone)
+    store = folder / "group"
+    driver = start(folder, store, *flags)
+    newest = kill_pack(driver, store, "ray_train", ("RayTrainWorker",), moment.uniform(0, 0.3))
+    finish(driver, store)
+    assert resumed_at(store) >= newest
+    made = weights(str(store))
+    assert len(made) == 2
+    assert made == weights(str(alone))
+    for sae in made:
+        both, one = (json.loads((root / "saes" / sae / "record.json").read_text()) for root in (alone, undisturbed))
+        assert both["lineage"]["workers"] == 2
+        assert both["metrics"]["fvu"] == pytest.approx(one["metrics"]["fvu"], rel=1e-3)
+        assert both["metrics"]["l0"] == pytest.approx(one["metrics"]["l0"], rel=1e-3)
+
+
 @pytest.mark.parametrize("when", ["harvest", "train"])
 def test_a_killed_driver(folder: Path, undisturbed: Path, moment: random.Random, when: str) -> None:
     store = folder / f"driver-{when}"

@@ -24,8 +24,9 @@ from midiscover.store.loader import ActivationStream
 from midiscover.store.local import LocalStorage
 from midiscover.store.s3 import S3Storage
 from midiscover.store.storage import open_store
+from tests.faults.s3proxy import FaultProxy
 from tests.harvests import HARVEST, HOOK, write_harvest
-from tests.s3 import FaultProxy, S3Server, s3_server
+from tests.s3 import S3Server, s3_server
 from tests.tiny import make_tiny_model
 from tests.unit.test_storage import add_lines
 
@@ -231,7 +232,7 @@ def test_bodies_that_break_off_are_continued(proxied: tuple[S3Storage, FaultProx
     storage.write("x", data)
     proxy.cut_bodies = 5
     assert storage.read("x") == data
-    assert proxy.broken == 5
+    assert proxy.broken["cut"] == 5
     proxy.cut_bodies = 3
     assert storage.read("x", 100, 5000) == data[100:5100]
     proxy.cut_bodies = 3
@@ -246,7 +247,7 @@ def test_bodies_that_break_off_for_ever_end_in_an_error(proxied: tuple[S3Storage
     proxy.cut_bodies = 1000
     with pytest.raises(StoreError, match=r"x in s3://.* broke off 10 times while it was read"):
         storage.read("x")
-    assert proxy.broken == 10
+    assert proxy.broken["cut"] == 10
 
 
 def test_a_lost_reply_is_no_conflict(proxied: tuple[S3Storage, FaultProxy]) -> None:
@@ -254,9 +255,9 @@ def test_a_lost_reply_is_no_conflict(proxied: tuple[S3Storage, FaultProxy]) -> N
     for number in range(5):
         proxy.lose_replies = 1
         assert storage.create(f"marker-{number}", b"ours"), "our own repeated PUT was answered with 412"
-    assert proxy.broken == 5
+    assert proxy.broken["lost"] == 5
     assert not storage.create("marker-0", b"theirs")
     proxy.lose_replies = 1
     assert storage.replace("marker-0", b"ours", b"ours again"), "and so was a repeated one under If-Match"
     assert storage.read("marker-0") == b"ours again"
-    assert proxy.broken == 6
+    assert proxy.broken["lost"] == 6

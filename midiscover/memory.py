@@ -1,0 +1,50 @@
+"""What training takes of a card's memory, reckoned before anything is allocated. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+PARAMETER_BYTES = 16
+"""Of a parameter in training: weight, gradient and Adam's two moments, float32."""
+CODE_TENSORS = 6
+"""[tokens, d_sae] float32 tensors that a step holds at once: pre-activations, code, what autograd keeps, gradients."""
+ROW_TENSORS = 8
+"""[tokens, d] float32 tensors that it holds of inputs, outputs and residuals."""
+FIXED_BYTES = 1 << 30
+"""CUDA's context and workspaces."""
+
+
+class Sizes(NamedTuple):
+    """Of one SAE in training."""
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    batch_size: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """What stays allocated between its steps."""
+        return PARAMETER_BYTES * self.d_sae * (self.d_in + self.d_out + 2)
+
+    @property
+    def step_bytes(self) -> int:
+        """What its step allocates and frees again."""
+        return 4 * self.batch_size * (CODE_TENSORS * self.d_sae + ROW_TENSORS * (self.d_in + self.d_out))
+
+
+def training_bytes(saes: Sequence[Sizes]) -> int:
+    """Memory of a pack whose SAEs are stepped one after another: all that is kept, and the largest step."""
+    return FIXED_BYTES + sum(sae.kept_bytes for sae in saes) + max((sae.step_bytes for sae in saes), default=0)
+
+
+def fit_together(saes: Sequence[Sizes], limit: int) -> list[range]:
+    """Cut a pack, in its order, into as few parts as fit `limit` bytes; an SAE that is too large stands alone."""
+    parts: list[range] = []
+    start = 0
+    for stop in range(1, len(saes) + 1):
+        if stop - start > 1 and training_bytes(saes[start:stop]) > limit:
+            parts.append(range(start, stop - 1))
+            start = stop - 1
+    return [*parts, range(start, len(saes))] if saes else []
