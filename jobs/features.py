@@ -210,7 +210,7 @@ class FeaturesRun:
     def _collect(
         self, sites: Mapping[Site, list[str]], identities: Mapping[str, ModelIdentity], cluster: Cluster
     ) -> None:
-        slots = model_slots(cluster, self.resources)
+        slots = model_slots(cluster, replace(self.resources, gpus_per_model=1))  # no language model is loaded
         plans = {site: self.run.plan(site) for site in sites}
         counts = {site: len(plan.chunks(slots.count)) for site, plan in plans.items()}
         counter = _Rows(self.bars, sum(plan.rows for plan in plans.values()))

@@ -62,12 +62,19 @@ class ModelPlace:
     weights: str
     threads: int
     gpu: bool
+    cards: int = 1
+    """GPUs that the model is spread over."""
 
     def load(self) -> LanguageModel:
         """Set torch's threads (Ray has set them from the actor's CPUs) and load the model."""
         torch.set_num_threads(self.threads)
-        device = "cuda" if self.gpu else "cpu"
-        model = LanguageModel.load(self.identity, dtype=self.dtype, attention=self.attention, device=device)
+        model = LanguageModel.load(
+            self.identity,
+            dtype=self.dtype,
+            attention=self.attention,
+            device="cuda" if self.gpu else "cpu",
+            device_map="balanced" if self.cards > 1 else None,
+        )
         if self.weights == "shuffled":
             shuffle_weights_(model.model)
         return model
@@ -83,6 +90,7 @@ def model_place(resolved: Resolved, slots: Slots) -> ModelPlace:
         weights=model.weights,
         threads=slots.threads,
         gpu=slots.gpus > 0,
+        cards=max(1, int(slots.gpus)),
     )
 
 

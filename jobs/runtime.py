@@ -189,11 +189,11 @@ def cores() -> int:
 
 
 def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:
-    """Language-model actors: one per GPU share, or one per node on CPU with all its cores."""
+    """Language-model actors: one per GPU share (or per so many GPUs), or one per node on CPU with all its cores."""
     if cluster.gpus:
-        most = cluster.fits(1, resources.gpus_per_actor)
-        count = resources.harvest_actors or max(1, most)
-        return _checked("harvest", cluster, Slots(count=count, cpus=1, gpus=resources.gpus_per_actor, threads=1))
+        gpus = resources.gpus_per_model if resources.gpus_per_model > 1 else resources.gpus_per_actor
+        count = resources.harvest_actors or max(1, cluster.fits(1, gpus))
+        return _checked("harvest", cluster, Slots(count=count, cpus=1, gpus=gpus, threads=1))
     count = resources.harvest_actors or len(cluster.nodes)
     per_node = math.ceil(count / len(cluster.nodes))
     threads = resources.threads or max(1, cluster.cores // per_node)
@@ -246,7 +246,9 @@ def _cpus(cluster: Cluster, threads: int, per_node: int) -> int:
 
 def _places(node: Node, cpus: float, gpus: float) -> int:
     places = int(node.cpus / cpus + 1e-9)
-    if gpus:
+    if gpus >= 1:
+        places = min(places, int(node.gpus // gpus))
+    elif gpus:
         # A share never spans two cards: 0.6 of a GPU fits once on each.
         places = min(places, int(node.gpus) * int(1 / gpus + 1e-9))
     return places

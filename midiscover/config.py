@@ -263,6 +263,8 @@ class ResourcesConfig:
     """Language-model actors; null: one per GPU share, or one on CPU."""
     gpus_per_actor: float = 1.0
     """GPU share of a language-model actor, where there are GPUs."""
+    gpus_per_model: int = 1
+    """Whole GPUs of one node that a language model is spread over, layer by layer, where it is too large for one."""
     pack_size: int | None = None
     """SAEs at most in a pack; null: all that read one hook, or fewer where GPUs would stay idle. 1: the plain grid."""
     gpus_per_pack: float = 1.0
@@ -288,6 +290,7 @@ class ResourcesConfig:
         for name in ("nodes", "harvest_actors", "pack_size", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"resources.{name} must be a whole number above 0")
+        _require(self.gpus_per_model > 0, "resources.gpus_per_model must be a whole number above 0")
         _require(self.workers > 0, "resources.workers must be a whole number above 0")
         _require(
             self.workers == 1 or self.trainer != "inline",

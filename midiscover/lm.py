@@ -43,7 +43,7 @@ _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn"})
 
 
 class LanguageModel:
-    """A causal language model in evaluation mode, on one device.
+    """A causal language model in evaluation mode, on one device, or spread over several, `device` being the first.
 
     >>> lm = LanguageModel.load(resolve_model(ModelConfig(id="embedded")), dtype="bfloat16")
     >>> acts = lm.activations(ids, ["model.layers.15.mlp.down_proj"])  # ids [b, t] -> {hook: [b, t, d_in]}
@@ -60,9 +60,13 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, identity: ModelIdentity, *, dtype: Dtype, attention: str = "sdpa", device: str | torch.device = "cpu"
-    ) -> LanguageModel:
-        """Load the weights and the tokenizer; a hub model is downloaded once per machine. Raises ModelError."""
+        cls, identity: ModelIdentity, *, dtype: Dtype, attention: str = "sdpa", device: str | torch.device = "cpu",
+        device_map: str | dict[str, str] | None = None,
+    ) -> LanguageModel:  # fmt: skip
+        """Load the weights and the tokenizer; a hub model is downloaded once per machine. Raises ModelError.
+
+        device_map: how the layers are spread over devices instead, as accelerate takes it: `balanced`, over all GPUs.
+        """
         _be_quiet()
         folder = model_folder(identity)
         device = torch.device(device)
@@ -74,6 +78,7 @@ class LanguageModel:
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                device_map=device_map,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
@@ -86,7 +91,7 @@ class LanguageModel:
             raise ModelError(
                 f"The weights of {identity.name} lack or do not fit {absent[0]}; the folder is incomplete."
             )
-        return cls(identity, model.to(device), load_tokenizer(identity))
+        return cls(identity, model if device_map else model.to(device), load_tokenizer(identity))
 
     @torch.inference_mode()
     def activations(self, ids: Tensor, hooks: Iterable[str], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -101,7 +106,7 @@ class LanguageModel:
 
         def keep(hook: str, x: Tensor) -> None:
             # A copy: modules may change their result in place later, or return a slice of something much larger.
-            found.setdefault(hook, x.clone())
+            found.setdefault(hook, x.clone().to(self.device))
             if len(found) == len(wanted):
                 raise _AllFired
 
@@ -132,13 +137,13 @@ class LanguageModel:
         """
 
         def same_kind(hook: str, x: Tensor) -> Tensor:
-            new = replace[hook](x)
+            new = replace[hook](x.to(self.device))
             if new.shape != x.shape:
                 raise ValueError(f"replacement of {hook} has shape {list(new.shape)}, not {list(x.shape)}")
-            return new.to(x.dtype)
+            return new.to(x.device, x.dtype)
 
         with self._hooked({hook: functools.partial(same_kind, hook) for hook in replace}):
-            return self._forward(ids, attention_mask).logits
+            return self._forward(ids, attention_mask).logits.to(self.device)
 
     def _forward(self, ids: Tensor, attention_mask: Tensor | None) -> Any:
         if attention_mask is not None:

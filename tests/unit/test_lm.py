@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,28 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     ids = torch.randint(lm.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
     return Family(kind, lm, plain, ids)
+
+
+def test_a_model_that_is_spread_over_devices(family: Family) -> None:
+    """accelerate moves what passes between its parts; here its parts are the CPU and the disk."""
+    if family.kind != "llama":
+        pytest.skip("one family is enough")
+    places = {name: "cpu" for name, _ in family.plain.model.named_children()} | {"layers.1": "disk"}
+    places |= {f"layers.{i}": "cpu" for i in range(len(family.plain.model.layers)) if i != 1}
+    places.pop("layers")
+    spread = LanguageModel.load(
+        family.lm.identity,
+        dtype="float32",
+        device_map={f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"},
+    )
+    assert spread.model.get_submodule("model.layers.1.mlp.down_proj").weight.device.type == "meta", (
+        "it lies on the disk"
+    )
+    hooks = [family.mlp(0), family.mlp(1), family.mlp(1) + ":in"]
+    for hook, acts in spread.activations(family.ids, hooks).items():
+        assert torch.equal(acts, family.lm.activations(family.ids, hooks)[hook]), hook
+    edit = {family.mlp(1): lambda x: 0.5 * x}
+    assert torch.equal(spread.logits(family.ids, replace=edit), family.lm.logits(family.ids, replace=edit))
 
 
 def plain_run(model: Any, ids: Tensor, hooks: list[str], **kwargs: Any) -> tuple[dict[str, Tensor], Any]:
@@ -326,6 +349,16 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj"):
         load(folder)
+
+
+def test_code_in_a_model_folder_never_runs(tmp_path: Path) -> None:
+    folder, ran = make_tiny_model("llama", tmp_path / "llama"), tmp_path / "ran"
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_trap.Trap", "AutoModelForCausalLM": "modeling_trap.Trap"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    (folder / "modeling_trap.py").write_text(f"open({str(ran)!r}, 'w')\nclass Trap: pass\n")
+    assert type(load(folder).model).__name__ == "LlamaForCausalLM"
+    assert not ran.exists()
 
 
 def test_a_model_without_sdpa_says_so(tmp_path: Path) -> None:

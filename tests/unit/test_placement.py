@@ -54,6 +54,27 @@ def test_shares_of_a_gpu_never_span_two_cards() -> None:
     assert pack_slots(gpu_nodes(1, 1), resources, packs=5).count == 5
 
 
+def test_a_model_takes_whole_cards_of_one_node() -> None:
+    resources = ResourcesConfig(gpus_per_model=4, gpus_per_actor=0.5)
+    slots = model_slots(gpu_nodes(8, 4, 2), resources)
+    assert (slots.count, slots.gpus) == (3, 4)
+    with pytest.raises(StageError, match="needs 1 workers of 1 CPUs and 4 GPUs"):
+        model_slots(gpu_nodes(2, 2), resources)
+
+
+@pytest.mark.parametrize(("packs", "count"), [(1, 1), (2, 2), (9, 4)])
+def test_a_shared_pack_takes_as_many_places_as_it_has_processes(packs: int, count: int) -> None:
+    slots = pack_slots(gpu_nodes(4, 4), ResourcesConfig(workers=2), packs)
+    assert (slots.count, slots.workers, slots.gpus) == (count, 2, 1)
+
+
+@pytest.mark.parametrize("cluster", [laptop(2), cpu_nodes(2, 2), cpu_nodes(3, 4), cpu_nodes(1, 8)])
+def test_processes_that_share_a_pack_find_a_node_each(cluster: Cluster) -> None:
+    slots = pack_slots(cluster, ResourcesConfig(workers=2), packs=5)
+    assert 2 * slots.count <= cluster.fits(slots.cpus, 0)
+    assert sum(node.cpus for node in cluster.nodes) - 2 * slots.count * slots.cpus >= 1
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(StageError, match=r"The harvest needs 9 workers .*4 CPUs and 0 GPUs"):
         model_slots(laptop(2), ResourcesConfig(harvest_actors=9))

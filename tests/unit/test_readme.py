@@ -33,6 +33,8 @@ def test_every_command_is_understood(line: str) -> None:
     match words:
         case ["make", target]:
             assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
+        case [".", "midiscover-cluster/env"]:
+            assert 'ENV = "env"' in (ROOT / "cluster" / "local.py").read_text()
         case ["export", *assignments]:
             known = {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MIDISCOVER_DATABASE_URL"}
             known |= {"MIDISCOVER_CLUSTER", "RAY_AUTH_TOKEN"}
@@ -79,7 +81,8 @@ def test_links_and_the_tree_name_what_is_there() -> None:
         names = line.split("  ")[0 if not line.startswith("  ") else 1].split() if line.strip() else []
         if not line.startswith(" "):
             folder, names = names[0], []
-            assert (ROOT / folder).is_dir(), folder
+            assert (ROOT / folder).exists(), folder
+            assert folder.endswith("/") == (ROOT / folder).is_dir(), folder
         for name in names:
             if name.endswith((".py", "/")):
                 assert (ROOT / folder / name).exists(), name
