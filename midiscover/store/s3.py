@@ -8,12 +8,11 @@ honours `If-None-Match: *` on PUT, `replace` one that honours `If-Match` (AWS, S
 from __future__ import annotations
 
 import io
-import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import boto3.session
 from boto3.s3.transfer import TransferConfig
@@ -39,6 +38,7 @@ T = TypeVar("T")
 
 _ATTEMPTS = 10  # of botocore per request, and of ours per body: rides out an outage of about 10 s
 _PATIENCE_SECONDS = 300.0
+_LONG = 6  # the number of a `_wait` of up to 5 s
 _CHECK_SECONDS = 2
 _CHUNK = 1 << 20
 _MULTIPART_ABOVE = 1 << 30  # one PUT carries 5 GiB at most, and a broken one starts again from zero
@@ -249,22 +249,23 @@ class S3Storage:
         Errors with an `expected` code pass as ClientError.
         """
         ends = time.monotonic() + _PATIENCE_SECONDS
-        for attempt in itertools.count(6):
+        while True:
             try:
                 return request()
             except (ClientError, BotoCoreError, ValueError) as error:
                 if not _is_away(error) or time.monotonic() > ends:
-                    failed = error
-                    break
-            _wait(attempt)
-        if isinstance(failed, ClientError):
-            if _code(failed) in expected:
-                raise failed
-            if _code(failed) in _ABSENT:
-                raise FileNotFoundError(f"{self.uri}/{key}") from failed
-            raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {failed}.") from failed
-        with self._reached():
-            raise failed
+                    self._refused(verb, key, error, expected)
+            _wait(_LONG)
+
+    def _refused(self, verb: str, key: str, error: Exception, expected: Set[str]) -> NoReturn:
+        if not isinstance(error, ClientError):
+            with self._reached():
+                raise error
+        if _code(error) in expected:
+            raise error
+        if _code(error) in _ABSENT:
+            raise FileNotFoundError(f"{self.uri}/{key}") from error
+        raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error}.") from error
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

@@ -83,8 +83,9 @@ def test_a_server_that_is_away_is_waited_for(
     storage.close()
 
 
-def test_what_a_server_acknowledged_it_has_after_a_crash(server: S3Server) -> None:
+def test_what_a_server_acknowledged_it_has_after_a_crash(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """R18: kill -9 in the middle of writes, twice; the writers wait for it to come back."""
+    monkeypatch.setattr(s3, "_ATTEMPTS", 2)  # whose pauses are short
     if server.crash is None:
         pytest.skip("the server is not ours to kill")
     storage = S3Storage(server.bucket, "crash")

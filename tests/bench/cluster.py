@@ -1,0 +1,214 @@
+"""What a cluster costs beside the same work without one: two nodes against two processes, and a submitted job.
+
+    python -m tests.bench.cluster [--tokens 30000] [--repeats 2] [--submissions 3]
+
+Two nodes: the harvest of the built-in text by two nodes of a Ray cluster, each raylet pinned to one core, against two
+processes that are pinned likewise and run the same loop (`Harvester.run`) on half of the blocks each, without Ray. One
+thread each, one after the other in each repeat. Rates count the tokens between the time when both have finished their
+first batch and the time when the first of them finishes its last. Goal 0.95, floor 0.85. Where there are two cores, the
+head, the driver and both raylets' agents share them with the model, which on machines of their own they would not.
+
+Submission: a sweep that stands already, so that nothing is computed, called here and sent through the Jobs API to a
+cluster of this machine, in turn; store in SeaweedFS, tracker in PostgreSQL. Judges nothing: the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from rich import box
+from rich.table import Table
+
+from jobs.board import Board, watched
+from jobs.harvest import ensure_corpus, harvest
+from jobs.progress import Bars
+from jobs.runtime import Slots, cores, ray_session
+from midiscover import tables
+from midiscover.config import CorpusConfig, HarvestConfig, ModelConfig, ResourcesConfig, RunConfig
+from midiscover.corpus import Corpus
+from midiscover.harvest import Harvester
+from midiscover.models import hook_table, resolve_model
+from midiscover.resolve import resolve
+from midiscover.store import layout
+from midiscover.store.local import LocalStorage
+from tests.bench.harvest import Bench, machine, model_place
+from tests.clusters import local_cluster
+from tests.jobs_cli import midiscover
+from tests.postgres import fresh_database, postgres
+from tests.runs import write_run
+from tests.s3 import s3_server
+
+GOAL, FLOOR = 0.95, 0.85
+
+
+class ProcessBoard(Board):
+    """A board whose workers also write down when they finish a batch, each into a file of its own."""
+
+    def __init__(self, board: Board, folder: Path) -> None:
+        super().__init__(board.actor)
+        self.folder = folder
+
+    def post(self, kind: str, key: str, data: Any = None) -> None:
+        super().post(kind, key, data)
+        stamp(self.folder, data)
+
+
+def stamp(folder: Path, tokens: int) -> None:
+    """Add a batch to the file of this process."""
+    with (folder / str(os.getpid())).open("a") as file:
+        file.write(f"{time.monotonic()} {tokens}\n")
+
+
+def together(folder: Path) -> float:
+    """Tokens per second of all processes, while all of them are at work."""
+    found = [[line.split() for line in path.read_text().splitlines()] for path in folder.iterdir()]
+    series = [[(float(at), int(tokens)) for at, tokens in one] for one in found]
+    begin, end = max(one[0][0] for one in series), min(one[-1][0] for one in series)
+    assert len(series) == 2, f"two processes were to work, not {len(series)}"
+    return sum(tokens for one in series for at, tokens in one if begin < at <= end) / (end - begin)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=30_000, help="tokens of the built-in text")
+    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--submissions", type=int, default=3)
+    args = parser.parse_args(argv)
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="midiscover-bench-") as folder:
+        if args.repeats:
+            _efficiency(Path(folder), args)
+        if args.submissions:
+            _submission(Path(folder), args.submissions)
+    print(machine())
+    return 0
+
+
+def _efficiency(folder: Path, args: argparse.Namespace) -> None:
+    bench = _bench(folder, args)
+    rates: dict[str, list[float]] = {"two nodes": [], "two processes": []}
+    with (
+        postgres() as server,
+        fresh_database(server) as database,
+        local_cluster(folder, 0, {"MIDISCOVER_DATABASE_URL": database}) as cluster,
+    ):
+        mine = os.sched_getaffinity(0)
+        for core in sorted(mine)[:2]:
+            os.sched_setaffinity(0, {core})  # which a raylet takes from its starter, and hands on to its workers
+            cluster.add_worker(cpus=2)
+            os.sched_setaffinity(0, mine)
+        joined = {**cluster.variables, "RAY_ADDRESS": cluster.gcs}
+        for repeat in range(args.repeats):
+            for way in rates:
+                bench.stamps.mkdir()
+                if way == "two nodes":
+                    with patch.dict(os.environ, joined):
+                        _two_nodes(bench)
+                else:
+                    _two_processes(bench)
+                rates[way].append(together(bench.stamps))
+                shutil.rmtree(bench.stamps)
+                activations = bench.storage.local_path(layout.harvest_folder(bench.resolved.harvest_id))
+                assert activations is not None
+                shutil.rmtree(activations)
+                print(f"repeat {repeat + 1}: {way}: {rates[way][-1]:,.0f} tokens/s", flush=True)
+    ratios = [ray / bare for ray, bare in zip(*rates.values(), strict=True)]
+    table = Table("harvest by", "tokens/s", "against two processes", "lowest", "highest", box=box.SIMPLE_HEAD)
+    for way, found in rates.items():
+        shares = ratios if way == "two nodes" else [1.0]
+        figures = (f"{statistic(shares):.3f}" for statistic in (statistics.median, min, max))
+        table.add_row(way, f"{statistics.median(found):,.0f}", *figures)
+    tables.show(table)
+    print(f"Goal {GOAL}, floor {FLOOR}.")
+
+
+def _bench(folder: Path, args: argparse.Namespace) -> Bench:
+    model = ModelConfig(id="embedded", dtype=args.dtype)
+    config = RunConfig(
+        name="bench",
+        model=model,
+        corpus=CorpusConfig(max_tokens=args.tokens),
+        harvest=HarvestConfig(hooks=tuple(hook_table(resolve_model(model)).recommended), block_tokens=1024),
+        resources=ResourcesConfig(threads=1, harvest_actors=2),
+    )
+    resolved = resolve(config)
+    place = model_place(resolved, Slots(count=2, cpus=1, gpus=0, threads=1))
+    bench = Bench(resolved=resolved, storage=LocalStorage(folder / "store"), place=place, stamps=folder / "stamps")
+    with bench.prepared() as prepared, Bars("bench") as bars:
+        ensure_corpus(prepared, bars)
+    return bench
+
+
+def _two_nodes(bench: Bench) -> None:
+    @contextmanager
+    def stamped(*args: Any, **settings: Any) -> Iterator[Board]:
+        with watched(*args, **settings) as board:
+            yield ProcessBoard(board, bench.stamps)
+
+    with (
+        patch("jobs.harvest.watched", stamped),
+        ray_session() as cluster,
+        bench.prepared() as prepared,
+        Bars("bench") as bars,
+    ):
+        harvest(prepared, bench.corpus, cluster, bars)
+
+
+def _two_processes(bench: Bench) -> None:
+    spawn = get_context("spawn")
+    processes = [spawn.Process(target=_half, args=(bench, half)) for half in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def _half(bench: Bench, half: int) -> None:
+    """Every other block, on one core."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[half]})
+    corpus = Corpus.open(bench.storage, bench.corpus.id)
+    harvester = Harvester(
+        bench.job, bench.place.load(), corpus, bench.storage, lambda tokens: stamp(bench.stamps, tokens)
+    )
+    for _ in harvester.run(bench.spans[half::2]):
+        continue
+
+
+def _submission(folder: Path, repeats: int) -> None:
+    seconds: dict[str, list[float]] = {"here": [], "submitted": []}
+    with s3_server() as server, postgres() as address, fresh_database(address) as database:
+        nodes = {**server.environment, "MIDISCOVER_DATABASE_URL": database}
+        config = str(write_run(folder))
+        with local_cluster(folder, 1, nodes) as cluster:
+            ways = {"here": nodes | {"MIDISCOVER_CLUSTER": ""}, "submitted": cluster.client() | server.environment}
+            for repeat in range(repeats + 1):  # the first makes it
+                for way, variables in ways.items():
+                    done = midiscover("sweep", config, "--store", server.uri("store"), env=variables, timeout=600)
+                    assert done.code == 0, done.err
+                    if repeat:
+                        seconds[way].append(done.seconds)
+    table = Table("a sweep that stands already", "s", "lowest", "highest", box=box.SIMPLE_HEAD)
+    for way, found in seconds.items():
+        table.add_row(way, *(f"{statistic(found):.1f}" for statistic in (statistics.median, min, max)))
+    tables.show(table)
+    medians = [statistics.median(found) for found in seconds.values()]
+    print(f"Submission costs {medians[1] - medians[0]:.1f} s: {cores()} cores for client, driver, head and node.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
