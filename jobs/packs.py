@@ -212,7 +212,7 @@ def _try(job: PackJob, pack: Pack) -> None:
                 raise
             reason = _reason(error)
             job.board.post("retry", pack.id, f"try {attempt} of {tries}: {reason}")
-            if attempt == tries or isinstance(error, UserError):  # wrong input is wrong every time
+            if attempt == tries or _is_input(error):  # wrong input is wrong every time
                 _fail(job, pack, reason)
                 return
 
@@ -225,6 +225,10 @@ def _fail(job: PackJob, pack: Pack, reason: str) -> None:
 
 def _ended(job: PackJob, planned: PlannedSae) -> bool:
     return has_ended(job.storage, job.resolved.sweep_id, planned)
+
+
+def _is_input(error: Exception) -> bool:
+    return isinstance(error, UserError) and error.exit_code == UserError.exit_code
 
 
 def _reason(error: Exception) -> str:
@@ -291,9 +295,10 @@ def _train_worker(config: dict[str, Any]) -> None:
         return
     try:
         run_pack(job, pack, TorchGroup())
-    except UserError as error:  # all of them have it
-        _fail(job, pack, _reason(error))
     except Exception as error:
+        if _is_input(error):  # all of them have it
+            _fail(job, pack, _reason(error))
+            return
         # The others wait for this one in vain: Train starts all of them again, from the last checkpoint.
         job.board.post("retry", pack.id, _reason(error))
         raise

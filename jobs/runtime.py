@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import ray
+from ray.exceptions import RayTaskError
 
 from jobs.nodes import Node, ask_for, give_back, working_nodes
 from midiscover import lineage
@@ -314,7 +315,8 @@ def own_error(error: BaseException) -> MiDiscoverError | None:
     """The MiDiscoverError inside an error that came through Ray, if there is one."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MiDiscoverError):
+        # Ray gives its own error the class of its cause as well; its message is the worker's whole traceback.
+        if isinstance(seen, MiDiscoverError) and not isinstance(seen, RayTaskError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     return None

@@ -6,6 +6,7 @@ MiDiscoverError             one or two sentences for a person; the command line 
 │   ├── ModelError          a language model, a hook, a tokenizer
 │   ├── CorpusError         a text source
 │   ├── StoreError          a store that can't be reached, read or written as configured
+│   │   └── StoreFailedError   one that was, until its disk was full or its server stayed away (exit code 1)
 │   ├── TrackingError       the tracking database
 │   └── NotFoundError       an id that names nothing
 ├── ConflictError           two writers committed different bytes under one name (exit code 1)
@@ -40,6 +41,12 @@ class CorpusError(UserError):
 
 class StoreError(UserError):
     """A store address is incomplete, or the store does not answer."""
+
+
+class StoreFailedError(StoreError):
+    """A store that was in use failed: its disk is full, its server stayed away. Running again continues."""
+
+    exit_code = 1
 
 
 class TrackingError(UserError):

@@ -22,7 +22,7 @@ import requests
 from tests.jobs_cli import environment
 from tests.ports import free_port, free_ports
 
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 
 
 @dataclass
@@ -104,7 +104,13 @@ def autoscaling(gcs: int, most: int, cpus: int) -> dict[str, Any]:
         "max_workers": most,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.1,
-        "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{gcs}", "launch_multiple": True},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{gcs}",
+            "launch_multiple": True,
+            # Nobody logs in to its nodes.
+            **dict.fromkeys(("disable_node_updaters", "disable_launch_config_check"), True),
+        },
         "available_node_types": nodes,
         "head_node_type": "ray.head.default",
         **dict.fromkeys(("auth", "docker", "file_mounts"), {}),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from midiscover.errors import CorruptError, StoreError
+from midiscover.errors import CorruptError, StoreError, StoreFailedError
 from midiscover.store.layout import check_key
 from midiscover.store.storage import Bytes, Entry
 
@@ -169,7 +169,7 @@ class LocalStorage:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and verb in ("read", "look for"):
                 raise
-            raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
+            raise StoreFailedError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
 
 
 def _refuse(error: OSError) -> None:

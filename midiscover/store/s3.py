@@ -30,7 +30,7 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from midiscover.errors import CorruptError, StoreError
+from midiscover.errors import CorruptError, StoreError, StoreFailedError
 from midiscover.store.layout import check_key
 from midiscover.store.storage import Bytes, Entry
 
@@ -259,13 +259,16 @@ class S3Storage:
 
     def _refused(self, verb: str, key: str, error: Exception, expected: Set[str]) -> NoReturn:
         if not isinstance(error, ClientError):
-            with self._reached():
-                raise error
+            try:
+                with self._reached():
+                    raise error
+            except StoreError as told:
+                raise StoreFailedError(str(told)) from error
         if _code(error) in expected:
             raise error
         if _code(error) in _ABSENT:
             raise FileNotFoundError(f"{self.uri}/{key}") from error
-        raise StoreError(f"Can't {verb} {key} in the store {self.uri}: {error}.") from error
+        raise StoreFailedError(f"Can't {verb} {key} in the store {self.uri}: {error}.") from error
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

@@ -25,7 +25,6 @@ from tests.runs import weights, write_run
 from tests.s3 import S3Server, s3_server
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.postgres,

@@ -18,7 +18,6 @@ from tests.runs import weights, write_run
 from tests.s3 import s3_server
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.postgres,

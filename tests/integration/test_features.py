@@ -18,7 +18,7 @@ from midiscover.publish.neuronpedia_rules import violations
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker, reindex
 from tests.faults.test_kills import kill_driver, wait_for
-from tests.jobs_cli import command, environment, midiscover
+from tests.jobs_cli import command, environment, midiscover, refused
 from tests.runs import write_run
 from tests.unit.tracking import samples
 
@@ -186,7 +186,7 @@ def test_exports(store: Path, tmp_path: Path) -> None:
 )
 def test_bad_input(store: Path, arguments: tuple[str, ...], sentence: str) -> None:
     sae = sorted(path.name for path in (store / "saes").iterdir())[0]
-    done = midiscover(*(sae if word == "SAE" else word for word in arguments), "--store", str(store))
+    done = refused(*(sae if word == "SAE" else word for word in arguments), "--store", str(store))
     assert done.code == 2, done.err
     assert sentence in done.err
     assert "Traceback" not in done.err

@@ -20,7 +20,7 @@ from midiscover.launch import parse_import
 from midiscover.saes import sae_ids
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker
-from tests.jobs_cli import midiscover
+from tests.jobs_cli import midiscover, refused
 from tests.runs import write_run
 from tests.tiny import make_tiny_model
 
@@ -209,7 +209,7 @@ def test_wrong_input_is_told_and_leaves_nothing(
     change(source)
     store = tmp_path / "store"
     model = make_tiny_model("llama", tmp_path / "llama")
-    done = midiscover("import", str(source), "--from", "saelens", "--model", str(model), *more, "--store", str(store))
+    done = refused("import", str(source), "--from", "saelens", "--model", str(model), *more, "--store", str(store))
     assert (done.code, message in done.err) == (2, True), done.err
     assert done.err.count("\n") == 1, done.err
     assert not store.exists()
@@ -217,7 +217,7 @@ def test_wrong_input_is_told_and_leaves_nothing(
 
 def test_a_tokenizer_of_another_model_is_told(world: World, tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path / "llama", extra_rows=-40)
-    done = midiscover(
+    done = refused(
         "import", str(world.exported), "--from", "saelens", "--model", str(model), "--store", str(tmp_path / "s")
     )
     assert done.code == 2

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from midiscover import load_sae
 from midiscover.publish.neuronpedia_rules import violations
 from tests.hub import hub
-from tests.jobs_cli import midiscover
+from tests.jobs_cli import midiscover, refused
 from tests.runs import write_run
 from tests.venvs import checked, saelens_python
 
@@ -175,7 +175,7 @@ def test_bad_input(world: World, tmp_path: Path, arguments: tuple[str, ...], sen
     for folder in store.glob("saes/*/exports"):
         shutil.rmtree(folder)
     environment = {"HF_HOME": str(tmp_path), "HF_TOKEN": ""}
-    done = midiscover("publish", str(world.config), *arguments, "--store", str(store), env=environment)
+    done = refused("publish", str(world.config), *arguments, "--store", str(store), env=environment)
     assert (done.code, sentence in done.err) == (2, True), done.err
     assert not list(store.glob("saes/*/exports/*"))
 
@@ -184,6 +184,6 @@ def test_features_are_needed_first(world: World, tmp_path: Path) -> None:
     store = shutil.copytree(world.store, tmp_path / "store")
     for folder in (*store.glob("saes/*/exports"), *store.glob("saes/*/features")):
         shutil.rmtree(folder)
-    done = midiscover("publish", str(world.config), "--store", str(store))
+    done = refused("publish", str(world.config), "--store", str(store))
     assert (done.code, "are not written down yet; run `midiscover features " in done.err) == (2, True), done.err
     assert not list(store.glob("saes/*/exports/*"))
