@@ -80,7 +80,7 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
         signal.signal(signal.SIGINT, interrupt)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told once
     options: dict[str, Any] = {"address": address}
     if not address:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -317,6 +317,7 @@ def own_error(error: BaseException) -> MiDiscoverError | None:
     while seen is not None:
         # Ray gives its own error the class of its cause as well; its message is the worker's whole traceback.
         if isinstance(seen, MiDiscoverError) and not isinstance(seen, RayTaskError):
-            return seen
+            sentence = str(seen).partition("\n")[0]  # Ray Data appends advice on its retries
+            return seen if sentence == str(seen) else type(seen)(sentence)
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
     return None

@@ -175,8 +175,8 @@ class Slot:
         fired, l0 = fires.any(0), fires.sum().float() / len(fires)
         point = Point(losses.total.detach(), losses.mse.detach(), losses.sparsity.detach(), l0)
         if self.group is not None:
-            point, fired = Point(*map(self._mean, point)), self.group.any(fired)
-            self.group.mean_([p.grad for p in sae.parameters() if p.grad is not None])
+            point, fired = Point(*(value.float().clone() for value in point)), self.group.any(fired)
+            self.group.mean_([*point, *(p.grad for p in sae.parameters() if p.grad is not None)])
         if config.clip:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
         sae.before_step()

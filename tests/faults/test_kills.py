@@ -19,18 +19,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.jobs_cli import command, environment, midiscover
+from tests.faults.slow import SLOW
+from tests.jobs_cli import command, environment
 from tests.runs import blocks, weights, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrange(10**6)))
-SLOW = {
-    # Work enough that a kill falls into it: small blocks, small batches, a checkpoint after every report.
-    "harvest": {"hooks": "model.layers.{0,1}.mlp.down_proj", "block_tokens": 256, "batch_tokens": 32},
-    "evaluate": {"ce_tokens": 0},  # what is compared are weights and blocks
-    "train": {"epochs": 3, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5},
-}
 ONE_PACK = ("--harvest.hooks", "[model.layers.1.mlp.down_proj]", "--resources.pack_size", "2")
 
 
@@ -39,13 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     write_run(folder, **SLOW)
     return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder: Path) -> Path:
-    done = midiscover("sweep", str(folder / "run.yaml"), "--store", str(folder / "undisturbed"))
-    assert done.code == 0, done.err
-    return folder / "undisturbed"
 
 
 @pytest.fixture
@@ -189,17 +177,14 @@ def test_a_killed_language_model_actor_and_a_killed_pack(
     assert weights(str(store)).items() <= weights(str(undisturbed)).items()
 
 
-@pytest.mark.parametrize(
-    ("trainer", "titles"),
-    [("ray_train", ("RayTrainWorker",)), ("ray_train", ("ImplicitFunc",))],
-    ids=["ray_train worker", "ray_train trial"],
-)
-def test_a_killed_pack(
-    folder: Path, undisturbed: Path, moment: random.Random, trainer: str, titles: tuple[str, ...]
+def test_a_pack_in_a_torch_trainer_whose_worker_and_then_trial_are_killed(
+    folder: Path, undisturbed: Path, moment: random.Random
 ) -> None:
-    store = folder / f"pack-{trainer}-{titles[0]}"
-    driver = start(folder, store, "--resources.trainer", trainer, *ONE_PACK)
-    newest = kill_pack(driver, store, trainer, titles, moment.uniform(0, 0.3))
+    store, newest = folder / "pack-ray_train", 0
+    driver = start(folder, store, "--resources.trainer", "ray_train", *ONE_PACK)
+    for title in ("RayTrainWorker", "ImplicitFunc"):
+        wait_for(lambda: newest_step(store) > newest, driver, "a newer checkpoint")  # noqa: B023 - awaited here
+        newest = kill_pack(driver, store, "ray_train", (title,), moment.uniform(0, 0.3))
     finish(driver, store)
     assert resumed_at(store) >= newest
     made = weights(str(store))

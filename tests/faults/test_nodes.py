@@ -18,8 +18,8 @@ import pytest
 
 from midiscover.store.storage import Storage, open_store
 from tests.clusters import LocalCluster, local_cluster
-from tests.faults.test_kills import SLOW
-from tests.jobs_cli import command, environment, midiscover
+from tests.faults.slow import SLOW
+from tests.jobs_cli import command, environment
 from tests.postgres import fresh_database
 from tests.runs import weights, write_run
 from tests.s3 import S3Server, s3_server
@@ -84,16 +84,6 @@ def names(storage: Storage, prefix: str, part: str) -> list[str]:
     return [key for key in storage.list(prefix) if part in key]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    store = str(tmp_path_factory.mktemp("undisturbed") / "store")
-    done = midiscover("sweep", str(world.config), "--store", store, env={"MIDISCOVER_CLUSTER": ""}, timeout=600)
-    assert done.code == 0, done.err
-    found = weights(store)
-    assert len(found) == 4
-    return found
-
-
 def submitted(world: World, store: str, out: Path, **variables: str) -> subprocess.Popen[bytes]:
     mine = environment(world.cluster.client() | world.server.environment | variables)
     with out.open("wb") as file:
@@ -101,9 +91,7 @@ def submitted(world: World, store: str, out: Path, **variables: str) -> subproce
         return subprocess.Popen(words, env=mine, stdout=file, stderr=subprocess.STDOUT)
 
 
-def test_a_driver_is_killed_and_its_job_submitted_again(
-    world: World, undisturbed: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_driver_is_killed_and_its_job_submitted_again(world: World, undisturbed: Path, tmp_path: Path) -> None:
     store = f"s3://{world.server.bucket}/driver"
     storage = open_store(store)
     job = submitted(world, store, tmp_path / "first.out")
@@ -122,13 +110,11 @@ def test_a_driver_is_killed_and_its_job_submitted_again(
     assert 0 < len(first) < 4, "the kill fell into the training"
     again = submitted(world, store, tmp_path / "again.out")
     assert again.wait(600) == 0, (tmp_path / "again.out").read_text()
-    assert weights(storage) == undisturbed
+    assert weights(storage) == weights(str(undisturbed))
     assert {key: storage.version(key) for key in first} == first, "what stood was not made again"
 
 
-def test_two_users_submit_the_same_sweep_while_nodes_are_lost(
-    world: World, undisturbed: dict[str, str], tmp_path: Path
-) -> None:
+def test_two_users_submit_the_same_sweep_while_nodes_are_lost(world: World, undisturbed: Path, tmp_path: Path) -> None:
     """One node in the harvest and one in the training; one set of artifacts. The last test of its cluster."""
     cluster, storage = world.cluster, open_store(f"s3://{world.server.bucket}/two")
     users = {name: tmp_path / f"{name}.out" for name in ("ada", "ben")}
@@ -152,7 +138,7 @@ def test_two_users_submit_the_same_sweep_while_nodes_are_lost(
     said = "".join(out.read_text() for out in users.values())
     assert codes == [0, 0], said
     assert len([node for node in cluster.nodes if node.poll() is None]) == 2, "the head and one worker are left"
-    assert weights(storage) == undisturbed
+    assert weights(storage) == weights(str(undisturbed))
     assert len(names(storage, "sweeps", "/sweep.json")) == 1
     for marker in names(storage, "activations", "/block-"):
         if marker.endswith(".json"):

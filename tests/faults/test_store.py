@@ -19,8 +19,8 @@ from midiscover.store import s3
 from midiscover.store.s3 import S3Storage
 from midiscover.store.storage import open_store
 from tests.faults.s3proxy import FaultProxy
-from tests.faults.test_kills import SLOW
-from tests.jobs_cli import command, environment, midiscover
+from tests.faults.slow import SLOW
+from tests.jobs_cli import command, environment
 from tests.postgres import fresh_database
 from tests.runs import weights, write_run
 from tests.s3 import S3Server, s3_server
@@ -120,11 +120,9 @@ def test_what_a_server_acknowledged_it_has_after_a_crash(server: S3Server, monke
 @pytest.mark.ray
 @pytest.mark.postgres
 def test_a_sweep_whose_bucket_fails_all_the_time_and_goes_away(
-    server: S3Server, proxy: FaultProxy, postgres_url: str, tmp_path: Path
+    server: S3Server, proxy: FaultProxy, postgres_url: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     config = write_run(tmp_path, **SLOW)
-    done = midiscover("sweep", str(config), "--store", str(tmp_path / "undisturbed"), env=server.environment)
-    assert done.code == 0, done.err
     with fresh_database(postgres_url) as database:
         proxy.shares = {"503": 0.05, "lost": 0.05, "cut": 0.05}
         mine = server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint, "MIDISCOVER_DATABASE_URL": database}
@@ -152,4 +150,4 @@ def test_a_sweep_whose_bucket_fails_all_the_time_and_goes_away(
     assert away > 0
     assert min(proxy.broken["503"], proxy.broken["lost"], proxy.broken["cut"]) > 0, proxy.broken
     proxy.shares = {}
-    assert weights(open_store(uri)) == weights(str(tmp_path / "undisturbed"))
+    assert weights(open_store(uri)) == weights(str(undisturbed))

@@ -19,14 +19,12 @@ from tests.runs import weights, write_run
 from tests.s3 import S3Server, s3_server
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.postgres,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
 ]
-SECONDS = 5.0
 
 
 class World(NamedTuple):
@@ -155,24 +153,3 @@ def test_a_job_that_fails_gives_its_code(world: World) -> None:
         *("sweep", str(world.config), "--store", world.store, "--harvest.hooks", "model.layers.9.mlp"), env=world.mine
     )
     assert (done.code, "layer 9 is out of range" in done.err) == (2, True), done.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "sentence"),
-    [
-        (("--cluster", "http://127.0.0.1:1"), {}, "The cluster at http://127.0.0.1:1 does not answer"),
-        ((), {"RAY_AUTH_TOKEN": "0" * 64}, "does not take the token"),
-        (("--store", "./here"), {}, "is a folder here, which the nodes don't see; give --store s3://"),
-        (("--corpus.source", "./missing.jsonl"), {}, "./missing.jsonl does not exist"),
-        (("--train.lrr", "1"), {}, "did you mean 'lr'"),
-        (("--surprise",), {}, "'--surprise' is not a flag"),
-    ],
-)
-def test_bad_input(world: World, arguments: tuple[str, ...], variables: dict[str, str], sentence: str) -> None:
-    words = ["sweep", str(world.config), "--store", world.store, *arguments]
-    before = len(jobs(world))
-    done = midiscover(*words, cwd=world.config.parent, env=world.mine | variables)
-    assert (done.code, sentence in done.err) == (2, True), done.err
-    assert done.err.count("\n") == 1, done.err
-    assert done.seconds < SECONDS
-    assert len(jobs(world)) == before

@@ -27,6 +27,15 @@ def test_an_own_error_is_found_below_ray_and_its_wrappers() -> None:
         assert str(found) == "Can't write it: No space left on device."
 
 
+def test_what_ray_data_appends_is_left_out() -> None:
+    longer = StoreFailedError(
+        "Can't write it: No space left on device.\nFailed to apply UDF transform after 1/1 attempts."
+    )
+    found = own_error(through_ray(longer))
+    assert isinstance(found, StoreFailedError)
+    assert str(found) == "Can't write it: No space left on device."
+
+
 def test_others_have_none_and_a_last_line() -> None:
     error = through_ray(ValueError("no such dtype"))
     assert own_error(error) is None
