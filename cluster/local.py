@@ -38,7 +38,7 @@ A cluster of {workers} workers is up, with a store and a database of its own. To
 
   . {folder}/env
   midiscover doctor quick
-  midiscover pipeline quick
+  midiscover pipeline quick --resources.threads 1
   midiscover jobs list
 
 `make cluster-down` ends it and removes what it holds."""
@@ -104,7 +104,8 @@ def hold(folder: Path, workers: int) -> int:
             print(error, file=sys.stderr)
             return 1
         server = stack.enter_context(s3_server())
-        nodes = server.environment | {"MIDISCOVER_DATABASE_URL": database}
+        # Threads that wait must not spin: all nodes share these cores.
+        nodes = server.environment | {"MIDISCOVER_DATABASE_URL": database, "OMP_WAIT_POLICY": "PASSIVE"}
         cluster = stack.enter_context(local_cluster(folder, workers, nodes))
         variables = {
             **server.environment,  # a local model or text is put into the store from here
