@@ -67,5 +67,8 @@ def _bundle(node: Node) -> dict[str, float]:
 
 
 def give_back() -> None:
-    """What was asked for is needed no longer; the autoscaler removes nodes once they are idle."""
+    """What was asked for is needed no longer; the autoscaler removes nodes once they are idle.
+
+    Ray holds one request for the whole cluster, so another run's goes as well. Its actors and trials keep its nodes.
+    """
     request_resources(bundles=[])
