@@ -1,5 +1,5 @@
 # make demo    the whole job on a small real model and real text: about a quarter of an hour on two quiet cores
-# make test    all tests
+# make test    all tests but those of make test-long, which take a quarter of an hour by themselves
 # make cluster a Ray head, two workers, SeaweedFS and PostgreSQL on this machine; make cluster-down ends them
 # make check   format, lint, types, import rules
 # make upgrade the newest versions that pyproject.toml allows into constraints.txt; then run `make test`
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test cluster cluster-down check format upgrade clean
+.PHONY: demo test test-long cluster cluster-down check format upgrade clean
 
 demo: $(STAMP)
 	$(BIN)/midiscover sweep demo
@@ -20,8 +20,12 @@ demo: $(STAMP)
 # Two at a time, but for what must be alone; the slow files come first. Threads that wait must not spin: OpenMP's would
 # take the other's core.
 test: $(STAMP)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m alone
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not long"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "alone and not long"
+
+# Minutes each, on several Ray nodes: lost nodes, outages, an autoscaler.
+test-long: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m long
 
 cluster: $(STAMP)
 	$(BIN)/python -m cluster.local up

@@ -192,6 +192,7 @@ def test_a_pack_in_a_torch_trainer_whose_worker_and_then_trial_are_killed(
     assert made.items() <= weights(str(undisturbed)).items()
 
 
+@pytest.mark.long
 def test_one_is_killed_of_two_processes_that_share_a_pack(
     folder: Path, undisturbed: Path, moment: random.Random
 ) -> None:

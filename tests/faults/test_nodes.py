@@ -25,6 +25,7 @@ from tests.runs import weights, write_run
 from tests.s3 import S3Server, s3_server
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.postgres,

@@ -83,6 +83,7 @@ def test_a_server_that_is_away_is_waited_for(
     storage.close()
 
 
+@pytest.mark.long
 def test_what_a_server_acknowledged_it_has_after_a_crash(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """R18: kill -9 in the middle of writes, twice; the writers wait for it to come back."""
     monkeypatch.setattr(s3, "_ATTEMPTS", 2)  # whose pauses are short
@@ -117,6 +118,7 @@ def test_what_a_server_acknowledged_it_has_after_a_crash(server: S3Server, monke
     storage.close()
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.postgres
 def test_a_sweep_whose_bucket_fails_all_the_time_and_goes_away(

@@ -19,6 +19,7 @@ from tests.runs import weights, write_run
 from tests.s3 import s3_server
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.postgres,
