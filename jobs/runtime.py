@@ -100,14 +100,11 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
     signal.signal(signal.SIGTERM, terminate)
     try:
         with insisting():
-            if not address:
-                yield _cluster(working_nodes(), local=True)
-            elif nodes is None:
-                yield _cluster(working_nodes(), local=False)
-            else:
-                try:
-                    yield _cluster(ask_for(nodes, say), local=False)
-                finally:
+            asked = nodes if address else None
+            try:
+                yield _cluster(ask_for(asked, say) if asked else working_nodes(), local=not address)
+            finally:
+                if asked:
                     give_back()
     finally:
         ray.shutdown()

@@ -158,18 +158,19 @@ def portable(config: RunConfig, store: str) -> RunConfig:
     config = replace(config, corpus=corpus, evaluate=evaluate)
     if Path(config.model.id).expanduser().exists():
         stored, is_new = push_model(config.model, store)
-        size = sum(file.size for file in stored.files.values()) / 1e6
-        print(f"{stored.name}: {size:,.1f} MB {'put' if is_new else 'stand already'} in {store}", file=sys.stderr)
+        _say_put(stored.name, sum(file.size for file in stored.files.values()), store, is_new=is_new)
         return replace(config, model=replace(config.model, id=f"{STORED}{stored.key}", revision=None))
     return config
 
 
 def _put_text(source: str, store: str) -> str:
     address, size, is_new = push_text(source, store)
-    print(
-        f"{Path(source).name}: {size / 1e6:,.1f} MB {'put' if is_new else 'stand already'} in {store}", file=sys.stderr
-    )
+    _say_put(Path(source).name, size, store, is_new=is_new)
     return address
+
+
+def _say_put(name: str, size: int, store: str, *, is_new: bool) -> None:
+    print(f"{name}: {size / 1e6:,.1f} MB {'put' if is_new else 'stand already'} in {store}", file=sys.stderr)
 
 
 def pack(folder: Path, config: RunConfig | None) -> int:

@@ -20,7 +20,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -43,7 +42,7 @@ from midiscover.models import hook_table, resolve_model
 from midiscover.resolve import resolve
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
-from tests.bench.harvest import Bench, machine, model_place
+from tests.bench.harvest import Bench, StampedBoard, machine, model_place, stamp
 from tests.clusters import local_cluster
 from tests.jobs_cli import midiscover
 from tests.postgres import fresh_database, postgres
@@ -53,28 +52,18 @@ from tests.s3 import s3_server
 GOAL, FLOOR = 0.95, 0.85
 
 
-class ProcessBoard(Board):
-    """A board whose workers also write down when they finish a batch, each into a file of its own."""
-
-    def __init__(self, board: Board, folder: Path) -> None:
-        super().__init__(board.actor)
-        self.folder = folder
+class ProcessBoard(StampedBoard):
+    """The same with a file for each worker, in a folder."""
 
     def post(self, kind: str, key: str, data: Any = None) -> None:
-        super().post(kind, key, data)
-        stamp(self.folder, data)
-
-
-def stamp(folder: Path, tokens: int) -> None:
-    """Add a batch to the file of this process."""
-    with (folder / str(os.getpid())).open("a") as file:
-        file.write(f"{time.monotonic()} {tokens}\n")
+        Board.post(self, kind, key, data)
+        stamp(self.path / str(os.getpid()), data)
 
 
 def together(folder: Path) -> float:
     """Tokens per second of all processes, while all of them are at work."""
     found = [[line.split() for line in path.read_text().splitlines()] for path in folder.iterdir()]
-    series = [[(float(at), int(tokens)) for at, tokens in one] for one in found]
+    series = [[(float(at), int(tokens)) for at, _cpu, tokens in one] for one in found]
     begin, end = max(one[0][0] for one in series), min(one[-1][0] for one in series)
     assert len(series) == 2, f"two processes were to work, not {len(series)}"
     return sum(tokens for one in series for at, tokens in one if begin < at <= end) / (end - begin)
@@ -183,7 +172,11 @@ def _half(bench: Bench, half: int) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[half]})
     corpus = Corpus.open(bench.storage, bench.corpus.id)
     harvester = Harvester(
-        bench.job, bench.place.load(), corpus, bench.storage, lambda tokens: stamp(bench.stamps, tokens)
+        bench.job,
+        bench.place.load(),
+        corpus,
+        bench.storage,
+        lambda tokens: stamp(bench.stamps / str(os.getpid()), tokens),
     )
     for _ in harvester.run(bench.spans[half::2]):
         continue

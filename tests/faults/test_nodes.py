@@ -5,10 +5,10 @@ The SAEs equal, bit for bit, those of an undisturbed run on one machine; each te
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import pytest
 from midiscover.store.storage import Storage, open_store
 from tests.clusters import LocalCluster, local_cluster
 from tests.faults.slow import SLOW
+from tests.faults.test_kills import wait_for as wait_for_driver
 from tests.jobs_cli import command, environment
 from tests.postgres import fresh_database
 from tests.runs import weights, write_run
@@ -59,12 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Iterat
             yield World(cluster, server, config)
 
 
-def wait_for(condition: Callable[[], object], job: subprocess.Popen[bytes], what: str, seconds: float = 300) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert job.poll() is None, f"the job ended before {what}"
-        assert time.monotonic() < ends, f"no {what} within {seconds:.0f} s"
-        time.sleep(0.2)
+wait_for = functools.partial(wait_for_driver, seconds=300)
 
 
 def node_with(cluster: LocalCluster, title: str) -> subprocess.Popen[bytes] | None:
