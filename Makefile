@@ -2,7 +2,7 @@
 # make test    all tests but those of make test-long, which take a quarter of an hour by themselves
 # make cluster a Ray head, two workers, SeaweedFS and PostgreSQL on this machine; make cluster-down ends them
 # make check   format, lint, types, import rules
-# make upgrade the newest versions that pyproject.toml allows into constraints.txt; then run `make test`
+# make upgrade the newest versions that pyproject.toml allows into constraints.txt and the images' lock; then `make test`
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,6 +59,11 @@ upgrade:
 	$(VENV)/upgrade/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/upgrade/bin/python -m pip install --quiet '.[dev]'
 	$(VENV)/upgrade/bin/python -m pip freeze --exclude midiscover | sed 's/+cpu$$//' | grep -v '@ file' > constraints.txt
+	$(VENV)/upgrade/bin/python -m pip install --quiet uv
+	(echo "$$(head -1 cluster/requirements.lock)"; $(VENV)/upgrade/bin/uv pip compile pyproject.toml -c constraints.txt \
+	    --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
+	    --python-platform x86_64-unknown-linux-gnu) > $(VENV)/requirements.lock
+	mv $(VENV)/requirements.lock cluster/requirements.lock
 	rm -rf $(VENV)/upgrade
 
 clean:

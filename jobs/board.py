@@ -27,7 +27,7 @@ class Event(NamedTuple):
     """One thing that happened in a worker."""
 
     kind: str
-    """`tokens`, `resumed`, `pack`, `retry`, `trained`, `retired`, `failed` or `measured`."""
+    """`tokens`, `started`, `left`, `resumed`, `pack`, `retry`, `trained`, `retired`, `failed` or `measured`."""
     key: str
     """The pack, SAE or hook it is about."""
     data: Any
@@ -57,6 +57,10 @@ class BoardActor:
         self.memory[key] = value
         return before
 
+    def recall(self, key: str) -> Any:
+        """What is remembered under `key`, or None."""
+        return self.memory.get(key)
+
 
 class Board:
     """A worker's handle on the board. Pickles."""
@@ -72,17 +76,27 @@ class Board:
         """Leave a word for the next process that does this work; returns the last one's, or None. Waits."""
         return ray.get(self.actor.exchange.remote(key, value))
 
+    def recall(self, key: str) -> Any:
+        """The word that stands there; waits."""
+        return ray.get(self.actor.recall.remote(key))
+
 
 @contextmanager
-def watched(stage: str, on_event: Callable[[Event], bool], *, stall_seconds: float) -> Iterator[Board]:
+def watched(
+    stage: str,
+    on_event: Callable[[Event], bool],
+    *,
+    stall_seconds: float,
+    look: Callable[[Board], bool] = lambda _: False,
+) -> Iterator[Board]:
     """A board whose events reach `on_event` in a thread of the driver while the body runs.
 
-    `on_event` returns whether the event is a step forward; StageError when none was for `stall_seconds`. An error in
-    `on_event` ends the stage with that error.
+    `on_event` returns whether the event is a step forward, and so does `look`, called after each round of events;
+    StageError when there was none for `stall_seconds`. An error in either ends the stage with that error.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor: Any = BoardActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # ray adds it
-    watcher = _Watcher(stage, actor, on_event, stall_seconds)
+    watcher = _Watcher(stage, actor, on_event, stall_seconds, look)
     watcher.start()
     try:
         yield Board(actor)
@@ -101,9 +115,22 @@ def watched(stage: str, on_event: Callable[[Event], bool], *, stall_seconds: flo
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, stage: str, actor: Any, on_event: Callable[[Event], bool], stall_seconds: float) -> None:
+    def __init__(
+        self,
+        stage: str,
+        actor: Any,
+        on_event: Callable[[Event], bool],
+        stall_seconds: float,
+        look: Callable[[Board], bool],
+    ) -> None:
         super().__init__(name=f"{stage}-watcher", daemon=True)
-        self.stage, self.actor, self.on_event, self.stall_seconds = stage, actor, on_event, stall_seconds
+        self.stage, self.actor, self.on_event, self.stall_seconds, self.look = (
+            stage,
+            actor,
+            on_event,
+            stall_seconds,
+            look,
+        )
         self.error: BaseException | None = None
         self.ended = threading.Event()
         self.moved = time.monotonic()
@@ -112,6 +139,8 @@ class _Watcher(threading.Thread):
         while not self.ended.wait(POLL_SECONDS):
             try:
                 self._drain()
+                if self.look(Board(self.actor)):
+                    self.moved = time.monotonic()
                 if time.monotonic() - self.moved > self.stall_seconds:
                     raise StageError(
                         f"Nothing has moved in the {self.stage} for {self.stall_seconds:g} s, so it was ended. Run the "

@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from jobs.board import Board
 from jobs.group import TorchGroup
+from jobs.leases import hangs_key, here
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.memory import Sizes, fit_together
@@ -128,6 +129,7 @@ def run_pack(job: PackJob, pack: Pack, group: TorchGroup | None = None) -> None:
     if group is not None:
         todo = group.from_first(todo)
     worker = PackWorker(job, pack, group)
+    job.board.post("started", pack.id, here(0 if group is None else group.rank, [pack.id, *pack.parents][-1]))
     try:
         if todo:
             first = todo[0]
@@ -138,6 +140,7 @@ def run_pack(job: PackJob, pack: Pack, group: TorchGroup | None = None) -> None:
                     _commit(job, planned, result)
         worker.finish()
     finally:
+        job.board.post("left", pack.id)
         worker.close()
 
 
@@ -240,8 +243,9 @@ def pack_trial(config: dict[str, Any], job: PackJob) -> None:
     """A Tune trial: one pack."""
     pack = job.packs[config["pack"]]
     try:
-        if not _may_start(job, pack):
-            _fail(job, pack, f"its process died {MAX_DEATHS} times without a new checkpoint")
+        reason = _why_not(job, pack)
+        if reason is not None:
+            _fail(job, pack, reason)
         elif job.trainer == "inline":
             run_pack_tries(job, pack)
         else:
@@ -251,13 +255,16 @@ def pack_trial(config: dict[str, Any], job: PackJob) -> None:
     tune.report({"pack": config["pack"]})
 
 
-def _may_start(job: PackJob, pack: Pack) -> bool:
-    """Count starts of a pack without a newer checkpoint: what dies again and again at one place is not started on."""
+def _why_not(job: PackJob, pack: Pack) -> str | None:
+    """Why a pack is not started again: it hung too often, or died again and again at one place. Counts the start."""
+    hangs = job.board.recall(hangs_key(pack.id)) or 0
+    if hangs > job.resolved.config.resources.max_failures:
+        return f"it hung {hangs} times; resources.stall_seconds sets how long a pack may stand still"
     newest = PackWorker(job, pack).newest()
     before = job.board.exchange(f"starts {pack.id}", None) or {"step": -1, "starts": 0}
     starts = before["starts"] + 1 if before["step"] == newest else 1
     job.board.exchange(f"starts {pack.id}", {"step": newest, "starts": starts})
-    return starts <= MAX_DEATHS
+    return None if starts <= MAX_DEATHS else f"its process died {MAX_DEATHS} times without a new checkpoint"
 
 
 def _in_torch_trainer(job: PackJob, pack: Pack) -> None:

@@ -63,7 +63,7 @@ class Recorder:
                 self.furthest[event.key] = max(event.data.step, self.furthest.get(event.key, -1))
                 return further
             case "resumed":
-                self.bars.say(f"{self.names.get(event.key, event.key)}: resumed at step {event.data}")
+                self.say_of(event.key, f"resumed at step {event.data}")
             case "trained":
                 self.points.pop(event.key, None)
                 self.track(lambda tracker: tracker.record_steps(event.key, event.data))
@@ -80,8 +80,12 @@ class Recorder:
                 self.mirror.dropped(event.key, "retired", event.data)
                 self.bars.say(f"{event.key} {event.data}")
             case "retry":
-                self.bars.say(f"{self.names.get(event.key, event.key)}: {event.data}")
+                self.say_of(event.key, event.data)
         return event.kind in ("trained", "failed", "retired")
+
+    def say_of(self, pack: str, text: str) -> None:
+        """A line about a pack."""
+        self.bars.say(f"{self.names.get(pack, pack)}: {text}")
 
     def track(self, write: Callable[[Tracker], None]) -> None:
         """One write to the tracker, after those that wait for a database that went away."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from jobs.board import watched
+from jobs.board import Event, watched
 from jobs.evaluation import by_site, measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
+from jobs.leases import Leases
 from jobs.packs import PackJob, run_packs
 from jobs.progress import Bars
 from jobs.recorder import Recorder
@@ -154,7 +155,15 @@ class SweepRun:
         trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if shared else "inline")
         for sae in missing:
             self.recorder.track(lambda tracker, sae=sae: tracker.sae_status(sae.id, "training"))
-        with watched("sweep", self.recorder.on_event, stall_seconds=resources.stall_seconds) as board:
+        leases = Leases(resources.stall_seconds, self.recorder.say_of)
+
+        def on_event(event: Event) -> bool:
+            leases.on_event(event)
+            return self.recorder.on_event(event)
+
+        # Twice as long: a pack that hangs is seen to before the stage is given up.
+        stall_seconds = 2 * resources.stall_seconds
+        with watched("sweep", on_event, stall_seconds=stall_seconds, look=leases.reap) as board:
             run_packs(
                 PackJob(
                     resolved=self.resolved,

@@ -277,7 +277,8 @@ class ResourcesConfig:
     max_failures: int = 3
     """Tries again of a pack that fails by its own error; lost nodes are retried without limit."""
     stall_seconds: float = 1800.0
-    """A stage in which nothing has moved for so long is ended with an error."""
+    """A pack that has not moved for so long is killed and started again, `max_failures` times; a stage in which nothing
+    moves is ended with an error."""
     keep_activations: str = KEEP
     """always; until_done: the sweep removes them when all its SAEs stand; or days, such as 14d, after which
     `midiscover store gc` removes them. Those that another sweep keeps stay. What needs them later harvests again."""

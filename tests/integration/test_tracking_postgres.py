@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, make_url, text
 
 from midiscover.errors import TrackingError
 from midiscover.tracking import writes
@@ -207,3 +207,21 @@ def test_a_wrong_password_is_not_repeated(server: Server) -> None:
         Tracker.open(f"postgresql://nobody-here:sesame@127.0.0.1:{server.port}/postgres")
     assert "nobody-here" in str(caught.value)
     assert "sesame" not in str(caught.value)
+
+
+def test_a_role_that_may_only_read(server: Server, address: str) -> None:
+    """`cluster/policies/database-reader.sql`, as psql would run it."""
+    Tracker.open(address).close()
+    script = (Path(__file__).parents[2] / "cluster" / "policies" / "database-reader.sql").read_text()
+    script = script.replace(":'password'", "'for reading'")
+    owner = address.replace("postgresql+psycopg://", "postgresql://", 1)
+    with psycopg.connect(owner, autocommit=True) as connection:
+        try:
+            connection.execute(script)
+            reader = make_url(address).set(username="midiscover_reader", password="for reading")
+            with Tracker.open(reader.render_as_string(hide_password=False)) as tracker:
+                assert tracker.list_runs() == []
+                with pytest.raises(TrackingError, match="permission denied"):
+                    tracker.start_sweep(samples.sweep(), [])
+        finally:
+            connection.execute("DROP OWNED BY midiscover_reader; DROP ROLE midiscover_reader")

@@ -285,9 +285,32 @@ def test_the_dockerfile_passes_hadolint_and_is_no_root() -> None:
         assert "\nUSER 1000\n" in stage
     sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
     assert "*" in sent
-    for name in ("midiscover", "jobs", "serve", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+    for name in ("midiscover", "jobs", "serve", "pyproject.toml", "cluster/requirements.lock", "README.md", "LICENSE"):
         assert f"!{name}" in sent
         assert (ROOT / name).exists()
+
+
+def test_the_images_install_what_the_tests_ran_with_and_by_hash() -> None:
+    blocks = re.split(r"\n(?=[a-zA-Z])", (CLUSTER / "requirements.lock").read_text())[1:]
+    locked: dict[str, str] = {}
+    for block in blocks:
+        first, *hashes = [line.strip().removesuffix("\\").strip() for line in block.strip().splitlines()]
+        name, version = first.partition(" ;")[0].split("==")
+        assert hashes, name
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), name
+        locked[name] = version
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in PINNED.items()}
+    assert [name for name, version in locked.items() if pinned.get(name, version) != version] == []
+    of_gpus = {name for name in locked if re.match("nvidia|cuda|triton", name)}
+    assert locked.keys() - pinned.keys() - of_gpus <= {"setuptools"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for needed in project["dependencies"]:
+        assert re.match(r"[\w-]+", needed)[0] in locked, needed
+    without_gpus = subprocess.run(
+        ["awk", re.search(r"awk '(.+?)'", (CLUSTER / "Dockerfile").read_text())[1], str(CLUSTER / "requirements.lock")],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert set(re.findall(r"^([\w-]+)==", without_gpus, re.MULTILINE)) == set(locked) - of_gpus - {"torch"}
 
 
 # Slurm
@@ -345,6 +368,21 @@ def test_slurm_without_a_stage_is_told(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(CLUSTER / "slurm.sbatch")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Give the verb and its arguments" in done.stderr
+
+
+# Who may do what
+
+
+def test_a_reader_of_the_store_may_read_and_a_writer_nothing_beyond_the_store() -> None:
+    reader, writer = (
+        json.loads((CLUSTER / "policies" / f"store-{who}.json").read_text()) for who in ("reader", "writer")
+    )
+    actions = {action for statement in reader["Statement"] for action in statement["Action"]}
+    assert all(re.fullmatch(r"s3:(Get|List)\w+", action) for action in actions)
+    for policy in (reader, writer):
+        assert all(statement["Effect"] == "Allow" for statement in policy["Statement"])
+        resources = {statement["Resource"] for statement in policy["Statement"]}
+        assert resources == {"arn:aws:s3:::my-bucket", "arn:aws:s3:::my-bucket/saes/*"}
 
 
 # All of them

@@ -1,0 +1,72 @@
+"""Packs that hang and packs that crash, side by side with others: R9 of the reliability goals.
+
+A stopped process (SIGSTOP) hangs as a stuck device does: it can't notice by itself. Each test shows that it was stopped
+while it had work left.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.slow import SLOW
+from tests.faults.test_kills import checkpoints, finish, kill, ray_worker, start, wait_for
+from tests.runs import weights, write_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+
+FLAGS = ("--resources.pack_size", "1", "--resources.stall_seconds", "25", "--resources.trainer", "inline")
+TITLES = ("pack_trial", "ImplicitFunc")
+
+
+def said(store: Path) -> str:
+    return (store.parent / f"{store.name}.out").read_text()
+
+
+def test_one_pack_hangs_and_one_is_killed_and_all_saes_stand(tmp_path: Path, undisturbed: Path) -> None:
+    write_run(tmp_path, **SLOW)
+    store = tmp_path / "store"
+    driver = start(tmp_path, store, *FLAGS)
+    wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
+    hung = ray_worker(driver, TITLES)
+    hung.suspend()
+    assert len(weights(str(store))) < 4, "there was work left"
+    wait_for(lambda: not psutil.pid_exists(hung.pid), driver, "its end", 120)
+    assert "has not moved for 25 s" in said(store)
+    wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint of what goes on")
+    kill(driver, ray_worker(driver, TITLES))
+    finish(driver, store)
+    assert weights(str(store)) == weights(str(undisturbed)), "each SAE once, bit for bit"
+
+
+def test_a_pack_that_hangs_each_time_is_given_up_and_named(tmp_path: Path, undisturbed: Path) -> None:
+    write_run(tmp_path, **SLOW)
+    store = tmp_path / "store"
+    driver = start(
+        tmp_path, store, *FLAGS, "--resources.max_failures", "1", "--harvest.hooks", "[model.layers.1.mlp.down_proj]"
+    )
+    stopped: set[int] = set()
+    victim = ""
+    while driver.poll() is None:
+        # Whichever pack comes first has a checkpoint first, and it alone is stopped each time it trains.
+        found = [path.parent.name for path in checkpoints(store)]
+        victim = victim or (found[0] if found else "")
+        if victim and victim in found and len(stopped) < 2:
+            worker = ray_worker(driver, TITLES)
+            if worker.pid not in stopped and worker.status() != psutil.STATUS_STOPPED:
+                worker.send_signal(signal.SIGSTOP)
+                stopped.add(worker.pid)
+                wait_for(lambda: not psutil.pid_exists(worker.pid), driver, "its end", 120)  # noqa: B023 - awaited here
+    assert driver.wait() == 1, said(store)[-2000:]
+    assert len(stopped) == 2
+    (failures,) = store.glob("sweeps/*/failures.json")
+    failed = json.loads(failures.read_text())
+    assert len(failed) == 1
+    assert "it hung 2 times" in next(iter(failed.values()))
+    made = weights(str(store))
+    assert len(made) == 1, "the other one stands"
+    assert made.items() <= weights(str(undisturbed)).items()
