@@ -28,9 +28,10 @@ from midiscover.packing import Windows
 from midiscover.resolve import PlannedSae, Resolved
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import FOREIGN, MetricSums
-from midiscover.saes import SPARSITY, dump, load_trained
+from midiscover.saes import SPARSITY, load_trained
 from midiscover.source import harvested, iterate_pairs
 from midiscover.store import layout
+from midiscover.store.documents import dump
 from midiscover.store.loader import iterate_rows
 from midiscover.store.storage import Storage
 from midiscover.texts import foreign_config

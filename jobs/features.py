@@ -37,10 +37,11 @@ from midiscover.lm import load_tokenizer
 from midiscover.models import ModelIdentity
 from midiscover.origin import resolve_origin, run_config
 from midiscover.resolve import resolve
-from midiscover.saes import load_trained, read_json
+from midiscover.saes import load_trained
 from midiscover.source import harvested
 from midiscover.store import layout
 from midiscover.store.blocks import read_manifest
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.targets import Target, find_target
 from midiscover.tokens import TokenStrings

@@ -32,9 +32,10 @@ from midiscover.publish.sourcehooks import find_hook
 from midiscover.resolve import Resolved, resolve
 from midiscover.sae.registry import folded_sae
 from midiscover.saeconfig import TranscoderConfig
-from midiscover.saes import commit_record, read_json, write_trained
+from midiscover.saes import commit_record, write_trained
 from midiscover.source import harvested
 from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.loader import normalisation
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker

@@ -26,9 +26,10 @@ from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.memory import Sizes, fit_together
 from midiscover.resolve import Pack, PlannedSae, Resolved
-from midiscover.saes import dump, has_ended, write_trained
+from midiscover.saes import has_ended, write_trained
 from midiscover.source import open_source
 from midiscover.store import layout
+from midiscover.store.documents import dump
 from midiscover.store.storage import Storage
 from midiscover.tracking.sweepfiles import retired_reason
 from midiscover.train import Diverged, Member, Progress, Retired, Trained, train

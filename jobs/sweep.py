@@ -30,8 +30,9 @@ from midiscover.launch import Prepared, parse_job, prepare
 from midiscover.report import write_report
 from midiscover.resolve import PlannedSae, auto_pack_size, make_packs
 from midiscover.results import Results, sae_results, sae_stability
-from midiscover.saes import commit_record, dump, harvest_lineage, has_ended, read_json
+from midiscover.saes import commit_record, harvest_lineage, has_ended
 from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
 from midiscover.tracking.sweepfiles import retired_reason, stability_document
 
 

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,6 +24,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from midiscover.config import RunConfig, SaePoint
 from midiscover.errors import ConfigError
 from midiscover.saeconfig import SAE_KINDS, CommonConfig
+
+T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,7 +96,7 @@ def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def build_config(tree: Mapping[str, Any]) -> RunConfig:
     """A `RunConfig` from a plain tree. ConfigError names the first wrong key or value, and what would be right."""
-    config: RunConfig = _build(RunConfig, tree, "")
+    config: RunConfig = build_section(RunConfig, tree, "")
     hooks = tuple(hook for text in config.harvest.hooks for hook in expand_braces(text))
     twice = next((hook for i, hook in enumerate(hooks) if hook in hooks[:i]), None)
     if twice is not None:
@@ -160,7 +162,7 @@ def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list
         for path, value in chosen.items():
             set_path(tree, path, value)
         sae = _build_sae(tree["sae"], "sae")
-        train = _build(type(config.train), tree["train"], "train")
+        train = build_section(type(config.train), tree["train"], "train")
         points += [SaePoint(hook=hook, sae=sae, train=train) for hook in config.harvest.hooks]
     return points
 
@@ -185,7 +187,7 @@ def _given(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def _build(cls: type, tree: Any, path: str) -> Any:
+def build_section(cls: type[T], tree: Any, path: str = "") -> T:
     """One dataclass from a mapping: unknown keys refused, each value of its declared type."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path or 'The config'} must be a section of settings, not {_kind(tree)}.")
@@ -200,7 +202,7 @@ def _build(cls: type, tree: Any, path: str) -> Any:
         if cls is RunConfig and key == "sae":
             values[key] = _build_sae(value, here)
         elif dataclasses.is_dataclass(fields[key]):
-            values[key] = _build(typing.cast(type, fields[key]), {} if value is None else value, here)
+            values[key] = build_section(typing.cast(type, fields[key]), {} if value is None else value, here)
         else:
             values[key] = _check(fields[key], value, here)
     try:
@@ -215,7 +217,7 @@ def _build_sae(tree: Any, path: str) -> Any:
     kind = tree.get("kind", "standard")
     if kind not in SAE_KINDS:
         raise ConfigError(f"{path}.kind is '{kind}', which is no architecture; known are {', '.join(SAE_KINDS)}.")
-    return _build(SAE_KINDS[kind], tree, path)
+    return build_section(SAE_KINDS[kind], tree, path)
 
 
 def _check(hint: Any, value: Any, path: str) -> Any:

@@ -85,15 +85,15 @@ def encode_texts(
     any pass, for a text without a token, one longer than the model's context, or an SAE that does not fit the model.
     """
     hooks = {name: hook_of(name, sae) for name, sae in saes.items()}
-    token_ids, start = _tokenised(lm, texts), start_token(lm, saes.values())
+    token_ids, start = tokenised(lm, texts), start_token(lm, saes.values())
     front = [] if start is None else [start]
-    _refuse_too_long(lm, texts, token_ids, len(front))
+    refuse_too_long(lm, texts, token_ids, len(front))
     strings = TokenStrings(lm.tokenizer)
-    for batch in _batches([len(front) + len(ids) for ids in token_ids], batch_tokens):
-        rows = _activations(lm, [front + token_ids[i] for i in batch], len(front), dict.fromkeys(hooks.values()))
+    for batch in batches([len(front) + len(ids) for ids in token_ids], batch_tokens):
+        rows = activations_of(lm, [front + token_ids[i] for i in batch], len(front), dict.fromkeys(hooks.values()))
         for name, hook in hooks.items():
-            _require_width(lm, name, saes[name], hook, rows[hook][0].shape[-1])
-        for part in _batches([len(token_ids[i]) for i in batch], ENCODED_TOKENS):
+            require_width(lm, name, saes[name], hook, rows[hook][0].shape[-1])
+        for part in batches([len(token_ids[i]) for i in batch], ENCODED_TOKENS):
             codes = {name: _encoded(saes[name], [rows[hook][j] for j in part]) for name, hook in hooks.items()}
             for place, j in enumerate(part):
                 yield EncodedText(
@@ -171,8 +171,8 @@ def hook_of(name: str, sae: LoadedSae) -> str:
     return hook
 
 
-def _tokenised(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """Ids as a corpus has them: without special tokens."""
+def tokenised(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Ids as a corpus has them: without special tokens. UserError for a text without a token."""
     if not texts:
         return []
     found = lm.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -183,17 +183,22 @@ def _tokenised(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     return token_ids
 
 
-def _refuse_too_long(lm: LanguageModel, texts: Sequence[str], token_ids: Sequence[Sequence[int]], front: int) -> None:
+def refuse_too_long(
+    lm: LanguageModel, texts: Sequence[str], token_ids: Sequence[Sequence[int]], front: int, most: int | None = None
+) -> None:
+    """UserError for a text that, with `front` tokens before it, is longer than the model's context, or than `most`."""
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None:
+        limit = most + front if limit is None else min(limit, most + front)
     for number, (text, ids) in enumerate(zip(texts, token_ids, strict=True), start=1):
         if limit is not None and front + len(ids) > limit:
             raise UserError(
                 f"Text {number} of {len(texts)}, {_shown(text)}, has {len(ids):,} tokens, and {lm.identity.name} reads "
-                f"at most {limit - front:,}; shorten it or cut it in pieces."
+                f"at most {limit - front:,} here; shorten it or cut it in pieces."
             )
 
 
-def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Places of consecutive items whose number times the longest of them is at most `limit`; at least one each."""
     batch: list[int] = []
     longest = 0
@@ -207,7 +212,7 @@ def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _activations(
+def activations_of(
     lm: LanguageModel, token_ids: Sequence[list[int]], front: int, hooks: Iterable[str]
 ) -> dict[str, list[Tensor]]:
     """Hook -> for each text [t, d_in], without the `front` rows put before it. One forward pass."""
@@ -228,7 +233,8 @@ def _encoded(sae: LoadedSae, rows: Sequence[Tensor]) -> list[Tensor]:
     return list(codes.split([len(x) for x in rows]))
 
 
-def _require_width(lm: LanguageModel, name: str, sae: LoadedSae, hook: str, width: int) -> None:
+def require_width(lm: LanguageModel, name: str, sae: LoadedSae, hook: str, width: int) -> None:
+    """UserError for an SAE that does not fit what its hook gives."""
     if sae.module.d_in != width:
         raise UserError(
             f"{name} reads activations of width {sae.module.d_in}, and '{hook}' of {lm.identity.name} has {width}; it "

@@ -273,15 +273,15 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None) -> SubmitArgs:
     )
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--train.lr 1e-3 --grid.sae.k=[16,32]` as dotted paths and values."""
+def parse_overrides(arguments: Sequence[str], top: Sequence[str] = ("name",)) -> dict[str, Any]:
+    """`--train.lr 1e-3 --grid.sae.k=[16,32]` as dotted paths and values; `top` may stand without a section."""
     overrides: dict[str, Any] = {}
     pairs = iter(arguments)
     for argument in pairs:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not name:
             raise ConfigError(f"'{argument}' is not expected here; a setting is given as --section.name value.")
-        if "." not in name and name != "name":
+        if "." not in name and name not in top:
             raise ConfigError(_unknown_flag(name))
         if not equals:
             try:
@@ -351,9 +351,14 @@ def run_on_cluster(action: str, argv: Sequence[str], cluster: str | None = None)
 
 def run_job(stage: str, argv: Sequence[str]) -> NoReturn:
     """Become `python -m jobs.<stage>`: its signals, output and exit code are then ours."""
+    run_module(f"jobs.{stage}", argv)
+
+
+def run_module(module: str, argv: Sequence[str]) -> NoReturn:
+    """Become `python -m <module>`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"jobs.{stage}", *argv])
+    os.execv(sys.executable, [sys.executable, "-m", module, *argv])
 
 
 def _settings(cls: type, prefix: str = "") -> Iterator[str]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from midiscover.errors import CorruptError
 from midiscover.resolve import PlannedSae
-from midiscover.saes import SPARSITY, load_trained, read_json
+from midiscover.saes import SPARSITY, load_trained
 from midiscover.stability import agreement, chosen, neighbours, pair_row
 from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
 from midiscover.summary import Row
 

@@ -7,7 +7,6 @@ A folder without a record is work in progress; with one it is immutable.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from midiscover.sae.base import Sae, l1_conventions
 from midiscover.sae.registry import folded_sae
 from midiscover.saeconfig import L1Config
 from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.train import Trained
 
@@ -34,11 +34,6 @@ RECORD_VERSION = 1
 SAELENS_VERSION = "6.54.12"
 """The SAELens release whose format is written; the tests load our folders in it."""
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-
-
-def dump(value: Any) -> bytes:
-    """JSON as it stands in the store: indented, keys in the order given, no NaN."""
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bos: bool) -> dict[str, Any]:
@@ -129,16 +124,6 @@ def has_ended(storage: Storage, sweep_id: str, planned: PlannedSae) -> bool:
         return True
     asked = planned.point.train.retire_after is not None
     return asked and storage.exists(layout.retired(sweep_id, planned.id))
-
-
-def read_json(storage: Storage, key: str) -> dict[str, Any] | None:
-    """A JSON file of the store, or None where there is none."""
-    try:
-        return json.loads(storage.read(key))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CorruptError(f"{key} in {storage.uri} is not readable as JSON: {error}.") from None
 
 
 def commit_record(
@@ -290,9 +275,14 @@ def find_sae(storage: Storage, prefix: str) -> str:
     raise NotFoundError(f"There is no SAE '{prefix}' in {storage.uri}; {listed}.")
 
 
+def load_stored(storage: Storage, sae_id: str, *, device: str = "cpu") -> LoadedSae:
+    """`load_sae` by a whole id of an open store: nothing is looked for."""
+    return _load(storage, layout.sae_folder(sae_id), device)
+
+
 def load_trained(storage: Storage, sae_id: str, *, device: str = "cpu") -> Sae:
     """The folded SAE of an id whose training is done, committed or not."""
-    return _load(storage, layout.sae_folder(sae_id), device).module
+    return load_stored(storage, sae_id, device=device).module
 
 
 def _load(storage: Storage, folder: str, device: str) -> LoadedSae:

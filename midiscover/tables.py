@@ -206,6 +206,15 @@ def jobs_table(jobs: Iterable[Row], now: float) -> RenderableType:
     return table if table.row_count else Text("No jobs yet.")
 
 
+def keys_table(keys: Iterable[Row]) -> RenderableType:
+    """Keys of deployments: `id, name, scopes, created, by, revoked` of each."""
+    table = _table("id", "name", "may", "made", "by", "revoked")
+    for key in keys:
+        times = (key["created"][:10], key["by"] or "-", (key["revoked"] or "-")[:10])
+        table.add_row(key["id"], _text(key["name"]), ", ".join(key["scopes"]), *map(_text, times))
+    return table if table.row_count else Text("No keys yet.")
+
+
 def hooks_table(hooks: Iterable[Row]) -> RenderableType:
     """Hook points: `path, d_in, flops_per_token, recommended` of each; bytes are those of one bfloat16 activation."""
     table = _table("hook", ">d_in", ">bytes per token", ">GFLOP per token", "recommended")

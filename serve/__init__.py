@@ -1,1 +1,23 @@
-"""The Ray Serve application. This release has none yet: SAEs are trained, measured and loaded in Python."""
+"""The Ray Serve application: SAEs of a store behind HTTP. `python -m serve.app` here, serve/config.yaml on a cluster.
+
+    app.py          starts it: here, or as Serve's `build` on a cluster
+    replicas.py     the two deployments: ingress (speaks HTTP, no model) and interpreter (language model and SAEs)
+    interpreter.py  texts in, the features that fire out · shelf.py SAEs in memory · batching.py what is run together
+    guard.py        keys, scopes, limits, before anything else reads a request · access.py who has which key
+    catalog.py      which SAEs are hosted, and what is known of them
+    web.py          the routes put together · api.py interpret, steer · browse.py SAEs, features · jobs.py train
+    neuronpedia.py  the routes of Neuronpedia's inference server and web application
+    pages.py        the first page and the log-in · assets/
+
+Only app.py and replicas.py know Ray. Ray reads these variables when it is imported.
+"""
+
+import os
+
+for _name, _value in {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # user code on the replica's own loop: a hop costs 2 ms less
+}.items():
+    os.environ.setdefault(_name, _value)

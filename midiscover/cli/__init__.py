@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import concepts, features, figures, models, publish, runs, store, verify
+from midiscover.cli import concepts, features, figures, models, publish, runs, serve, store, verify
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import (
@@ -52,6 +52,8 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   verify SAE|DIR     named checks of an SAE or an export, and an archive of what passed
   import SRC --from saelens|seed   an SAE of others: folded, measured, then like one of ours
   promote TARGET     mark what a deployment serves, within limits; or take it out again
+  serve              host the SAEs of a store over HTTP, with a first API key
+  keys create NAME | list | revoke KEY   who may use a deployment, and for what
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
   store du | gc      what a store holds; remove what nobody needs
   doctor [CONFIG]    what a run needs of this machine, or of a cluster's: store, database, GPUs, model, text
@@ -192,6 +194,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     **models.VERBS,
     **publish.VERBS,
     **runs.VERBS,
+    **serve.VERBS,
     **store.VERBS,
     **verify.VERBS,
 }

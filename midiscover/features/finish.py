@@ -32,8 +32,8 @@ from midiscover.features.records import CONTEXTS, FEATURES, GROUP, QUANTILE_SHAR
 from midiscover.features.relations import Related, Relations, slices
 from midiscover.ids import features_id
 from midiscover.sae.base import Sae
-from midiscover.saes import dump
 from midiscover.store import layout
+from midiscover.store.documents import dump
 from midiscover.store.storage import Storage
 
 RELATED, RELATED_INPUTS, TOP_TOKENS = 10, 3, 5

@@ -28,8 +28,9 @@ from torch import Tensor
 from midiscover import figures
 from midiscover.features.records import Context, FeatureRecords
 from midiscover.publish.neuronpedia import NeuronpediaExport
-from midiscover.saes import CFG, SPARSITY, WEIGHTS, dump, read_json
+from midiscover.saes import CFG, SPARSITY, WEIGHTS
 from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage
 from midiscover.summary import Row, fixed, percent
 

@@ -8,8 +8,8 @@ from typing import Any
 from midiscover.errors import NotFoundError
 from midiscover.frontier import frontier_of_hooks, place
 from midiscover.results import FOREIGN_METRICS, ROW_METRICS
-from midiscover.saes import read_json
 from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
 from midiscover.summary import Row
 

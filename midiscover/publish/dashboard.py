@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from midiscover.saes import dump
+from midiscover.store.documents import dump
 
 BATCH = 128
 """Features of a file; `neuronpedia.BATCH` is a multiple."""

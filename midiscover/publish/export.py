@@ -19,8 +19,9 @@ from midiscover.publish.bundle import Bundle
 from midiscover.publish.choice import sweep_of, sweep_rows
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.saelens import saelens_files
-from midiscover.saes import CFG, WEIGHTS, dump, read_json
+from midiscover.saes import CFG, WEIGHTS
 from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage
 
 VERSION = 1

@@ -7,7 +7,6 @@ Two people who promote at once both succeed: whoever comes second reads again an
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -18,18 +17,16 @@ from typing import Any
 from midiscover import lineage
 from midiscover.errors import CorruptError, NotFoundError, StoreError
 from midiscover.frontier import is_control
+from midiscover.promoted import VERSION, Entry, entries_of, standing_bytes
 from midiscover.publish.verify import CHEAP, subject_of_sae, verify
-from midiscover.saes import dump, read_json
 from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage
 from midiscover.targets import Target
 
-VERSION = 1
 KEPT = ("l0", "fvu", "dead_share", "ce_recovered")
 """Metrics that stand in promoted.json."""
 _ATTEMPTS = 50
-
-Entry = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,11 +129,6 @@ def withdraw(storage: Storage, name: str) -> list[str]:
     return gone
 
 
-def promoted(storage: Storage) -> list[Entry]:
-    """What is promoted in a store. CorruptError where promoted.json can't be read."""
-    return _entries(storage, _standing(storage))
-
-
 def _with(entries: list[Entry], chosen: list[Entry]) -> list[Entry]:
     ids = {entry["id"] for entry in chosen}
     places = {(entry["sweep"], entry["hook"]) for entry in chosen if entry["sweep"]}
@@ -156,30 +148,10 @@ def _metrics(storage: Storage, target: Target, record: Mapping[str, Any]) -> Map
 def _change(storage: Storage, change: Callable[[list[Entry]], list[Entry]]) -> None:
     """Replace promoted.json by what `change` makes of it, again and again until nobody came in between."""
     for attempt in range(_ATTEMPTS):
-        standing = _standing(storage)
-        entries = sorted(change(_entries(storage, standing)), key=lambda entry: entry["id"])
+        standing = standing_bytes(storage)
+        entries = sorted(change(entries_of(storage, standing)), key=lambda entry: entry["id"])
         document = {"v": VERSION, "saes": entries, "updated": lineage.now()}
         if storage.replace(layout.PROMOTED, standing, dump(document)):
             return
         time.sleep(random.uniform(0, min(1.0, 0.01 * 2**attempt)))
     raise StoreError(f"{layout.PROMOTED} in {storage.uri} could not be changed: other writers kept getting in the way.")
-
-
-def _standing(storage: Storage) -> bytes | None:
-    try:
-        return storage.read(layout.PROMOTED)
-    except FileNotFoundError:
-        return None
-
-
-def _entries(storage: Storage, data: bytes | None) -> list[Entry]:
-    if data is None:
-        return []
-    try:
-        document = json.loads(data)
-        entries = [entry | {"sweep": entry.get("sweep")} for entry in document["saes"]]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{layout.PROMOTED} in {storage.uri} can't be read: {error}.") from None
-    if document.get("v") != VERSION:
-        raise CorruptError(f"{layout.PROMOTED} in {storage.uri} has version {document.get('v')}; this reads {VERSION}.")
-    return entries

@@ -8,8 +8,9 @@ from typing import Any
 
 from midiscover.configio import to_yaml
 from midiscover.publish.names import transformer_lens_hook
-from midiscover.saes import CFG, SPARSITY, WEIGHTS, dump
+from midiscover.saes import CFG, SPARSITY, WEIGHTS
 from midiscover.store import layout
+from midiscover.store.documents import dump
 from midiscover.store.storage import Storage
 
 CARD, SNIPPET = "README.md", "pretrained_saes.yaml"

@@ -9,6 +9,7 @@ no module of it loads torch.
     engine.py      address, connections, migrations to head, retries, errors
     rows.py        JSON documents of the store -> rows · writes.py, queries.py  the SQL
     sweepfiles.py  what lies beside sweep.json: compared pairs, dropped SAEs
+    keys.py        keys to the HTTP interface of deployments
     annotations.py a person's note and tags, kept in the store as well
 """
 

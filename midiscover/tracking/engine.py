@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from midiscover.errors import TrackingError
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in migrations/versions: known here so that opening a current database loads no Alembic."""
 
 VARIABLE = "MIDISCOVER_DATABASE_URL"

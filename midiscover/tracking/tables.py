@@ -185,3 +185,16 @@ tags = Table(
     Column("id", Text, primary_key=True),
     Column("tag", Text, primary_key=True),
 )
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("scopes", Text, nullable=False),
+    Column("secret_sha256", Text, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("created_by", Text),
+    Column("revoked_at", UtcTime),
+)
+"""Keys to a deployment's HTTP interface; the only table that the store can't give back. `scopes` has spaces between."""

@@ -22,7 +22,7 @@ from sqlalchemy import URL
 
 from midiscover.errors import TrackingError
 from midiscover.store import layout
-from midiscover.tracking import queries, writes
+from midiscover.tracking import keys, queries, writes
 from midiscover.tracking.annotations import Annotations, write_annotations
 from midiscover.tracking.engine import EXAMPLE, VARIABLE, Database, migrate, parse_url
 from midiscover.tracking.rows import Row, checked_text
@@ -168,6 +168,21 @@ class Tracker:
     def set_annotations(self, kind: Kind, name: str, annotations: Annotations) -> None:
         """Exactly this note and these tags, in the database only: for `reindex`."""
         self._database.write(lambda connection: writes.set_annotations(connection, kind, name, *annotations))
+
+    # Keys of deployments
+
+    def create_key(self, name: str, scopes: Iterable[str]) -> str:
+        """Make a key; what is returned is shown once and kept nowhere. ConfigError for a name or scope that is none."""
+        given = list(scopes)
+        return self._database.write(lambda connection: keys.create_key(connection, name, given))
+
+    def list_keys(self) -> list[keys.ApiKey]:
+        """All keys, oldest first, with the hashes of their secrets; those that were revoked among them."""
+        return self._database.read(keys.list_keys)
+
+    def revoke_key(self, name: str) -> keys.ApiKey:
+        """Revoke a key by its name or the beginning of its id. NotFoundError where none or several fit."""
+        return self._database.write(lambda connection: keys.revoke_key(connection, name))
 
     # Reading. Ids may be unique prefixes; NotFoundError names the nearest ids.
 

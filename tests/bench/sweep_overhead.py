@@ -41,9 +41,9 @@ from midiscover.configio import expand_grid
 from midiscover.models import HookTable, ModelIdentity
 from midiscover.resolve import PlannedSae, Resolved, make_packs
 from midiscover.saeconfig import StandardConfig
-from midiscover.saes import read_json
 from midiscover.store import layout
 from midiscover.store.blocks import Mask, block_plan, commit_block, write_manifest
+from midiscover.store.documents import read_json
 from midiscover.store.local import LocalStorage
 from midiscover.texts import SourceIdentity
 from tests.bench.harvest import in_child, machine

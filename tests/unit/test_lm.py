@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PhiConfig
 
-from midiscover import lm as lm_module
+from midiscover import hookfacts
 from midiscover.config import ModelConfig
 from midiscover.errors import ModelError
 from midiscover.lm import LanguageModel, compute_dtype, hook_facts, load_tokenizer
@@ -258,7 +258,7 @@ def test_sizes_stand_in_where_the_model_cannot_run_without_numbers(
     def refuse(_model: Any) -> Any:
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(lm_module, "_dry_run", refuse)
+    monkeypatch.setattr(hookfacts, "_dry_run", refuse)
     estimate = hook_facts(folder)
     assert estimate["recommended"] == exact["recommended"]
     assert {family.mlp(1), f"{family.mlp(1)}:in", family.block(2)} <= estimate["hooks"].keys()

@@ -18,9 +18,10 @@ from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.resolve import PlannedSae, Resolved, resolve
-from midiscover.saes import load_trained, read_json, write_trained
+from midiscover.saes import load_trained, write_trained
 from midiscover.source import open_source
 from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.train import Member, Trained, train
 from tests.runs import write_run

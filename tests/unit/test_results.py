@@ -12,8 +12,8 @@ from torch import Tensor
 
 from midiscover import results
 from midiscover.results import sae_stability
-from midiscover.saes import dump
 from midiscover.store import layout
+from midiscover.store.documents import dump
 from midiscover.store.storage import Storage, open_store
 
 D_IN, D_SAE = 64, 40

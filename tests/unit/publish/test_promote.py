@@ -11,7 +11,8 @@ import pytest
 
 from midiscover.cli import main
 from midiscover.errors import CorruptError, NotFoundError
-from midiscover.publish.promote import Limits, promote, promoted, withdraw
+from midiscover.promoted import promoted
+from midiscover.publish.promote import Limits, promote, withdraw
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.targets import Target, find_target

@@ -1,0 +1,329 @@
+"""A language model and SAEs that answer queries about texts. No Ray: `replicas.py` makes it a deployment.
+
+One forward pass of a batch serves all SAEs that its texts are asked about, and ends at the deepest hook among them. All
+work with the model happens in one thread, so that the event loop stays free and no two passes meet; SAEs are loaded in
+others, so that a store that stays away holds up nobody who needs nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from midiscover.cutting import cut_after, holds
+from midiscover.errors import MiDiscoverError, UserError
+from midiscover.features.concept_scores import score_texts
+from midiscover.features.concepts import ConceptSettings, Judge
+from midiscover.features.modules import read_module
+from midiscover.interpret import (
+    activations_of,
+    hook_of,
+    load_language_model,
+    refuse_too_long,
+    require_width,
+    start_token,
+    tokenised,
+)
+from midiscover.saes import LoadedSae
+from midiscover.serving import ServeConfig
+from midiscover.steer import Change, Piece, Sampling, generate
+from midiscover.store.storage import open_store
+from midiscover.tokens import TokenStrings
+from serve.answers import answer_query
+from serve.batching import TokenBatcher
+from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
+
+Result = TypeVar("Result")
+LOADERS = 4
+log = logging.getLogger("midiscover.serve")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Item:
+    """One text of a batch: whole ids, how many rows in front are left out, and what is asked with which SAE."""
+
+    ids: list[int]
+    front: int
+    asked: list[tuple[Query, LoadedSae | None, str]]
+    """Query, its SAE, its hook."""
+
+
+def answers_problems(method: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result | Problem]]:
+    """Errors with a sentence for people become a `Problem`."""
+
+    @wraps(method)
+    async def inner(*args: Any, **kwargs: Any) -> Result | Problem:
+        try:
+            return await method(*args, **kwargs)
+        except MiDiscoverError as error:
+            return problem_of(error)
+
+    return inner
+
+
+def problem_of(error: MiDiscoverError) -> Problem:
+    """Wrong input is 422; an SAE that can't be loaded, or a store or database that is away, is 503."""
+    return Problem(422 if isinstance(error, UserError) and error.exit_code == 2 else 503, str(error))
+
+
+class Interpreter:
+    """The model of `first`, an SAE of the store, and any SAE that reads the same model."""
+
+    def __init__(self, config: ServeConfig, first: str) -> None:
+        """Loads the model. Errors of a model that is not there are `MiDiscoverError`s."""
+        self.config = config
+        self.device = _device(config)
+        if config.threads is not None and self.device == "cpu":
+            torch.set_num_threads(config.threads)
+        self.storage = open_store(config.store, create=False)
+        self.shelf = SaeShelf(self.storage, self.device, config.sae_bytes)
+        self.cache = ActivationCache(config.cache_bytes)
+        self._first = first
+        self.lm = self._load([hook_of(first, self.shelf.get(first))])
+        self.strings = TokenStrings(self.lm.tokenizer)
+        self._specials = set(self.lm.tokenizer.all_special_ids)
+        self._compute = ThreadPoolExecutor(1, "compute")
+        self._loading = ThreadPoolExecutor(LOADERS, "load")
+        self._batcher: TokenBatcher[_Item, list[Found]] = TokenBatcher(
+            self._run, lambda item: len(item.ids), config.batch_tokens, self._compute
+        )
+        self.done = {"texts": 0, "tokens": 0, "batches": 0, "generated_tokens": 0}
+        self._broken: str | None = None
+
+    def _load(self, hooks: Sequence[str]) -> Any:
+        lm = load_language_model([self.shelf.get(self._first)], self.storage.uri, device=self.device)
+        if not self.config.steering:
+            cut_after(lm, hooks)
+        return lm
+
+    # What is asked
+
+    @answers_problems
+    async def read(self, texts: Sequence[str], queries: Sequence[Query], front: Front) -> list[TextAnswer]:
+        """Answer all queries about each text; see `exchange.Model`."""
+        saes = await self._saes({query.sae for query in queries if query.sae})
+        asked = [(query, saes.get(query.sae), query.hook or hook_of(query.sae, saes[query.sae])) for query in queries]
+        tokens = self._tokens(texts, front, list(saes.values()))
+        items = [_Item(ids, dropped, asked) for ids, dropped in tokens]
+        found = await self._batcher.submit(items) if queries else [[] for _ in items]
+        return [self._answer(item, each) for item, each in zip(items, found, strict=True)]
+
+    @answers_problems
+    async def tokenise(self, text: str, front: Front) -> TextAnswer:
+        """The tokens alone."""
+        ((ids, dropped),) = self._tokens([text], front, [])
+        return self._answer(_Item(ids, dropped, []), [])
+
+    @answers_problems
+    async def concept(self, name: str, saes: Sequence[str], top: int) -> dict[str, Any]:
+        """SAE -> the judged features of a concept module; see `midiscover.features.concepts`."""
+        concept = read_module(name)
+        loaded = await self._saes(set(saes))
+
+        def judge() -> dict[str, Any]:
+            texts = [*concept.texts, *concept.controls]
+            scored = score_texts(self.lm, loaded, texts, baselines=False)
+            found = Judge(concept, ConceptSettings(top_features=top, shuffles=200))
+            return {sae: found.document(scored.of[sae], scored.tokens) for sae in loaded}
+
+        return await self._in_compute(judge)
+
+    @answers_problems
+    async def direction(self, sae: str, feature: int, which: Literal["encoder", "decoder"]) -> list[float]:
+        """A feature's column of W_enc or row of W_dec."""
+        module = (await self._saes({sae}))[sae].module
+        _require_feature(sae, feature, module.d_sae)
+        return (module.W_enc[:, feature] if which == "encoder" else module.W_dec[feature]).tolist()
+
+    @answers_problems
+    async def nearest(self, sae: str, vector: Sequence[float] | int, top: int) -> list[tuple[int, float]]:
+        """Features whose decoder directions are nearest by cosine, a feature itself left out."""
+        module = (await self._saes({sae}))[sae].module
+        if isinstance(vector, int):
+            _require_feature(sae, vector, module.d_sae)
+            direction = module.W_dec[vector]
+        else:
+            direction = torch.tensor(vector, device=module.W_dec.device)
+            if direction.shape != module.W_dec.shape[1:]:
+                raise UserError(f"The vector has {len(vector)} numbers; {sae} writes {module.W_dec.shape[1]}.")
+
+        def cosines() -> list[tuple[int, float]]:
+            found = torch.nn.functional.cosine_similarity(module.W_dec.float(), direction[None].float(), dim=1)
+            if isinstance(vector, int):
+                found[vector] = -2
+            best = found.topk(min(top, len(found)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            return [(feature, cosine) for feature, cosine in pairs if cosine > -2]
+
+        return await self._in_compute(cosines)
+
+    async def steer(self, request: SteerRequest) -> AsyncIterator[SteerPiece | Problem]:
+        """Generate, token by token."""
+        try:
+            if not self.config.steering:
+                raise UserError("This deployment keeps no whole language model, so it can't generate; set steering.")
+            saes = await self._saes({edit.sae for edit in request.edits})
+            ((ids, _),) = self._tokens([request.prompt], request.front, list(saes.values()), request.new_tokens)
+            pieces = self._pieces(request, ids, saes)
+            while (piece := await self._in_compute(partial(next, pieces, None))) is not None:
+                self.done["generated_tokens"] += len(piece.token_ids)
+                yield SteerPiece({side: self._text(made) for side, made in piece.token_ids.items()}, piece.done)
+        except MiDiscoverError as error:
+            yield problem_of(error)
+
+    async def facts(self) -> dict[str, Any]:
+        """What it holds and has done."""
+        return {
+            "model": self.lm.identity.name,
+            "steering": self.config.steering,
+            "device": self.device,
+            "saes": self.shelf.ids,
+            "sae_bytes": self.shelf.bytes,
+            "sae_loads": self.shelf.loads,
+            "cache_bytes": self.cache.bytes,
+            "cache_hits": self.cache.hits,
+            "cache_misses": self.cache.misses,
+            **self.done,
+        }
+
+    def check_health(self) -> None:
+        """Raises where the model has failed: a replica that says so is replaced."""
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+
+    # How it is answered
+
+    async def _saes(self, names: set[str]) -> dict[str, LoadedSae]:
+        """Those that are not loaded yet are loaded side by side."""
+        loop = asyncio.get_running_loop()
+        found = {name: self.shelf.held(name) for name in sorted(names)}
+        missing = [name for name, sae in found.items() if sae is None]
+        for name, sae in zip(
+            missing,
+            await asyncio.gather(*(loop.run_in_executor(self._loading, self.shelf.get, name) for name in missing)),
+            strict=True,
+        ):
+            log.info("sae_loaded", extra={"fields": {"sae": name}})
+            found[name] = sae
+        loaded = {name: sae for name, sae in found.items() if sae is not None}
+        self._require_model(loaded)
+        return loaded
+
+    def _require_model(self, saes: dict[str, LoadedSae]) -> None:
+        digest = self.lm.identity.digest
+        for name, sae in saes.items():
+            if sae.record is None:
+                raise SaeUnavailableError(f"{name} has no record.json, so its language model is unknown.")
+            if sae.record["lineage"]["model"]["digest"] != digest:
+                made_on = sae.record["lineage"]["model"]["name"]
+                raise UserError(f"{name} reads {made_on}, and this interpreter runs {self.lm.identity.name}.")
+
+    def _tokens(
+        self, texts: Sequence[str], front: Front, saes: Sequence[LoadedSae], new_tokens: int = 0
+    ) -> list[tuple[list[int], int]]:
+        """Of each text its ids with what stands before them, and how many of those rows are left out."""
+        found = tokenised(self.lm, texts)
+        start = start_token(self.lm, saes) if front == "corpus" else self._bos() if front == "bos" else None
+        refuse_too_long(self.lm, texts, found, (start is not None) + new_tokens, self.config.limits.tokens)
+        if start is None:
+            return [(ids, 0) for ids in found]
+        if front == "corpus":
+            return [([start, *ids], 1) for ids in found]
+        return [(ids if ids[0] == start else [start, *ids], 0) for ids in found]
+
+    def _bos(self) -> int | None:
+        bos: Any = self.lm.tokenizer.bos_token_id
+        return self.lm.tokenizer.eos_token_id if bos is None else bos
+
+    def _answer(self, item: _Item, found: list[Found]) -> TextAnswer:
+        ids = item.ids[item.front :]
+        return TextAnswer(ids, self.strings(ids), [token in self._specials for token in ids], found)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    async def _in_compute(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, work)
+
+    def _pieces(self, request: SteerRequest, ids: list[int], saes: dict[str, LoadedSae]) -> Iterator[Piece]:
+        return generate(
+            self.lm,
+            ids,
+            saes,
+            [Change(edit.sae, edit.feature, edit.mode, edit.value) for edit in request.edits],
+            Sampling(
+                new_tokens=request.new_tokens,
+                temperature=request.temperature,
+                frequency_penalty=request.frequency_penalty,
+                seed=request.seed,
+            ),
+            sides=request.sides,
+            orthogonal=request.method == "orthogonal",
+        )
+
+    def _run(self, items: Sequence[_Item]) -> list[list[Found] | Exception]:
+        """One batch, in the compute thread."""
+        try:
+            rows = self._activations(items)
+        except MiDiscoverError as error:
+            return [error] * len(items)
+        except RuntimeError as error:  # of torch: out of memory, a card that fell off
+            self._broken = f"The language model failed: {str(error).splitlines()[0]}"
+            log.error("model_failed", extra={"fields": {"reason": self._broken}})
+            raise
+        self.done["batches"] += 1
+        self.done["texts"] += len(items)
+        self.done["tokens"] += sum(len(item.ids) for item in items)
+        answers: list[list[Found] | Exception] = []
+        for item, found in zip(items, rows, strict=True):
+            try:
+                answers.append([self._found(*asked, found, item.front) for asked in item.asked])
+            except MiDiscoverError as error:
+                answers.append(error)
+        return answers
+
+    def _found(self, query: Query, sae: LoadedSae | None, hook: str, rows: dict[str, Tensor], front: int) -> Found:
+        x = rows[hook]
+        if sae is not None:
+            require_width(self.lm, query.sae, sae, hook, x.shape[-1])
+        return answer_query(query, sae, x[front:])
+
+    def _activations(self, items: Sequence[_Item]) -> list[dict[str, Tensor]]:
+        """For each item, hook -> [t, d_in], of the whole sequence; from the cache where it has them all."""
+        known: list[dict[str, Tensor]] = []
+        for item in items:
+            wanted = {hook for _, _, hook in item.asked}
+            held = {hook: self.cache.get(hook, item.ids) for hook in wanted} if self.config.cache_bytes else {}
+            known.append({hook: rows for hook, rows in held.items() if rows is not None})
+        missing = [i for i, item in enumerate(items) if any(hook not in known[i] for _, _, hook in item.asked)]
+        hooks = {hook for i in missing for _, _, hook in items[i].asked if hook not in known[i]}
+        if hooks:
+            if not holds(self.lm, hooks):
+                self.lm = self._load(sorted({*hooks, *(hook for item in items for _, _, hook in item.asked)}))
+            found = activations_of(self.lm, [items[i].ids for i in missing], 0, sorted(hooks))
+            for place, i in enumerate(missing):
+                for hook in hooks:
+                    known[i][hook] = found[hook][place]
+                    if self.config.cache_bytes:
+                        self.cache.put(hook, items[i].ids, found[hook][place])
+        return known
+
+
+def _require_feature(sae: str, feature: int, d_sae: int) -> None:
+    if not 0 <= feature < d_sae:
+        raise UserError(f"{sae} has no feature {feature}; its features are 0 to {d_sae - 1}.")
+
+
+def _device(config: ServeConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
