@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 PLAIN_SECONDS = 10.0
 _SAID = re.compile(r"(harvest|sweep|features|publish|pipeline|error|midiscover): ")
-_PLAIN = re.compile(r"(?P<stage>[a-z]+): (?P<name>.+): +(?P<percent>\d+) %  (?P<note>.*)")
+PLAIN = re.compile(r"(?P<stage>[a-z]+): (?P<name>.+): +(?P<percent>\d+) %  (?P<note>.*)")
 
 
 class Bars:
@@ -84,7 +84,7 @@ def replay(line: str, bars: Bars) -> None:
 
     What a driver says of its progress goes to stderr and its results to stdout, as they would here.
     """
-    found = _PLAIN.fullmatch(line)
+    found = PLAIN.fullmatch(line)
     if found is None:
         bars.line(line)
     elif bars.live is None:

@@ -34,7 +34,7 @@ import ray
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.progress import Bars, replay
+from jobs.progress import PLAIN, Bars, replay
 from jobs.runtime import CLIENT, run_main
 from midiscover import lineage, tables
 from midiscover.config import RunConfig
@@ -108,24 +108,29 @@ def run(client: JobSubmissionClient, args: SubmitArgs) -> int:
     words = [args.target] if args.target else []
     if config is not None:
         config, words = portable(config, store), [CONFIG]
-    words += ["--store", store, *args.flags]
-    with tempfile.TemporaryDirectory(prefix="midiscover-upload-") as folder:
-        size = pack(Path(folder), config)
-        name = config.name if config is not None else args.target
-        job = f"{args.stage}{f'-{name}' if name else ''}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        print(f"uploading {size / 1e6:.1f} MB: {', '.join(PACKAGES)}{', ' + CONFIG if config else ''}", file=sys.stderr)
-        _submitted(
-            client,
-            entrypoint=shlex.join(["python", "-m", f"jobs.{args.stage}", *words]),
-            submission_id=job,
-            runtime_env={"working_dir": folder, "env_vars": variables()},
-            metadata={"stage": args.stage, "name": name, "owner": lineage.owner()},
-        )
-    print(f"submitted {job}", file=sys.stderr)
+    job = submit(client, args.stage, [*words, "--store", store, *args.flags], config, args.target)
     if args.detach:
         print(job)
         return 0
     return follow_job(client, job)
+
+
+def submit(client: JobSubmissionClient, stage: str, words: list[str], config: RunConfig | None, name: str = "") -> str:
+    """Upload our packages, and `config` as the file CONFIG that `words` may name; start the stage. The job's id."""
+    with tempfile.TemporaryDirectory(prefix="midiscover-upload-") as folder:
+        size = pack(Path(folder), config)
+        name = config.name if config is not None else name
+        job = f"{stage}{f'-{name}' if name else ''}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        print(f"uploading {size / 1e6:.1f} MB: {', '.join(PACKAGES)}{', ' + CONFIG if config else ''}", file=sys.stderr)
+        _submitted(
+            client,
+            entrypoint=shlex.join(["python", "-m", f"jobs.{stage}", *words]),
+            submission_id=job,
+            runtime_env={"working_dir": folder, "env_vars": variables()},
+            metadata={"stage": stage, "name": name, "owner": lineage.owner()},
+        )
+    print(f"submitted {job}", file=sys.stderr)
+    return job
 
 
 def _submitted(client: JobSubmissionClient, **job: Any) -> None:
@@ -266,6 +271,16 @@ def _wants_stop(job: str) -> bool:
 
 def show_jobs(client: JobSubmissionClient, *, as_json: bool) -> int:
     """The jobs that were submitted from here or elsewhere, newest first."""
+    rows = job_rows(client)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        tables.show(tables.jobs_table(rows, time.time() * 1000))
+    return 0
+
+
+def job_rows(client: JobSubmissionClient) -> list[dict[str, Any]]:
+    """Our jobs on a cluster, newest first: `id, stage, name, owner, status, started, ended`; times in milliseconds."""
     rows = [
         {
             "id": job.submission_id,
@@ -277,12 +292,16 @@ def show_jobs(client: JobSubmissionClient, *, as_json: bool) -> int:
         for job in client.list_jobs()
         if job.submission_id and _OURS.fullmatch(job.submission_id)
     ]
-    rows.sort(key=lambda row: row["started"] or 0, reverse=True)
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    else:
-        tables.show(tables.jobs_table(rows, time.time() * 1000))
-    return 0
+    return sorted(rows, key=lambda row: row["started"] or 0, reverse=True)
+
+
+def progress_of(log: str) -> list[dict[str, Any]]:
+    """The lines of progress of a log, each with how far it has come: `stage, name, percent, note`."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for match in filter(None, map(PLAIN.fullmatch, log.splitlines())):
+        told = match.groupdict()
+        found[told["stage"], told["name"]] = told | {"percent": int(told["percent"]), "note": told["note"].strip()}
+    return list(found.values())
 
 
 def show_log(client: JobSubmissionClient, name: str, *, follow: bool) -> int:

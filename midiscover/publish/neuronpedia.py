@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from midiscover.config import NeuronpediaConfig
+from midiscover.features.labels import label
 from midiscover.features.records import Context, FeatureRecords
-from midiscover.featureview import shown
 from midiscover.publish.dashboard import Dashboards
 from midiscover.publish.names import (
     checked_model_id,
@@ -83,9 +83,11 @@ class NeuronpediaExport:
             yield f"{self.folder}/{name}.jsonl", _lines([row])
         dashboards = Dashboards(self.model, self.record["layer"], self.set, self._source(records))
         for number, (features, contexts) in enumerate(records.batches(BATCH)):
-            rows: dict[str, list[Row]] = {"features": [self._feature(feature) for feature in features]}
-            rows["activations"] = [row for f in features for row in self._activations(f["index"], contexts[f["index"]])]
-            rows["explanations"] = [self._explanation(feature) for feature in features if feature["count"]]
+            rows: dict[str, list[Row]] = {"features": [self.feature_row(feature) for feature in features]}
+            rows["activations"] = [
+                row for f in features for row in self.activation_rows(f["index"], contexts[f["index"]])
+            ]
+            rows["explanations"] = [self.explanation_row(feature) for feature in features if feature["count"]]
             for name, found in rows.items():
                 if found:
                     data = gzip.compress(_lines(found), _LEVEL, mtime=0)
@@ -197,7 +199,8 @@ class NeuronpediaExport:
             "createdAt": self.created,
         }
 
-    def _feature(self, feature: Mapping[str, Any]) -> Row:
+    def feature_row(self, feature: Mapping[str, Any]) -> Row:
+        """A feature as a row of Neuronpedia's table `Neuron`."""
         return {
             "modelId": self.model,
             "layer": self.source,
@@ -234,7 +237,8 @@ class NeuronpediaExport:
             "decoder_weights_dist": [],
         }
 
-    def _activations(self, index: int, contexts: Sequence[Context]) -> Iterator[Row]:
+    def activation_rows(self, index: int, contexts: Sequence[Context]) -> Iterator[Row]:
+        """Its contexts as rows of the table `Activation`; those drawn at random left out."""
         for context in contexts:
             if context.kind == "random":
                 continue
@@ -263,16 +267,15 @@ class NeuronpediaExport:
                 "createdAt": self.created,
             }
 
-    def _explanation(self, feature: Mapping[str, Any]) -> Row:
-        peaks = ", ".join(f"'{shown(token)}'" for token in feature["top_tokens"][:3])
-        promoted = ", ".join(f"'{shown(token)}'" for token in feature["pos_tokens"][:3])
+    def explanation_row(self, feature: Mapping[str, Any]) -> Row:
+        """Its label as a row of the table `Explanation`."""
         return {
             "id": self._id("explanation", feature["index"]),
             "modelId": self.model,
             "layer": self.source,
             "index": str(feature["index"]),
             "authorId": self.names.creator_id,
-            "description": f"peaks at {peaks}" + (f"; promotes {promoted}" if promoted else ""),
+            "description": label(feature),
             "typeName": None,
             "explanationModelName": None,
             "notes": None,

@@ -1,0 +1,251 @@
+"""Which SAEs of a store a deployment hosts, and what is known of them. Loads no torch.
+
+A thread looks again every few seconds. Where the store does not answer, what was known goes on being served, and
+/health says since when. Records never change, so they are kept; features are read from the store's parquet when asked
+for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from midiscover.errors import MiDiscoverError, NotFoundError
+from midiscover.features.records import FeatureRecords, open_features
+from midiscover.frontier import is_control
+from midiscover.promoted import promoted
+from midiscover.publish.names import model_id, source_id, source_set
+from midiscover.serving import ALL, PROMOTED, ServeConfig
+from midiscover.store import layout
+from midiscover.store.documents import read_json
+from midiscover.store.storage import Storage
+from midiscover.targets import find_target
+
+FEATURES_KEPT = 8
+"""SAEs whose feature files are kept in memory."""
+FEATURES_FRESH_SECONDS = 60.0
+LISTED = ("index", "count", "firing_rate", "mean", "max", "std", "top_tokens", "pos_tokens")
+log = logging.getLogger("midiscover.serve")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hosted:
+    """One SAE."""
+
+    id: str
+    record: Mapping[str, Any]
+    is_promoted: bool
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Digest of the language model, and whether its weights were shuffled."""
+        model = self.record["lineage"]["model"]
+        return model["digest"], model.get("weights", "trained")
+
+    @property
+    def model_name(self) -> str:
+        """Of the language model, as its maker calls it."""
+        return self.record["lineage"]["model"]["name"]
+
+    @property
+    def neuronpedia_model(self) -> str:
+        """What Neuronpedia would call its model."""
+        return model_id(self.model_name)
+
+    @property
+    def set(self) -> str:
+        """What Neuronpedia would call its source set."""
+        return source_set(self.record)
+
+    @property
+    def source(self) -> str:
+        """What Neuronpedia would call it."""
+        return source_id(self.record, self.set)
+
+    def summary(self) -> dict[str, Any]:
+        """For listings."""
+        record = self.record
+        names = ("id", "hook", "output_hook", "layer", "kind", "d_in", "d_sae", "created", "metrics")
+        return {name: record.get(name) for name in names} | {
+            "model": self.model_name,
+            "promoted": self.is_promoted,
+            "neuronpedia": {"modelId": self.neuronpedia_model, "source": self.source},
+        }
+
+
+class Catalog:
+    """What is hosted now. Safe to use from several threads."""
+
+    def __init__(self, storage: Storage, config: ServeConfig) -> None:
+        self.storage, self.config = storage, config
+        self._records: dict[str, dict[str, Any]] = {}
+        self._broken: dict[str, str] = {}
+        self._hosted: dict[str, Hosted] = {}
+        self._features: OrderedDict[str, tuple[float, FeatureRecords]] = OrderedDict()
+        self._rows: dict[str, tuple[FeatureRecords, list[dict[str, Any]]]] = {}
+        self._lock = threading.Lock()
+        self.away_since: float | None = None
+        self._ended = threading.Event()
+
+    def refresh(self) -> None:
+        """Look once. NotFoundError for an SAE that is named and is not there; errors of a store that is away."""
+        chosen = {entry["id"] for entry in promoted(self.storage)}
+        names = self._wanted(chosen)
+        hosted = {}
+        for name in names:
+            record = self._record(name)
+            if record is None or (is_control(record["sae"]) and self.config.follows):
+                continue
+            hosted[name] = Hosted(id=name, record=record, is_promoted=name in chosen)
+        with self._lock:
+            self._hosted = hosted
+
+    def watch(self) -> None:
+        """Go on looking, in a thread of its own, until `close`."""
+        threading.Thread(target=self._watch, name="catalog", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._ended.set()
+
+    @property
+    def hosted(self) -> list[Hosted]:
+        """In order of id."""
+        with self._lock:
+            return [self._hosted[name] for name in sorted(self._hosted)]
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """SAEs whose record can't be read, and why."""
+        with self._lock:
+            return dict(self._broken)
+
+    def find(self, prefix: str) -> Hosted:
+        """The one hosted SAE whose id is, or begins with, `prefix`. NotFoundError else."""
+        with self._lock:
+            names = sorted(self._hosted)
+            fits = [prefix] if prefix in self._hosted else [name for name in names if name.startswith(prefix)]
+            found = self._hosted[fits[0]] if len(fits) == 1 else None
+        if prefix and found is not None:
+            return found
+        if prefix and fits:
+            raise NotFoundError(f"'{prefix}' fits {len(fits)} SAEs: {', '.join(fits[:3])}, …")
+        more = ", …" if len(names) > 3 else ""
+        listed = f"; hosted are {', '.join(names[:3])}{more}" if names else "; none is hosted"
+        raise NotFoundError(f"There is no SAE '{prefix}' here{listed}.")
+
+    def default(self) -> Hosted:
+        """The promoted SAE with the lowest FVU, else that of all. NotFoundError where none is hosted."""
+        hosted = self.hosted
+        pool = [one for one in hosted if one.is_promoted] or hosted
+        if not pool:
+            raise NotFoundError("No SAE is hosted; train one, or promote one that is there.")
+        return min(pool, key=lambda one: ((one.record["metrics"] or {}).get("fvu") or float("inf"), one.id))
+
+    def by_source(self, model: str, source: str) -> Hosted:
+        """The SAE that Neuronpedia would call so. NotFoundError else."""
+        fits = [one for one in self.hosted if one.neuronpedia_model == model and one.source == source]
+        if not fits:
+            known = sorted({f"{one.neuronpedia_model}/{one.source}" for one in self.hosted})[:4]
+            raise NotFoundError(
+                f"There is no source '{source}' of '{model}' here; there is {', '.join(known) or 'none'}."
+            )
+        # Two SAEs of one name differ in their training alone: the one that a user would be given.
+        return min(fits, key=lambda one: (not one.is_promoted, (one.record["metrics"] or {}).get("fvu") or 0, one.id))
+
+    def members(self, name: str) -> list[str]:
+        """The hosted SAEs of a sweep, or of one SAE, by the beginning of its id."""
+        hosted = {one.id for one in self.hosted}
+        return [sae for sae in find_target(self.storage, name).saes if sae in hosted]
+
+    def features(self, sae_id: str) -> FeatureRecords:
+        """The feature records of an SAE; NotFoundError where they are not written down."""
+        with self._lock:
+            held = self._features.get(sae_id)
+            if held is not None and time.monotonic() - held[0] < FEATURES_FRESH_SECONDS:
+                self._features.move_to_end(sae_id)
+                return held[1]
+        try:
+            found = open_features(self.storage, sae_id)
+        except NotFoundError:
+            raise
+        except MiDiscoverError:
+            if held is None:
+                raise
+            found = held[1]  # the store is away, and what is known does not change
+        if held is not None and held[1].manifest == found.manifest:
+            found = held[1]  # which has its files open already
+        with self._lock:
+            self._features[sae_id] = (time.monotonic(), found)
+            self._features.move_to_end(sae_id)
+            while len(self._features) > FEATURES_KEPT:
+                self._features.popitem(last=False)
+        return found
+
+    def rows(self, sae_id: str) -> list[dict[str, Any]]:
+        """One row for each feature, by index, with the columns `LISTED`; read once. Errors as of `features`."""
+        records = self.features(sae_id)
+        with self._lock:
+            held = self._rows.get(sae_id)
+        if held is not None and held[0] is records:
+            return held[1]
+        rows = records.table(LISTED).to_pylist()
+        with self._lock:
+            self._rows = {name: kept for name, kept in self._rows.items() if name in self._features}
+            self._rows[sae_id] = (records, rows)
+        return rows
+
+    def _wanted(self, chosen: Iterable[str]) -> list[str]:
+        names: dict[str, None] = {}
+        for wanted in self.config.saes:
+            if wanted == ALL:
+                keys = self.storage.list(layout.SAES)
+                names |= {
+                    key.split("/")[1]: None for key in keys if key.count("/") == 2 and key.endswith("/record.json")
+                }
+            elif wanted == PROMOTED:
+                names |= dict.fromkeys(chosen)
+            else:
+                names |= dict.fromkeys(find_target(self.storage, wanted).saes)
+        return sorted(names)
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        """None, with the reason kept, for one that makes no sense: the others go on."""
+        if name in self._records:
+            return self._records[name]
+        record = None
+        try:
+            record = read_json(self.storage, layout.record(name))
+            if record is None:
+                return None
+            hosted = Hosted(id=name, record=record, is_promoted=False)
+            _ = hosted.model, hosted.source, is_control(record["sae"]), hosted.summary()
+        except MiDiscoverError as error:
+            if record is None:
+                raise
+            problem = str(error)
+        except Exception as error:  # a record that somebody else wrote can hold anything
+            problem = f"{name}: its record.json is not readable ({type(error).__name__})."
+        else:
+            self._records[name] = record
+            with self._lock:
+                self._broken.pop(name, None)
+            return record
+        with self._lock:
+            self._broken[name] = problem
+        return None
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.config.refresh_seconds):
+            try:
+                self.refresh()
+                self.away_since = None
+            except Exception as error:  # a store that is away must not end the thread
+                if self.away_since is None:
+                    self.away_since = time.time()
+                    log.warning("store_away", extra={"fields": {"reason": str(error)}})

@@ -1,0 +1,219 @@
+"""What Neuronpedia's interfaces share: how they name things, and how they answer.
+
+Members are camelCase on the wire, snake_case is taken as well. BOS is put before a prompt that does not begin with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic.alias_generators import to_camel
+
+from serve.api import MOST_PROMPT
+from serve.catalog import Hosted
+from serve.context import Context, answered, asked
+from serve.exchange import Edit, Found, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.problems import ProblemError
+
+Prompt = Annotated[StrictStr, Field(min_length=1, max_length=MOST_PROMPT)]
+Name = Annotated[StrictStr, Field(min_length=1, max_length=128)]
+NO_DFA: dict[str, Any] = {"dfaValues": None, "dfaMaxValue": None, "dfaTargetIndex": None}
+"""Direct feature attribution is for attention SAEs that Neuronpedia marks so; null as there."""
+
+
+class Wire(BaseModel):
+    """camelCase, or snake_case, on the way in."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class All(Wire):
+    """The strongest features of several sources."""
+
+    model: Name
+    source_set: Name
+    selected_sources: list[Name] = Field(default_factory=list)
+    sort_by_token_indexes: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    ignore_bos: bool = True
+    num_results: int = Field(25, ge=1)
+
+
+class TopkByToken(Wire):
+    """The strongest features of each token."""
+
+    model: Name
+    source: Name
+    top_k: int = Field(5, ge=1)
+    ignore_bos: bool = True
+
+
+class SteerFeature(Wire):
+    """A feature to add."""
+
+    model: Name
+    source: Name
+    index: int = Field(ge=0)
+    strength: float = Field(ge=-1e6, le=1e6)
+
+
+class Completion(Wire):
+    """Text to go on from, with and without added features."""
+
+    prompt: Prompt
+    model: Name
+    steer_method: Literal["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP"] = "SIMPLE_ADDITIVE"
+    normalize_steering: bool = False
+    types: list[Literal["STEERED", "DEFAULT"]] = Field(min_length=1, max_length=2)
+    features: list[SteerFeature] = Field(min_length=1, max_length=32)
+    n_completion_tokens: int = Field(ge=1)
+    temperature: float = Field(ge=0, le=2)
+    strength_multiplier: float = Field(ge=-100, le=100)
+    freq_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int = Field(0, ge=0, lt=2**63)
+    stream: bool = False
+
+
+def peak(values: list[float]) -> dict[str, Any]:
+    """Values with their maximum and its place."""
+    highest = max(values, default=0.0)
+    return {"values": values, "maxValue": highest, "maxValueIndex": values.index(highest) if values else 0}
+
+
+async def strongest(request: All, prompts: Sequence[str], context: Context) -> list[dict[str, Any]]:
+    """For each text the features of all sources, highest first; by the sum over some tokens where they are named."""
+    limit = context.config.limits.top_k
+    if request.num_results > limit:
+        raise ProblemError(422, f"numResults is {request.num_results}; at most {limit} are given at once.")
+    saes = sources(context, request.model, request.source_set, request.selected_sources)
+    at = tuple(request.sort_by_token_indexes)
+    queries = [
+        Query(sae=s.id, k=request.num_results, per_token=False, rank_at=at, skip_first=request.ignore_bos) for s in saes
+    ]
+    results = []
+    for answer in await context.read(saes[0], prompts, queries, "bos"):
+        rows = [row for sae, found in zip(saes, answer.found, strict=True) for row in _rows(sae.source, found, at)]
+        rows.sort(key=lambda row: row["sumValues"] if at else row["maxValue"], reverse=True)  # stable
+        results.append({"activations": rows[: request.num_results], "tokens": answer.tokens, "counts": None})
+    return results
+
+
+def _rows(name: str, found: Found, at: Sequence[int]) -> list[dict[str, Any]]:
+    rows = []
+    for feature, values in zip(found.strongest.tolist(), found.values.tolist(), strict=True):
+        total = sum(values[i] for i in at) if at else sum(values)
+        rows.append({"source": name, "index": feature, **peak(values), "sumValues": total, **NO_DFA})
+    return rows
+
+
+async def by_token(request: TopkByToken, prompts: Sequence[str], context: Context) -> list[dict[str, Any]]:
+    """For each text, its tokens with their strongest features; positions count from BOS, which may be left out."""
+    limit = context.config.limits.top_k
+    if request.top_k > limit:
+        raise ProblemError(422, f"topK is {request.top_k}; at most {limit} are given at once.")
+    sae = source(context, request.model, request.source)
+    results = []
+    for answer in await context.read(sae, prompts, [Query(sae=sae.id, k=request.top_k)], "bos"):
+        found: list[list[dict[str, Any]]] = [[] for _ in answer.tokens]
+        entries = answer.found[0]
+        for token, feature, value in zip(
+            entries.token.tolist(), entries.feature.tolist(), entries.value.tolist(), strict=True
+        ):
+            found[token].append({"featureIndex": feature, "activationValue": value})
+        rows = [
+            {"tokenPosition": place, "token": token, "isSpecial": special, "topFeatures": features}
+            for place, (token, special, features) in enumerate(zip(answer.tokens, answer.special, found, strict=True))
+        ]
+        results.append({"results": rows[1:] if request.ignore_bos else rows, "tokens": answer.tokens})
+    return results
+
+
+async def active(sae: Hosted, prompts: Sequence[str], context: Context) -> list[dict[str, Any]]:
+    """For each text its tokens, and feature -> [[token, value], ...]; BOS counts as 0."""
+    results = []
+    query = Query(sae=sae.id, kind="active", skip_first=True)
+    for answer in await context.read(sae, prompts, [query], "bos"):
+        fires: dict[str, list[list[float]]] = {}
+        found = answer.found[0]
+        entries = zip(found.token.tolist(), found.feature.tolist(), found.value.tolist(), strict=True)
+        for token, feature, value in entries:
+            fires.setdefault(str(feature), []).append([token, value])
+        results.append({"tokens": answer.tokens, "activeFeatures": fires})
+    return results
+
+
+def steering(request: Completion, context: Context) -> tuple[Hosted, SteerRequest]:
+    """The request in our own terms. With normalizeSteering a direction has norm 1, which ours have already."""
+    limit = context.config.limits.new_tokens
+    if request.n_completion_tokens > limit:
+        raise ProblemError(422, f"nCompletionTokens is {request.n_completion_tokens}; at most {limit} are made.")
+    edits, saes = [], []
+    for feature in request.features:
+        saes.append(source(context, feature.model, feature.source))
+        edits.append(Edit(saes[-1].id, feature.index, "add", feature.strength * request.strength_multiplier))
+    context.chosen([sae.id for sae in saes])  # all of one language model
+    sides: dict[str, Literal["steered", "default"]] = {"STEERED": "steered", "DEFAULT": "default"}
+    return saes[0], SteerRequest(
+        prompt=request.prompt,
+        edits=tuple(edits),
+        sides=tuple(sides[side] for side in dict.fromkeys(request.types)),
+        new_tokens=request.n_completion_tokens,
+        temperature=request.temperature,
+        frequency_penalty=request.freq_penalty,
+        seed=request.seed,
+        method="orthogonal" if request.steer_method == "ORTHOGONAL_DECOMP" else "add",
+        front="bos",
+    )
+
+
+def outputs(piece: SteerPiece, sides: Sequence[str]) -> dict[str, Any]:
+    """What was generated, the prompt not included."""
+    return {"outputs": [{"type": side, "output": piece.texts[side.lower()]} for side in sides]}
+
+
+async def tokens(context: Context, model: str, text: str, *, with_bos: bool) -> TextAnswer:
+    """A text's tokens by the model of this name."""
+    sae = any_of(context, model)
+    return answered(await context.model(sae).tokenise(text, "bos" if with_bos else "none"))
+
+
+def source(context: Context, model: str, name: str) -> Hosted:
+    """The SAE that Neuronpedia would call so; our own ids are understood as well."""
+    try:
+        return asked(lambda: context.catalog.by_source(model, name))
+    except ProblemError:
+        ours = [sae for sae in context.catalog.hosted if sae.id == name and sae.neuronpedia_model == model]
+        if not ours:
+            raise
+        return ours[0]
+
+
+def sources(context: Context, model: str, set_name: str, selected: Sequence[str]) -> list[Hosted]:
+    """The sources asked for, or all of a set."""
+    if selected:
+        found = [source(context, model, name) for name in selected]
+    else:
+        of_set = [sae for sae in context.catalog.hosted if sae.neuronpedia_model == model and sae.set == set_name]
+        found = list({sae.source: source(context, model, sae.source) for sae in of_set}.values())
+    if not found:
+        known = ", ".join(sorted({sae.set for sae in context.catalog.hosted})) or "none"
+        raise ProblemError(404, f"There is no source set '{set_name}' of '{model}' here; there is {known}.")
+    return context.chosen([sae.id for sae in found])
+
+
+def any_of(context: Context, model: str) -> Hosted:
+    """Some SAE of a model: whatever needs the model alone is asked of its interpreter."""
+    found = next((sae for sae in context.catalog.hosted if sae.neuronpedia_model == model), None)
+    if found is None:
+        known = ", ".join(sorted({sae.neuronpedia_model for sae in context.catalog.hosted})) or "none"
+        raise ProblemError(404, f"There is no model '{model}' here; there is {known}.")
+    return found
+
+
+def hook_of(context: Context, name: str) -> str:
+    """A hook as the model's module path. 404 for one that no hosted SAE reads."""
+    known = {sae.record["hook"] for sae in context.catalog.hosted}
+    if name not in known:
+        raise ProblemError(404, f"No SAE here reads the hook '{name}'; they read {', '.join(sorted(known))}.")
+    return name

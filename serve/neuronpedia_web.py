@@ -1,0 +1,388 @@
+"""The part of Neuronpedia's web application that programs use, /api/...: what its Python client asks, read-only.
+
+Rows are those of an export (`midiscover.publish.neuronpedia`), so that a feature says the same here as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path
+from pydantic import Field, StrictStr
+
+from midiscover.config import NeuronpediaConfig
+from midiscover.features.labels import label
+from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
+from serve.api import last_piece
+from serve.catalog import Hosted
+from serve.context import Context, context_of, in_thread
+from serve.exchange import Query
+from serve.neuronpedia import (
+    NO_DFA,
+    All,
+    Completion,
+    Name,
+    Prompt,
+    SteerFeature,
+    TopkByToken,
+    Wire,
+    active,
+    by_token,
+    peak,
+    source,
+    steering,
+    strongest,
+    tokens,
+)
+from serve.problems import ProblemError
+
+router = APIRouter(prefix="/api", tags=["neuronpedia web"])
+Given = Annotated[Context, Depends(context_of)]
+Segment = Annotated[str, Path(min_length=1, max_length=128)]
+Index = Annotated[int, Path(ge=0, lt=2**31)]
+PAGE = 20
+
+
+def twice(path: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A POST route with and without a slash at its end: the client asks with one where it has nothing to add."""
+
+    def decorate(route: Callable[..., Any]) -> Callable[..., Any]:
+        router.post(path, **settings)(route)
+        router.post(f"{path}/", include_in_schema=False, **settings)(route)
+        return route
+
+    return decorate
+
+
+async def feature_row(context: Context, sae: Hosted, index: int, activations: int | None = None) -> dict[str, Any]:
+    """A feature as the web application gives it, with its activations and explanations."""
+    records = await context.features(sae)
+    facts = ModelFacts(name=sae.model_name, model_type=None, layers=0, d_model=0, neurons_per_layer=0)
+    cfg: dict[str, Any] = {"metadata": {}}
+    export = NeuronpediaExport(sae.record, cfg, facts, NeuronpediaConfig())
+
+    def read() -> dict[str, Any]:
+        feature = records.feature(index)
+        extra = {"source": sae.source}  # which the client reads, though the application does not send it
+        rows = [row | extra for row in export.activation_rows(index, records.contexts(index))]
+        rows.sort(key=lambda row: row["maxValue"], reverse=True)
+        explained = []
+        if feature["count"]:
+            row = export.explanation_row(feature)
+            explained = [row | extra | {"explanationModelName": None, "scores": [], "triggeredByUser": None}]
+        return export.feature_row(feature) | {
+            "source": {"id": sae.source, "modelId": sae.neuronpedia_model, "hookName": export.hook},
+            "sourceSet": {"name": sae.set},
+            "model": {"id": sae.neuronpedia_model, "displayName": sae.model_name},
+            "activations": rows[:activations],
+            "explanations": explained,
+            "lists": [],
+            "comments": [],
+            "creator": {"name": "miDiscover"},
+        }
+
+    return await in_thread(read)
+
+
+@router.get("/feature/{model}/{source_id}/{index}")
+async def feature(model: Segment, source_id: Segment, index: Index, context: Given) -> dict[str, Any]:
+    """Everything about a feature."""
+    return await feature_row(context, source(context, model, source_id), index)
+
+
+class FeatureWanted(Wire):
+    """A feature by its names."""
+
+    model_id: Name
+    layer: Name
+    index: int | StrictStr
+    max_acts_to_return: int | None = Field(None, ge=0, le=1000)
+
+
+@router.post("/features")
+async def features(
+    wanted: Annotated[list[FeatureWanted], Field(max_length=128)], context: Given
+) -> list[dict[str, Any]]:
+    """The same of several features."""
+    return [
+        await feature_row(context, source(context, one.model_id, one.layer), number(one.index), one.max_acts_to_return)
+        for one in wanted
+    ]
+
+
+def number(index: int | str) -> int:
+    """A feature's index, which comes as text or as a number."""
+    if not str(index).isdigit() or len(str(index)) > 9:
+        raise ProblemError(422, f"'{index}' is no index of a feature.")
+    return int(index)
+
+
+class FeatureNamed(Wire):
+    """A feature whose activations are asked for."""
+
+    model_id: Name
+    source: Name | None = None
+    layer: Name | None = None
+    index: int | StrictStr
+
+    @property
+    def place(self) -> str:
+        """Its source."""
+        found = self.source or self.layer
+        if found is None:
+            raise ProblemError(422, "feature.source is missing.")
+        return found
+
+
+class ActivationNew(Wire):
+    """Texts on which a feature is run."""
+
+    feature: FeatureNamed
+    custom_text: Prompt | list[Prompt]
+    ignore_bos: bool = True
+
+
+@router.post("/activation/new", response_model=None)
+async def activation_new(request: ActivationNew, context: Given) -> Any:
+    """The activations of a feature on a text, or on each of several."""
+    sae, index = source(context, request.feature.model_id, request.feature.place), number(request.feature.index)
+    many = isinstance(request.custom_text, list)
+    texts = request.custom_text if isinstance(request.custom_text, list) else [request.custom_text]
+    query = Query(sae=sae.id, kind="values", features=(index,), skip_first=request.ignore_bos)
+    found = []
+    for answer in await context.read(sae, texts, [query], "bos"):
+        values = answer.found[0].values[0].tolist()
+        at = peak(values)
+        found.append(
+            {
+                "tokens": answer.tokens,
+                "values": values,
+                "maxValue": at["maxValue"],
+                "minValue": min(values),
+                "maxValueTokenIndex": at["maxValueIndex"],
+                "modelId": sae.neuronpedia_model,
+                "layer": sae.source,
+                "index": str(index),
+                "creatorId": None,
+                "dataIndex": None,
+                "dataSource": None,
+                "createdAt": None,
+                **NO_DFA,
+            }
+        )
+    return found if many else found[0]
+
+
+class ActivationGet(Wire):
+    """A feature whose contexts are asked for."""
+
+    model_id: Name
+    source: Name
+    index: int | StrictStr
+
+
+@router.post("/activation/get")
+async def activation_get(request: ActivationGet, context: Given) -> list[dict[str, Any]]:
+    """The contexts of a feature."""
+    sae = source(context, request.model_id, request.source)
+    return (await feature_row(context, sae, number(request.index)))["activations"]
+
+
+class ActivationSource(Wire):
+    """Texts on which a whole source is run."""
+
+    model_id: Name
+    source: Name
+    custom_text: Prompt | list[Prompt]
+
+
+@router.post("/activation/source")
+async def activation_source(request: ActivationSource, context: Given) -> dict[str, Any]:
+    """All features of a source that fire on texts."""
+    texts = request.custom_text if isinstance(request.custom_text, list) else [request.custom_text]
+    return {"results": await active(source(context, request.model_id, request.source), texts, context)}
+
+
+class SearchAll(Wire):
+    """Texts whose strongest features are asked for."""
+
+    model_id: Name
+    source_set: Name
+    text: Prompt | list[Prompt]
+    selected_layers: list[Name] = Field(default_factory=list)
+    sort_indexes: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    ignore_bos: bool = True
+    density_threshold: float = -1
+    num_results: int = Field(50, ge=1, le=100)
+
+
+@twice("/search-all")
+async def search_all(request: SearchAll, context: Given) -> dict[str, Any]:
+    """The strongest features of texts over the sources of a set, those that fire too often left out."""
+    many = isinstance(request.text, list)
+    texts = request.text if isinstance(request.text, list) else [request.text]
+    bounded = 0 <= request.density_threshold < 1
+    inner = All(
+        model=request.model_id,
+        source_set=request.source_set,
+        selected_sources=request.selected_layers,
+        sort_by_token_indexes=request.sort_indexes,
+        ignore_bos=request.ignore_bos,
+        num_results=context.config.limits.top_k if bounded else request.num_results,
+    )
+    results = []
+    for answer in await strongest(inner, texts, context):
+        rows = answer["activations"]
+        if bounded:
+            rows = [row for row in rows if await rate(context, request.model_id, row) <= request.density_threshold]
+        found = [
+            {"modelId": request.model_id, "layer": row["source"], **row, "index": str(row["index"])}
+            for row in rows[: request.num_results]
+        ]
+        results.append({"tokens": answer["tokens"], "result": found, "sortIndexes": request.sort_indexes})
+    return {"results": results} if many else results[0]
+
+
+async def rate(context: Context, model: str, row: dict[str, Any]) -> float:
+    """Share of tokens on which a feature fires; 0 where its features are not written down."""
+    try:
+        return (await context.rows(source(context, model, row["source"])))[row["index"]]["firing_rate"]
+    except ProblemError:
+        return 0.0
+
+
+class SearchTopk(Wire):
+    """Texts whose tokens' strongest features are asked for."""
+
+    model_id: Name
+    source: Name
+    text: Prompt | list[Prompt]
+    num_results: int = Field(10, ge=1, le=20)
+    ignore_bos: bool = True
+    density_threshold: float = 0.01
+
+
+@twice("/search-topk-by-token")
+async def search_topk(request: SearchTopk, context: Given) -> dict[str, Any]:
+    """The strongest features of each token of texts."""
+    many = isinstance(request.text, list)
+    texts = request.text if isinstance(request.text, list) else [request.text]
+    inner = TopkByToken(
+        model=request.model_id, source=request.source, top_k=request.num_results, ignore_bos=request.ignore_bos
+    )
+    results = []
+    for answer in await by_token(inner, texts, context):
+        rows = [{"position": row.pop("tokenPosition"), **row} for row in answer["results"]]
+        results.append({"source": request.source, "results": rows})
+    return {"source": request.source, "results": results} if many else results[0]
+
+
+class WebSteerFeature(Wire):
+    """A feature to add."""
+
+    model_id: Name
+    layer: Name
+    index: int | StrictStr
+    strength: float = Field(ge=-1e6, le=1e6)
+
+
+class WebSteer(Wire):
+    """Text to go on from."""
+
+    prompt: Annotated[StrictStr, Field(min_length=1, max_length=2048)]
+    model_id: Name
+    features: list[WebSteerFeature] = Field(min_length=1, max_length=32)
+    temperature: float = Field(0.5, ge=0, le=2)
+    n_tokens: int = Field(32, ge=1, le=256, alias="n_tokens")
+    freq_penalty: float = Field(0.0, ge=-2, le=2, alias="freq_penalty")
+    seed: int = Field(16, ge=0, lt=2**63)
+    strength_multiplier: float = Field(1.0, ge=0, le=10, alias="strength_multiplier")
+    steer_method: str = Field("SIMPLE_ADDITIVE", alias="steer_method", pattern="^(SIMPLE_ADDITIVE|ORTHOGONAL_DECOMP)$")
+
+
+@twice("/steer")
+async def steer(request: WebSteer, context: Given) -> dict[str, Any]:
+    """Generate with features added and without."""
+    completion = Completion(
+        prompt=request.prompt,
+        model=request.model_id,
+        steer_method="ORTHOGONAL_DECOMP" if request.steer_method == "ORTHOGONAL_DECOMP" else "SIMPLE_ADDITIVE",
+        types=["STEERED", "DEFAULT"],
+        features=[
+            SteerFeature(model=one.model_id, source=one.layer, index=number(one.index), strength=one.strength)
+            for one in request.features
+        ],
+        n_completion_tokens=request.n_tokens,
+        temperature=request.temperature,
+        strength_multiplier=request.strength_multiplier,
+        freq_penalty=request.freq_penalty,
+        seed=request.seed,
+    )
+    sae, asked_of = steering(completion, context)
+    texts = (await last_piece(context.model(sae).steer(asked_of))).texts
+    # With the prompt in front, as the web application shows it.
+    both = {side: request.prompt + texts[side.lower()] for side in ("STEERED", "DEFAULT")}
+    return both | {"steeredLogProbs": None, "defaultLogProbs": None, "id": None, "shareUrl": None, "limit": None}
+
+
+class WebTokenize(Wire):
+    """A text to cut into tokens."""
+
+    model_id: Name
+    prompt: Prompt
+    prepend_bos: bool = True
+
+
+@router.post("/tokenize")
+async def tokenize(request: WebTokenize, context: Given) -> dict[str, Any]:
+    """The ids and strings of a text's tokens."""
+    found = await tokens(context, request.model_id, request.prompt, with_bos=request.prepend_bos)
+    return {"tokens": found.token_ids, "tokenStrings": found.tokens, "prependBos": request.prepend_bos}
+
+
+class ExplanationSearch(Wire):
+    """Words that an explanation should hold."""
+
+    model_id: Name
+    layers: list[Name] = Field(min_length=1, max_length=64)
+    query: Annotated[StrictStr, Field(min_length=3, max_length=200)]
+    offset: int = Field(0, ge=0, lt=2**31)
+
+
+@twice("/explanation/search")
+async def explanation_search(request: ExplanationSearch, context: Given) -> dict[str, Any]:
+    """Features whose explanation holds the words; by their letters, not by an embedding."""
+    words = request.query.casefold().split()
+    found = []
+    for layer in request.layers:
+        sae = source(context, request.model_id, layer)
+        for row in await context.rows(sae):
+            text = label(row)
+            if row["count"] and all(word in text.casefold() for word in words):
+                found.append((sae, row, text))
+    shown = found[request.offset : request.offset + PAGE]
+    results = [
+        {
+            "modelId": request.model_id,
+            "layer": sae.source,
+            "index": str(row["index"]),
+            "description": text,
+            "neuron": {
+                "modelId": request.model_id,
+                "layer": sae.source,
+                "index": str(row["index"]),
+                "maxActApprox": row["max"],
+                "frac_nonzero": row["firing_rate"],
+            },
+        }
+        for sae, row, text in shown
+    ]
+    after = request.offset + len(shown)
+    return {
+        "request": request.model_dump(by_alias=True),
+        "results": results,
+        "resultsCount": len(results),
+        "hasMore": after < len(found),
+        "nextOffset": after if after < len(found) else None,
+    }

@@ -1,0 +1,116 @@
+"""A small store to serve, and the application over it in this process: no Ray, no port, everything else real."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from starlette.testclient import TestClient
+
+from midiscover.serving import ServeConfig, serve_config
+from midiscover.store.storage import Storage, open_store
+from midiscover.tracking import Tracker
+from serve.access import Access
+from serve.catalog import Catalog
+from serve.context import Context
+from serve.interpreter import Interpreter
+from serve.web import create_app
+from tests.jobs_cli import midiscover
+from tests.runs import write_run
+
+
+def finished_store(base: Path) -> Path:
+    """The store of a sweep of four SAEs on a random model, with their features and a concept; made once a test run."""
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "served"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            config = write_run(folder, features={"max_tokens": 8000})
+            here = {"MIDISCOVER_CLUSTER": "", "MIDISCOVER_STORE": str(folder / "store")}
+            for verb in (["sweep", str(config)], ["features", str(config)], ["concepts", str(config), "--module", "numbers"]):
+                done = midiscover(*verb, env=here)
+                assert done.code == 0, done.err
+            (folder / "done").touch()
+    return folder / "store"
+
+
+@dataclass
+class Meter:
+    """Keeps what the guard counted."""
+
+    requests: list[tuple[str, str, int]] = field(default_factory=list)
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One request."""
+        self.requests.append((route, method, status))
+
+
+@dataclass
+class Served:
+    """The application, and the keys to it."""
+
+    client: TestClient
+    context: Context
+    interpreter: Interpreter
+    keys: Mapping[str, str]
+    meter: Meter
+
+    def headers(self, scope: str = "read") -> dict[str, str]:
+        """Of a request with the key of this scope."""
+        return {"Authorization": f"Bearer {self.keys[scope]}"}
+
+    def get(self, path: str, scope: str = "read", **given: Any) -> Any:
+        """GET."""
+        return self.client.get(path, headers=self.headers(scope), **given)
+
+    def post(self, path: str, body: Any, scope: str = "read") -> Any:
+        """POST of JSON."""
+        return self.client.post(path, json=body, headers=self.headers(scope))
+
+    @property
+    def saes(self) -> list[str]:
+        """Ids of what is hosted."""
+        return [sae.id for sae in self.context.catalog.hosted]
+
+
+@contextmanager
+def served(store: Path | Storage, jobs: Any = None, **settings: Any) -> Iterator[Served]:
+    """Serve a store in this process."""
+    storage = open_store(str(store), create=False) if isinstance(store, Path) else store
+    config: ServeConfig = serve_config(
+        {"store": storage.uri, "threads": 1, "allowed_hosts": ["testserver"], **settings}
+    )
+    with Tracker.for_store(storage) as tracker:
+        keys = {scope: tracker.create_key(scope, [scope]) for scope in ("read", "steer", "admin")}
+        catalog, access = Catalog(storage, config), Access(tracker.list_keys)
+        catalog.refresh()
+        access.refresh()
+        interpreter = Interpreter(config, catalog.default().id)
+        context = Context(
+            config=config,
+            catalog=catalog,
+            access=access,
+            models={catalog.default().model: interpreter},
+            tracker=tracker,
+            jobs=lambda: jobs,
+        )
+        meter = Meter()
+        with TestClient(create_app(context, meter), raise_server_exceptions=False) as client:
+            yield Served(client, context, interpreter, keys, meter)
+
+
+async def collected(pieces: AsyncIterator[Any]) -> list[Any]:
+    """All of a stream."""
+    return [piece async for piece in pieces]
+
+
+@pytest.fixture(scope="session")
+def store_to_serve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `finished_store`; nothing may write to it but keys."""
+    return finished_store(tmp_path_factory.getbasetemp())
