@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from midiscover.config import Dtype
 from midiscover.errors import UserError
 from midiscover.lm import LanguageModel
 from midiscover.origin import resolve_origin, run_config
@@ -136,17 +137,29 @@ def load_language_model(
     """
     if not saes:
         raise UserError("No SAE is given; name at least one.")
-    identity = resolve_origin(saes[0].record, store, model)
-    first = saes[0].record
-    for sae in saes[1:]:
-        if sae.record is None:
+    return load_model_of([sae.record for sae in saes], store, model=model, device=device)
+
+
+def load_model_of(
+    records: Sequence[Mapping[str, Any] | None],
+    store: str | None,
+    *,
+    model: str | None = None,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+) -> LanguageModel:
+    """The same, by the records of the SAEs (one at least). dtype: in place of what their activations were read in."""
+    first = records[0]
+    identity = resolve_origin(first, store, model)
+    for record in records[1:]:
+        if record is None:
             resolve_origin(None, store)
-        elif _made_on(sae.record) != _made_on(first):
-            names = " and ".join(_model_words(record) for record in (first, sae.record) if record is not None)
+        elif _made_on(record) != _made_on(first):
+            names = " and ".join(_model_words(one) for one in (first, record) if one is not None)
             raise UserError(f"These SAEs read different language models: {names}; give those of one model at a time.")
     assert first is not None
     config = run_config(first).model
-    lm = LanguageModel.load(identity, dtype=config.dtype, attention=config.attention, device=device)
+    lm = LanguageModel.load(identity, dtype=dtype or config.dtype, attention=config.attention, device=device)
     if config.weights == "shuffled":
         shuffle_weights_(lm.model)
     return lm

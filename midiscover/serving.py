@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from midiscover.config import Dtype
 from midiscover.configio import build_section
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_overrides
@@ -57,7 +58,7 @@ class ServeConfig:
     """`all` finished SAEs but controls, the `promoted` ones, or SAEs and sweeps by the beginning of their ids."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU where the replica has one."""
-    dtype: str | None = None
+    dtype: Dtype | None = None
     """Of the language model; null: what the SAEs' activations were read in."""
     threads: int | None = None
     """Torch threads of a replica on CPU; null: all cores divided by the replicas."""
@@ -92,14 +93,13 @@ class ServeConfig:
     def __post_init__(self) -> None:
         require(bool(self.saes), "saes must name at least one, or be `all` or `promoted`")
         require(self.device in ("auto", "cpu", "cuda"), "device must be auto, cpu or cuda")
-        require(self.dtype in (None, "auto", "bfloat16", "float32"), "dtype must be auto, bfloat16 or float32")
-        for name in ("replicas", "ingresses", "cpus", "batch_tokens", "sae_bytes", "refresh_seconds"):
+        for name in ("replicas", "ingresses", "batch_tokens", "sae_bytes", "refresh_seconds"):
             require(getattr(self, name) > 0, f"{name} must be above 0")
         for name in ("threads", "max_replicas"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be a whole number above 0")
         require(self.max_replicas is None or self.max_replicas >= self.replicas, "max_replicas is below replicas")
-        require(self.cache_bytes >= 0 and self.gpus >= 0, "cache_bytes and gpus must be 0 or above")
+        require(min(self.cache_bytes, self.cpus, self.gpus) >= 0, "cache_bytes, cpus and gpus must be 0 or above")
 
     @property
     def follows(self) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from midiscover.errors import MiDiscoverError, NotFoundError
+from midiscover.errors import MiDiscoverError, NotFoundError, StoreError
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.frontier import is_control
 from midiscover.promoted import promoted
@@ -225,9 +225,9 @@ class Catalog:
                 return None
             hosted = Hosted(id=name, record=record, is_promoted=False)
             _ = hosted.model, hosted.source, is_control(record["sae"]), hosted.summary()
+        except StoreError:
+            raise  # it says nothing of this one
         except MiDiscoverError as error:
-            if record is None:
-                raise
             problem = str(error)
         except Exception as error:  # a record that somebody else wrote can hold anything
             problem = f"{name}: its record.json is not readable ({type(error).__name__})."

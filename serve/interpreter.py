@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -26,7 +26,7 @@ from midiscover.features.modules import read_module
 from midiscover.interpret import (
     activations_of,
     hook_of,
-    load_language_model,
+    load_model_of,
     refuse_too_long,
     require_width,
     start_token,
@@ -39,6 +39,7 @@ from midiscover.store.storage import open_store
 from midiscover.tokens import TokenStrings
 from serve.answers import answer_query
 from serve.batching import TokenBatcher
+from serve.cores import cores
 from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
 from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
 
@@ -76,19 +77,19 @@ def problem_of(error: MiDiscoverError) -> Problem:
 
 
 class Interpreter:
-    """The model of `first`, an SAE of the store, and any SAE that reads the same model."""
+    """The model that an SAE with this record reads, and any SAE of the store that reads the same model."""
 
-    def __init__(self, config: ServeConfig, first: str) -> None:
+    def __init__(self, config: ServeConfig, record: Mapping[str, Any]) -> None:
         """Loads the model. Errors of a model that is not there are `MiDiscoverError`s."""
         self.config = config
         self.device = _device(config)
-        if config.threads is not None and self.device == "cpu":
-            torch.set_num_threads(config.threads)
+        if self.device == "cpu":  # Ray gives an actor as many as it has CPUs
+            torch.set_num_threads(config.threads or max(1, cores() // config.replicas))
         self.storage = open_store(config.store, create=False)
         self.shelf = SaeShelf(self.storage, self.device, config.sae_bytes)
         self.cache = ActivationCache(config.cache_bytes)
-        self._first = first
-        self.lm = self._load([hook_of(first, self.shelf.get(first))])
+        self._record = record
+        self.lm = self._load([record["hook"]])
         self.strings = TokenStrings(self.lm.tokenizer)
         self._specials = set(self.lm.tokenizer.all_special_ids)
         self._compute = ThreadPoolExecutor(1, "compute")
@@ -100,7 +101,9 @@ class Interpreter:
         self._broken: str | None = None
 
     def _load(self, hooks: Sequence[str]) -> Any:
-        lm = load_language_model([self.shelf.get(self._first)], self.storage.uri, device=self.device)
+        lm = load_model_of(
+            [self._record], self.storage.uri, device=self.device, dtype=self.config.dtype
+        )
         if not self.config.steering:
             cut_after(lm, hooks)
         return lm

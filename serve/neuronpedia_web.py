@@ -66,6 +66,9 @@ async def feature_row(context: Context, sae: Hosted, index: int, activations: in
         feature = records.feature(index)
         extra = {"source": sae.source}  # which the client reads, though the application does not send it
         rows = [row | extra for row in export.activation_rows(index, records.contexts(index))]
+        for row in rows:
+            if row["binContains"] < 0:  # of the top ones, which belong to no interval: its client takes no -1
+                row["binContains"] = None
         rows.sort(key=lambda row: row["maxValue"], reverse=True)
         explained = []
         if feature["count"]:

@@ -28,7 +28,13 @@ Routes under `/v1` answer as Neuronpedia's inference server does, those under `/
 
 
 def create_app(context: Context, meter: Meter) -> Guard:
-    """An ASGI application."""
+    """An ASGI application: all routes behind the guard."""
+    app, login = create_routes(context), pages.login_page().encode()
+    return Guard(_with_docs_policy(app), context.config, context.access, meter, login, pages.LOGIN_POLICY)
+
+
+def create_routes(context: Context) -> FastAPI:
+    """What stands behind the guard; to be served through `create_app` alone."""
     app = FastAPIOffline(
         redoc_url=None,
         title="miDiscover",
@@ -43,8 +49,7 @@ def create_app(context: Context, meter: Meter) -> Guard:
     app.mount("/assets", StaticFiles(directory=pages.ASSETS), name="assets")
     _handle_errors(app)
     _describe_keys(app)
-    login = pages.login_page().encode()
-    return Guard(_with_docs_policy(app), context.config, context.access, meter, login, pages.LOGIN_POLICY)
+    return app
 
 
 def _operation_id(route: APIRoute) -> str:

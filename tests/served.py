@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,18 +24,26 @@ from serve.context import Context
 from serve.interpreter import Interpreter
 from serve.web import create_app
 from tests.jobs_cli import midiscover
+from tests.ports import free_port
 from tests.runs import write_run
 
 
 def finished_store(base: Path) -> Path:
     """The store of a sweep of four SAEs on a random model, with their features and a concept; made once a test run."""
-    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "served"
+    folder = Path(
+        os.environ.get("MIDISCOVER_TEST_SERVED")
+        or (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "served"
+    )
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "done").exists():
             config = write_run(folder, features={"max_tokens": 8000})
             here = {"MIDISCOVER_CLUSTER": "", "MIDISCOVER_STORE": str(folder / "store")}
-            for verb in (["sweep", str(config)], ["features", str(config)], ["concepts", str(config), "--module", "numbers"]):
+            for verb in (
+                ["sweep", str(config)],
+                ["features", str(config)],
+                ["concepts", str(config), "--module", "numbers"],
+            ):
                 done = midiscover(*verb, env=here)
                 assert done.code == 0, done.err
             (folder / "done").touch()
@@ -84,14 +94,14 @@ def served(store: Path | Storage, jobs: Any = None, **settings: Any) -> Iterator
     """Serve a store in this process."""
     storage = open_store(str(store), create=False) if isinstance(store, Path) else store
     config: ServeConfig = serve_config(
-        {"store": storage.uri, "threads": 1, "allowed_hosts": ["testserver"], **settings}
+        {"store": storage.uri, "threads": 1, "allowed_hosts": ["testserver", "127.0.0.1"], **settings}
     )
     with Tracker.for_store(storage) as tracker:
         keys = {scope: tracker.create_key(scope, [scope]) for scope in ("read", "steer", "admin")}
         catalog, access = Catalog(storage, config), Access(tracker.list_keys)
         catalog.refresh()
         access.refresh()
-        interpreter = Interpreter(config, catalog.default().id)
+        interpreter = Interpreter(config, catalog.default().record)
         context = Context(
             config=config,
             catalog=catalog,
@@ -114,3 +124,25 @@ async def collected(pieces: AsyncIterator[Any]) -> list[Any]:
 def store_to_serve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `finished_store`; nothing may write to it but keys."""
     return finished_store(tmp_path_factory.getbasetemp())
+
+
+@contextmanager
+def live(one: Served) -> Iterator[str]:
+    """The same application behind a port of 127.0.0.1, for clients that need one; gives its address."""
+    import uvicorn
+
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(one.client.app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    ends = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < ends, "the server did not start"
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)

@@ -1,0 +1,147 @@
+"""Starts the application: `python -m serve.app` on this machine, `build` for `serve deploy serve/config.yaml`.
+
+On this machine a Ray of its own is started and ended with it, listening on 127.0.0.1 alone, unless RAY_ADDRESS names
+one to join.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from midiscover.errors import ConfigError, MiDiscoverError, StageError
+from midiscover.serving import ServeArgs, parse_serve, serve_config
+from midiscover.store.storage import open_store
+from midiscover.tracking import Tracker
+from serve.cores import cores
+from serve.replicas import application
+
+NAME = "midiscover"
+FIRST_KEY = "first key"
+LEAST_CPUS = 4
+"""That a Ray of this machine claims to have, so that a sweep of POST /train finds its places."""
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """For Serve: `import_path: serve.app:build`, with the settings of `midiscover.serving.ServeConfig` as `args`."""
+    return application(serve_config(args))
+
+
+def main(argv: list[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM."""
+    args = parse_serve(argv)
+    storage = open_store(args.config.store, create=False)
+    with Tracker.for_store(storage) as tracker:
+        key = _first_key(tracker, args)
+    _require_free(args.host, args.port)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    _start_ray()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray puts its own in place
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        _say("starting: the language model and the HTTP interface take some seconds")
+        address = _run(args)
+        _say(f"{address} serves {storage.uri}")
+        if key is not None:
+            _say("the first API key, which is shown this once:")
+            print(key, flush=True)
+        _say(f"try: curl -H 'Authorization: Bearer $KEY' {address}/saes; a browser asks for the key. Ctrl-C ends it.")
+        ended.wait()
+        _say("ending: requests under way are answered first")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def _require_free(host: str, port: int) -> None:
+    """Serve's proxy would share a port with another one, and each get a part of the requests."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{host}:{port} can't be listened on: {error.strerror}; give another --port.") from None
+
+
+def _first_key(tracker: Tracker, args: ServeArgs) -> str | None:
+    """A key with every scope where there is none yet, or where one is asked for."""
+    valid = [key for key in tracker.list_keys() if key.revoked_at is None]
+    return tracker.create_key(FIRST_KEY, ["admin"]) if args.new_key or not valid else None
+
+
+def _start_ray() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # A job's `python` is found there: ours, and not the system's.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        options = {
+            "address": "local",
+            "num_cpus": max(LEAST_CPUS, cores() + 1),
+            "include_dashboard": True,  # which runs the jobs of POST /train
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": 200 * 2**20,
+        }
+    try:
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    except Exception as error:  # Ray raises its own and plain ones
+        ray.shutdown()
+        raise StageError(f"Ray did not start: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _run(args: ServeArgs) -> str:
+    """Deploy and wait; the address."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={
+            "host": args.host,
+            "port": args.port,
+            "request_timeout_s": 2 * args.config.limits.seconds,
+            "keep_alive_timeout_s": 30,  # of a connection on which nothing comes
+        },
+    )
+    try:
+        # All share the cores of this machine, so none is set aside for a replica: training takes what is left.
+        config = args.config if os.environ.get("RAY_ADDRESS") else replace(args.config, cpus=0)
+        serve.run(application(config), name=NAME, route_prefix="/", logging_config={"log_level": "ERROR"})
+    except MiDiscoverError:
+        raise
+    except Exception as error:  # Serve tells of a replica that did not start in many lines
+        status = serve.status().applications.get(NAME)
+        told = " ".join((status.message if status else str(error)).split())[-600:]
+        raise StageError(f"The application did not start: {told}") from error
+    return f"http://{args.host}:{args.port}"
+
+
+def _say(text: str) -> None:
+    print(f"serve: {text}", file=sys.stderr, flush=True)
+
+
+def _entry() -> None:
+    try:
+        code = main(sys.argv[1:])
+    except MiDiscoverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _entry()

@@ -1,0 +1,281 @@
+"""The two deployments of Ray Serve: an ingress that speaks HTTP and holds no model, and interpreters that hold one.
+
+One interpreter deployment for each language model that the hosted SAEs read; one forward of it serves all SAEs asked,
+so nothing is routed by SAE. What an interpreter answers is plain arrays, never a tensor and never a dense code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+import ray
+from ray import serve
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from midiscover.configio import to_tree
+from midiscover.serving import ServeConfig, serve_config
+from midiscover.store.storage import open_store
+from midiscover.tracking import Tracker
+from serve.access import Access
+from serve.catalog import Catalog
+from serve.context import Context
+from serve.exchange import Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.logs import structured
+from serve.problems import ProblemError
+
+INTERPRETER, INGRESS = "interpreter", "ingress"
+WAITING = 256
+"""Requests that wait for an interpreter; more are answered by 503."""
+BUSY = "All interpreters are busy; try again in a moment."
+LOST = "The interpreter was lost while it worked on this; ask again."
+GAUGES = ("sae_bytes", "cache_bytes")
+COUNTS = ("texts", "tokens", "batches", "generated_tokens", "sae_loads", "cache_hits", "cache_misses")
+log = logging.getLogger("midiscover.serve")
+
+
+class InterpreterReplica:
+    """`serve.interpreter.Interpreter` as a deployment; torch is loaded where it runs, not where it is deployed."""
+
+    def __init__(self, tree: dict[str, Any], record: dict[str, Any], label: str) -> None:
+        structured()
+        from serve.interpreter import Interpreter
+
+        self._inner = Interpreter(serve_config(tree), record)
+        self._meter = InterpreterMeter(label)
+
+    async def read(self, texts: Sequence[str], queries: Sequence[Query], front: Front) -> list[TextAnswer] | Problem:
+        """See `exchange.Model`."""
+        answer = await self._inner.read(texts, queries, front)
+        self._meter.tell(await self._inner.facts())
+        return answer
+
+    async def concept(self, name: str, saes: Sequence[str], top: int) -> dict[str, Any] | Problem:
+        """See `exchange.Model`."""
+        return await self._inner.concept(name, saes, top)
+
+    async def tokenise(self, text: str, front: Front) -> TextAnswer | Problem:
+        """See `exchange.Model`."""
+        return await self._inner.tokenise(text, front)
+
+    async def direction(self, sae: str, feature: int, which: Literal["encoder", "decoder"]) -> list[float] | Problem:
+        """See `exchange.Model`."""
+        return await self._inner.direction(sae, feature, which)
+
+    async def nearest(self, sae: str, vector: Sequence[float] | int, top: int) -> list[tuple[int, float]] | Problem:
+        """See `exchange.Model`."""
+        return await self._inner.nearest(sae, vector, top)
+
+    async def steer(self, request: SteerRequest) -> AsyncIterator[SteerPiece | Problem]:
+        """See `exchange.Model`."""
+        async for piece in self._inner.steer(request):
+            yield piece
+
+    async def facts(self) -> dict[str, Any]:
+        """See `exchange.Model`."""
+        return {**await self._inner.facts(), "pid": os.getpid()}
+
+    def check_health(self) -> None:
+        """Asked by Serve every few seconds; a replica that raises is replaced."""
+        self._inner.check_health()
+
+
+class RemoteModel:
+    """An interpreter deployment as the ingress sees it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+
+    async def read(self, texts: Sequence[str], queries: Sequence[Query], front: Front) -> list[TextAnswer] | Problem:
+        """See `exchange.Model`."""
+        return await self._asked("read", texts, queries, front)
+
+    async def concept(self, name: str, saes: Sequence[str], top: int) -> dict[str, Any] | Problem:
+        """See `exchange.Model`."""
+        return await self._asked("concept", name, saes, top)
+
+    async def tokenise(self, text: str, front: Front) -> TextAnswer | Problem:
+        """See `exchange.Model`."""
+        return await self._asked("tokenise", text, front)
+
+    async def direction(self, sae: str, feature: int, which: Literal["encoder", "decoder"]) -> list[float] | Problem:
+        """See `exchange.Model`."""
+        return await self._asked("direction", sae, feature, which)
+
+    async def nearest(self, sae: str, vector: Sequence[float] | int, top: int) -> list[tuple[int, float]] | Problem:
+        """See `exchange.Model`."""
+        return await self._asked("nearest", sae, vector, top)
+
+    async def steer(self, request: SteerRequest) -> AsyncIterator[SteerPiece | Problem]:
+        """See `exchange.Model`."""
+        try:
+            async for piece in self._stream.steer.remote(request):
+                yield piece
+        except BackPressureError:
+            yield Problem(503, BUSY)
+        except (ray.exceptions.RayActorError, RayServeException):
+            yield Problem(503, LOST)
+
+    async def facts(self) -> dict[str, Any]:
+        """See `exchange.Model`."""
+        return await self._asked("facts")
+
+    async def _asked(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*args)
+        except BackPressureError as error:
+            raise ProblemError(503, BUSY) from error
+        except (ray.exceptions.RayActorError, RayServeException) as error:
+            raise ProblemError(503, LOST) from error
+
+
+class Ingress:
+    """Keys, limits, catalog and routes; asks the interpreters."""
+
+    def __init__(self, tree: dict[str, Any], models: dict[tuple[str, str], DeploymentHandle]) -> None:
+        structured()
+        self._config = serve_config(tree)
+        self._models = models
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Serve asks for the application once the replica stands."""
+        from serve.web import create_app
+
+        config = self._config
+        storage = open_store(config.store, create=False)
+        tracker = Tracker.for_store(storage)
+        catalog, access = Catalog(storage, config), Access(tracker.list_keys)
+        for look in (catalog.refresh, access.refresh):
+            look()
+        catalog.watch()
+        access.watch(config.refresh_seconds)
+        context = Context(
+            config=config,
+            catalog=catalog,
+            access=access,
+            models={model: RemoteModel(handle) for model, handle in self._models.items()},
+            tracker=tracker,
+            jobs=lambda: jobs_client(config),
+        )
+        return create_app(context, RequestMeter())
+
+
+def application(config: ServeConfig) -> serve.Application:
+    """The deployments for what the store holds now. MiDiscoverErrors for a store or SAE that is not there."""
+    storage = open_store(config.store, create=False)
+    catalog = Catalog(storage, config)
+    catalog.refresh()
+    tree = to_tree(config)
+    firsts: dict[tuple[str, str], Any] = {}
+    for sae in catalog.hosted:
+        firsts.setdefault(sae.model, sae)
+    for problem in catalog.broken.values():
+        log.warning("sae_broken", extra={"fields": {"reason": problem}})
+    handles = {
+        model: _interpreter(config, sae.neuronpedia_model, len(firsts)).bind(
+            tree, dict(sae.record), sae.neuronpedia_model
+        )
+        for model, sae in firsts.items()
+    }
+    deployment = serve.deployment(
+        name=INGRESS,
+        num_replicas=config.ingresses,
+        max_ongoing_requests=2 * config.limits.concurrent,  # the guard says no, with a reason
+        max_queued_requests=config.limits.concurrent,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=config.limits.seconds,
+    )
+    return deployment(serve.ingress()(Ingress)).bind(tree, handles)
+
+
+def _interpreter(config: ServeConfig, name: str, models: int) -> Any:
+    """The deployment of one language model."""
+    most = config.max_replicas or config.replicas
+    scaling: dict[str, Any] = {"num_replicas": config.replicas}
+    if most > config.replicas:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": config.replicas,
+                "max_replicas": most,
+                "target_ongoing_requests": 8,
+                "upscale_delay_s": 5,
+                "downscale_delay_s": 120,
+            }
+        }
+    return serve.deployment(
+        InterpreterReplica,
+        name=INTERPRETER if models == 1 else f"{INTERPRETER}-{name}",
+        max_ongoing_requests=config.limits.concurrent,
+        max_queued_requests=WAITING,
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        health_check_period_s=5,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=config.limits.seconds,
+        **scaling,
+    )
+
+
+def jobs_client(config: ServeConfig) -> Any:
+    """A client of the Jobs API of the named cluster, or of the Ray that this runs in."""
+    from ray.job_submission import JobSubmissionClient
+
+    address = config.jobs or dashboard()
+    if address is None:
+        raise ProblemError(503, "This deployment's Ray has no dashboard, so it can't run jobs; set `jobs`.")
+    return JobSubmissionClient(address)
+
+
+def dashboard() -> str | None:
+    """Address of the dashboard of the Ray that this process belongs to."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    found = _internal_kv_get("dashboard", namespace=b"dashboard") or _internal_kv_get("webui:url")
+    return f"http://{found.decode()}" if found else None
+
+
+class RequestMeter:
+    """Numbers about requests, through Ray's metrics to Prometheus."""
+
+    def __init__(self) -> None:
+        tags = ("route", "method", "status")
+        self._requests = Counter("midiscover_requests", "Requests answered.", tag_keys=tags)
+        bounds = [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 60_000]
+        self._ms = Histogram("midiscover_request_ms", "Time to the answer.", boundaries=bounds, tag_keys=("route",))
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """See `guard.Meter`."""
+        self._requests.inc(tags={"route": route, "method": method, "status": str(status)})
+        self._ms.observe(max(1000 * seconds, 0.001), tags={"route": route})
+
+
+class InterpreterMeter:
+    """Numbers about an interpreter, through Ray's metrics to Prometheus."""
+
+    def __init__(self, model: str) -> None:
+        tags = ("model",)
+        self._tags = {"model": model}
+        self._counters = {n: Counter(f"midiscover_{n}", n.replace("_", " "), tag_keys=tags) for n in COUNTS}
+        self._gauges = {n: Gauge(f"midiscover_{n}", n.replace("_", " "), tag_keys=tags) for n in GAUGES}
+        bounds = [16, 64, 256, 1024, 4096]
+        self._sizes = Histogram(
+            "midiscover_batch_tokens", "Tokens of a forward pass.", boundaries=bounds, tag_keys=tags
+        )
+        self._told: dict[str, float] = dict.fromkeys(COUNTS, 0)
+
+    def tell(self, facts: dict[str, Any]) -> None:
+        """What has been added since the last time."""
+        added = {name: facts[name] - self._told[name] for name in COUNTS}
+        for name, value in added.items():
+            if value:
+                self._counters[name].inc(value, tags=self._tags)
+                self._told[name] = facts[name]
+        for name, gauge in self._gauges.items():
+            gauge.set(facts[name], tags=self._tags)
+        if added["batches"]:
+            self._sizes.observe(max(added["tokens"] / added["batches"], 1), tags=self._tags)

@@ -1,0 +1,501 @@
+"""The whole HTTP application over a real store, in this process: what it answers, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from starlette.routing import Mount
+
+from midiscover.errors import StoreFailedError
+from midiscover.features.records import open_features
+from midiscover.interpret import encode_texts, load_language_model, summarise
+from midiscover.saes import load_sae
+from midiscover.store.local import LocalStorage
+from serve.exchange import Query
+from serve.logs import structured
+from serve.web import create_routes
+from tests.served import Served, live, served, store_to_serve
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
+__all__ = ["store_to_serve"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that keys of one test file are not those of another."""
+    copy = tmp_path_factory.mktemp("api") / "store"
+    shutil.copytree(store_to_serve, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def api(store: Path) -> Iterator[Served]:
+    with served(store) as one:
+        yield one
+
+
+def routes(one: Served) -> list[tuple[str, str]]:
+    """Every method and path that the application answers, mounts by a file of theirs."""
+    found = []
+    waiting = list(create_routes(one.context).routes)
+    while waiting:
+        route: Any = waiting.pop()
+        if isinstance(route, Mount):
+            found += [("GET", f"{route.path}/app.js"), ("GET", f"{route.path}/swagger-ui.css")]
+        elif hasattr(route, "original_router"):
+            waiting += route.original_router.routes
+        else:
+            found += [(method, route.path) for method in route.methods]
+    return found
+
+
+def test_every_route_needs_a_key(api: Served) -> None:
+    known = routes(api)
+    assert len(known) > 45
+    for method, path in known:
+        concrete = path.replace("{index}", "0").replace("{sae}", "x").replace("{run_id}", "x").replace("{job}", "x")
+        answer = api.client.request(method, concrete, json={} if method in ("POST", "PUT") else None)
+        is_open = (method, path) in {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
+        # The log-in itself answers 401 to what is no key.
+        assert (answer.status_code == 401) is not is_open or path == "/login", (method, path, answer.status_code)
+
+
+def test_interpreting_is_what_the_library_does(api: Served, store: Path) -> None:
+    names = [api.saes[0], api.saes[2]]
+    answer = api.post("/interpret", {"texts": TEXTS, "saes": names, "top_k": 5}).json()
+    saes = {name: load_sae(name, store=str(store)) for name in names}
+    lm = load_language_model(list(saes.values()), str(store))
+    for got, text in zip(answer["texts"], encode_texts(lm, saes, TEXTS), strict=True):
+        assert got["tokens"] == text.tokens
+        for name in names:
+            summary, found = summarise(text, name, top=5), got["saes"][name]
+            assert [one["feature"] for one in found["features"]] == [one.feature for one in summary.by_max]
+            for mine, theirs in zip(found["features"], summary.by_max, strict=True):
+                assert mine["values"] == pytest.approx(theirs.values, abs=1e-5)
+                assert mine["position"] == theirs.position
+                assert mine["mean"] == pytest.approx(theirs.mean, abs=1e-5)
+            for mine, theirs in zip(found["per_token"], summary.per_token, strict=True):
+                assert [(one["feature"]) for one in mine] == [one.feature for one in theirs]
+                assert [one["value"] for one in mine] == pytest.approx([one.value for one in theirs], abs=1e-5)
+
+
+def test_the_best_sae_is_asked_where_none_is_named_and_text_once_read_is_not_read_again(api: Served) -> None:
+    first = api.post("/interpret", {"text": "A text that nobody has asked before.", "per_token": False}).json()
+    (name,) = first["texts"][0]["saes"]
+    metrics = {sae["id"]: sae["metrics"]["fvu"] for sae in api.get("/saes").json()["saes"]}
+    assert metrics[name] == min(metrics.values())
+    assert first["texts"][0]["saes"][name]["per_token"] is None
+    batches, hits = api.interpreter.done["batches"], api.interpreter.cache.hits
+    assert api.post("/interpret", {"text": "A text that nobody has asked before.", "per_token": False}).json() == first
+    assert api.interpreter.cache.hits == hits + 1
+    assert api.interpreter.done["batches"] == batches + 1, "it was a batch of the cache's rows"
+
+
+def test_a_concept_is_ranked(api: Served) -> None:
+    answer = api.post("/interpret", {"concept": "numbers", "sae": api.saes[2], "top_k": 3}).json()
+    (document,) = answer["concept"].values()
+    rows = document["sae_scores"]["features"]
+    assert len(rows) == 3
+    stored = json.loads(api.context.catalog.storage.read(f"saes/{api.saes[2]}/concepts/numbers.json"))["sae_scores"][
+        "features"
+    ]
+    assert [(row["feature"], row["auroc"]) for row in rows] == [(row["feature"], row["auroc"]) for row in stored[:3]]
+    listed = api.get(f"/features/{api.saes[2]}", params={"concept": "numbers", "size": 200}).json()
+    assert {row["index"] for row in listed["features"]} == {row["feature"] for row in stored}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        ({}, 422, "give one of text, texts and concept"),
+        ({"text": "a", "texts": ["b"]}, 422, "give one of"),
+        ({"text": ""}, 422, "at least 1 character"),
+        ({"text": "a" * 20_000}, 422, "at most 16384 characters"),
+        ({"text": "river " * 2000}, 422, "reads at most"),
+        ({"texts": ["a"] * 65}, 422, "65 texts are given; give 1 to 64"),
+        ({"texts": []}, 422, "0 texts"),
+        ({"text": "a", "top_k": 101}, 422, "at most 100"),
+        ({"text": "a", "top_k": 0}, 422, "top_k"),
+        ({"text": "a", "top_k": "5"}, 422, "top_k: Input should be a valid integer"),
+        ({"text": "a", "sea": "x"}, 422, "sea: Extra inputs are not permitted"),
+        ({"text": "a", "sae": "nothing"}, 404, "There is no SAE 'nothing' here; hosted are l0."),
+        ({"text": "a", "sae": "l1"}, 404, "'l1' fits 2 SAEs"),
+        ({"text": "a", "sae": "../l1"}, 404, "There is no SAE '../l1'"),
+        ({"text": "a", "sae": "s3://bucket/sae"}, 404, "There is no SAE"),
+        ({"text": "a", "sae": "x", "saes": ["y"]}, 422, "give sae or saes"),
+        ({"concept": "no-such"}, 422, "'no-such' is no concept module"),
+    ],
+)
+def test_wrong_requests_are_told_what_would_be_right(api: Served, body: Any, status: int, told: str) -> None:
+    answer = api.post("/interpret", body)
+    assert answer.status_code == status
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert told in problem["detail"]
+    assert problem["error"] == problem["detail"]
+    assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+def test_bodies_that_are_no_json_or_too_deep(api: Served) -> None:
+    headers = {**api.headers(), "Content-Type": "application/json"}
+    for body in ("{", "", "[" * 100_000, '{"text": ' * 10_000, "\x00", '{"text": "\\ud800"}', "NaN"):
+        answer = api.client.post("/interpret", content=body, headers=headers)
+        assert answer.status_code in (200, 400, 422), (body[:10], answer.status_code)
+        assert answer.status_code == 200 or answer.headers["content-type"] == "application/problem+json"
+    text = api.client.post("/interpret", content='{"text": "a"}', headers={**headers, "Content-Type": "text/plain"})
+    assert text.status_code == 422
+
+
+def test_features_are_paged_sorted_and_filtered(api: Served, store: Path) -> None:
+    name = api.saes[0]
+    table = open_features(LocalStorage(store), name).table(["index", "firing_rate", "max"]).to_pylist()
+    seen: list[int] = []
+    for page in (1, 2, 3):
+        answer = api.get(f"/features/{name}", params={"size": 40, "page": page, "sort": "max", "order": "asc"}).json()
+        assert answer["total"] == len(table) == 96
+        seen += [row["index"] for row in answer["features"]]
+    assert seen == [row["index"] for row in sorted(table, key=lambda row: (row["max"], -row["index"]))]
+    rare = api.get(f"/features/{name}", params={"max_rate": 0.05, "size": 200}).json()
+    assert {row["index"] for row in rare["features"]} == {r["index"] for r in table if r["firing_rate"] <= 0.05}
+    words = api.get(f"/features/{name}", params={"text": "promotes", "size": 1}).json()
+    assert "promotes" in words["features"][0]["label"]
+    assert api.get(f"/features/{name}", params={"sort": "index; DROP TABLE saes"}).status_code == 422
+    assert api.get(f"/features/{name}", params={"page": 0}).status_code == 422
+
+
+def test_a_sweep_needs_its_sae_named(api: Served) -> None:
+    (run,) = api.get("/runs").json()["runs"]
+    several = api.get(f"/features/{run['id']}")
+    assert several.status_code == 422
+    assert f"means 4 SAEs; give ?sae= with one: {api.saes[0]}" in several.json()["detail"]
+    assert api.get(f"/features/{run['id']}", params={"sae": api.saes[1]}).json()["sae"] == api.saes[1]
+    shown = api.get(f"/runs/{run['id']}").json()
+    assert {row["sae_id"] for row in shown["compared"]} == set(api.saes)
+    assert api.get(f"/runs/{api.saes[0]}").status_code == 404
+    assert api.get("/runs/nothing").status_code == 404
+
+
+def test_a_feature_is_shown_with_all_that_is_known(api: Served, store: Path) -> None:
+    name = api.saes[3]
+    shown = api.get(f"/saes/{name}/features/5").json()
+    records = open_features(LocalStorage(store), name)
+    assert shown["neighbour_index"] == records.feature(5)["neighbour_index"]
+    assert [one["tokens"] for one in shown["contexts"]] == [one.tokens for one in records.contexts(5)]
+    missing = api.get(f"/saes/{name}/features/96")
+    assert missing.status_code == 404
+    assert "has no feature 96; its features are 0 to 95" in missing.json()["detail"]
+
+
+def test_search_by_token_by_label_and_by_text(api: Served) -> None:
+    name = api.saes[2]
+    rows = api.context.catalog.rows(name)
+    token = next(row["top_tokens"][0] for row in rows if row["count"] and row["top_tokens"][0].strip())
+    hits = api.get("/search", params={"token": token, "sae": name, "limit": 200}).json()["features"]
+    wanted = token.strip().casefold()
+    expected = [r["index"] for r in rows if r["count"] and wanted in [t.strip().casefold() for t in r["top_tokens"]]]
+    assert sorted(hit["feature"] for hit in hits) == expected
+    assert api.get("/search", params={"label": "never fired"}).json()["features"] == []
+    assert api.get("/search").status_code == 422
+    here, there = "The river ran.", "The engine stood."
+    found = api.post("/search", {"text": here, "without": there, "sae": name, "top_k": 4}).json()
+    query = Query(sae=name, kind="values", features=tuple(range(96)))
+    answers: Any = asyncio.run(api.interpreter.read([here, there], [query], "corpus"))
+    highest = [torch.tensor(answer.found[0].values).amax(1) for answer in answers]
+    difference = (highest[0] - highest[1]).where(highest[0] > 0, -1)
+    best = difference.topk(4)
+    assert [one["feature"] for one in found["features"]] == best.indices.tolist()
+    assert [one["max"] - one["max_without"] for one in found["features"]] == pytest.approx(
+        best.values.tolist(), abs=1e-5
+    )
+
+
+def test_steering_is_streamed_and_whole(api: Served) -> None:
+    body = {"prompt": "The river", "features": [{"feature": 3, "value": 6.0}], "max_new_tokens": 6, "seed": 5}
+    whole = api.post("/steer", body, "steer").json()
+    with api.client.stream("POST", "/steer", json={**body, "stream": True}, headers=api.headers("steer")) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        frames = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line]
+    assert [frame["done"] for frame in frames] == [False] * (len(frames) - 1) + [True]
+    assert {**frames[-1]} == whole
+    assert api.post("/steer", {**body, "features": [{"feature": 96}]}, "steer").status_code == 422
+    assert api.post("/steer", {**body, "max_new_tokens": 257}, "steer").status_code == 422
+    assert api.post("/steer", {**body, "features": []}, "steer").status_code == 422
+    assert api.post("/steer", body).status_code == 403
+
+
+def test_without_steering_the_model_is_cut_and_answers_the_same(api: Served, store: Path) -> None:
+    shallow = [name for name in api.saes if name.startswith("l0")]
+    with served(store, saes=shallow, steering=False) as cut:
+        assert len(list(cut.interpreter.lm.model.get_submodule("model.layers").children())) == 1
+        body = {"texts": TEXTS, "sae": shallow[0]}
+        assert cut.post("/interpret", body).json() == api.post("/interpret", body).json()
+        refused = cut.post("/steer", {"prompt": "a", "features": [{"feature": 1}]}, "steer")
+        assert refused.status_code == 422
+        assert "set steering" in refused.json()["detail"]
+
+
+def test_a_deeper_sae_that_is_promoted_later_is_answered(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    names = sorted(path.name for path in (copy / "saes").iterdir())
+
+    def promote(*saes: str) -> None:
+        entries = [{"id": name, "hook": "h", "sweep": None} for name in saes]
+        (copy / "promoted.json").write_text(json.dumps({"v": 1, "saes": entries, "updated": "now"}))
+
+    promote(names[0])
+    with served(copy, saes=["promoted"], steering=False) as one:
+        assert one.saes == [names[0]]
+        assert one.post("/interpret", {"text": "a", "sae": names[2]}).status_code == 404
+        promote(names[0], names[2])
+        one.context.catalog.refresh()
+        assert one.post("/interpret", {"text": "a", "sae": names[2]}).status_code == 200
+        promote()
+        one.context.catalog.refresh()
+        assert "No SAE is hosted" in one.post("/interpret", {"text": "a"}).json()["detail"]
+
+
+def test_a_hostile_sae_is_refused_with_the_reason_and_the_rest_goes_on(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    names = sorted(path.name for path in (copy / "saes").iterdir())
+    weights = copy / "saes" / names[0] / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (copy / "saes" / names[1] / "record.json").write_text('{"sae": []}')
+    (copy / "saes" / names[2] / "record.json").write_text("not json")
+    with served(copy) as one:
+        listed = one.get("/saes").json()
+        assert [sae["id"] for sae in listed["saes"]] == [names[0], names[3]]
+        assert set(listed["broken"]) == {names[1], names[2]}
+        assert one.client.get("/health").json()["status"] == "degraded"
+        damaged = one.post("/interpret", {"text": "a", "sae": names[0]})
+        assert damaged.status_code == 503
+        assert "differ from those that were committed" in damaged.json()["detail"]
+        assert one.post("/interpret", {"text": "a", "sae": names[3]}).status_code == 200
+
+
+class Away(LocalStorage):
+    """A store that stops answering when it is told to."""
+
+    told: ClassVar[set[str]] = set()
+
+    def _ask(self) -> None:
+        if "away" in self.told:
+            raise StoreFailedError(f"{self.uri} does not answer.")
+
+    def read(self, *given: Any, **named: Any) -> bytes:
+        self._ask()
+        return super().read(*given, **named)
+
+    def list(self, prefix: str) -> list[str]:
+        self._ask()
+        return super().list(prefix)
+
+    def entries(self, prefix: str) -> Any:
+        self._ask()
+        return super().entries(prefix)
+
+
+def test_the_store_away(store: Path) -> None:
+    """R15: what is loaded goes on being served, and says so; R20: what is not answers 503 and the rest is unharmed."""
+    storage = Away(store)
+    with served(storage, refresh_seconds=0.05) as one:
+        one.interpreter.shelf._storage = storage
+        one.context.catalog.watch()
+        loaded = {"text": "The river", "sae": one.saes[0]}
+        before = one.post("/interpret", loaded).json()
+        storage.told.add("away")
+        ends = time.monotonic() + 10
+        while one.client.get("/health").json()["status"] == "ok" and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert "the store does not answer" in one.client.get("/health").json()["reasons"][0]
+        assert one.post("/interpret", loaded).json() == before
+        unread = one.post("/interpret", {"text": "The river", "sae": one.saes[1]})
+        assert unread.status_code == 503
+        feature = one.get(f"/saes/{one.saes[1]}/features/0")
+        assert feature.status_code == 503
+        assert str(store) not in feature.text
+        storage.told.clear()
+        while one.client.get("/health").json()["status"] != "ok" and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert one.client.get("/health").json()["status"] == "ok"
+        assert one.get(f"/saes/{one.saes[1]}/features/0").status_code == 200
+        one.context.catalog.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_neuronpedias_own_client_needs_only_another_address(api: Served) -> None:
+    neuronpedia = pytest.importorskip("neuronpedia")
+    from neuronpedia.np_feature import SteerFeature
+    from neuronpedia.requests.activation_request import ActivationRequest
+    from neuronpedia.requests.base_request import NPRequest
+    from neuronpedia.requests.feature_request import FeatureRequest
+    from neuronpedia.requests.sae_feature_request import SAEFeatureRequest
+    from neuronpedia.requests.source_activation_request import SourceActivationRequest
+    from neuronpedia.requests.steer_request import SteerCompletionRequest
+    from neuronpedia.requests.topk_by_token_request import TopKByTokenRequest
+
+    sae = api.context.catalog.find(api.saes[2])
+    model, source, text = sae.neuronpedia_model, sae.source, TEXTS[0]
+    with live(api) as address, neuronpedia.api_key(api.keys["steer"]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NPRequest, "BASE_URL", f"{address}/api")
+        found = json.loads(SAEFeatureRequest().get(model, source, "5").jsonData)
+        assert found["maxActApprox"] == pytest.approx(api.context.catalog.rows(sae.id)[5]["max"], abs=1e-4)
+        feature = FeatureRequest().get(model, source, 5)
+        assert feature.density == pytest.approx(api.context.catalog.rows(sae.id)[5]["firing_rate"], abs=1e-7)
+        assert feature.activations
+        assert feature.explanations[0].text.startswith("peaks at")
+        one = ActivationRequest().compute_activation_for_text(model, source, "5", text)
+        assert len(one.tokens) == len(one.values)
+        many = ActivationRequest().compute_activation_for_texts(model, source, "5", TEXTS)
+        assert many[0].values == pytest.approx(one.values, abs=1e-5)
+        every = ActivationRequest().compute_all_source_activations_for_text(model, source, TEXTS)
+        assert {tuple(entry) for entry in every[0]["activeFeatures"].get("5", [])} == {
+            (place, value) for place, value in enumerate(one.values) if value > 0
+        }
+        top = SourceActivationRequest().compute_top_features_for_text(model, source, text, num_results=5)
+        maxima = {int(i): max(v for _, v in entries) for i, entries in every[0]["activeFeatures"].items()}
+        assert [max(row.values) for row in top] == pytest.approx(sorted(maxima.values(), reverse=True)[:5], abs=1e-5)
+        both = SourceActivationRequest().compute_top_features_for_texts(model, source, TEXTS, num_results=5)
+        assert [row.index for row in both[0]] == [row.index for row in top]
+        tokens = TopKByTokenRequest().compute_top_features_by_token_for_text(model, source, text, num_results=3)
+        assert [row.token for row in tokens] == one.tokens[1:]
+        assert len(TopKByTokenRequest().compute_top_features_by_token_for_texts(model, source, TEXTS)) == 2
+        steered: Any = SteerCompletionRequest().steer_features(
+            model, [SteerFeature(modelId=model, source=source, index="5", strength=2.0)], text, n_tokens=4
+        )
+        assert steered["STEERED"].startswith(text)
+        with pytest.raises(Exception, match="not found"):
+            SAEFeatureRequest().get(model, "99-nothing", "5")
+
+
+def test_the_inference_routes_count_and_leave_out_bos_as_neuronpedia_does(api: Served) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    of = {"model": sae.neuronpedia_model, "source": sae.source}
+    text = TEXTS[0]
+    values = [
+        api.post("/v1/activation/single", {**of, "prompt": text, "index": str(index)}).json()["activation"]["values"]
+        for index in range(96)
+    ]
+    tokens = api.post("/v1/tokenize", {"model": of["model"], "text": text}).json()
+    assert tokens["tokenStrings"][0] == "<s>"
+    assert len(values[0]) == len(tokens["tokens"]) - 1, "BOS is dropped"
+    everything = api.post(
+        "/v1/activation/all", {"model": of["model"], "sourceSet": sae.set, "selectedSources": [sae.source],
+                               "prompt": text, "numResults": 4, "ignoreBos": True}
+    ).json()  # fmt: skip
+    order = sorted(range(96), key=lambda i: (-max(values[i]), i))[:4]
+    assert [row["index"] for row in everything["activations"]] == order
+    assert everything["activations"][0]["values"][0] == 0, "BOS counts as 0 and keeps its place"
+    assert everything["activations"][0]["values"][1:] == pytest.approx(values[order[0]], abs=1e-6)
+    at = api.post(
+        "/v1/activation/all", {"model": of["model"], "source_set": sae.set, "selected_sources": [sae.source],
+                               "prompt": text, "num_results": 3, "sort_by_token_indexes": [2, 4]}
+    ).json()  # fmt: skip
+    sums = {i: values[i][1] + values[i][3] for i in range(96)}
+    assert [row["index"] for row in at["activations"]] == sorted(sums, key=lambda i: (-sums[i], i))[:3]
+    by_token = api.post("/v1/activation/topk-by-token", {**of, "prompt": text, "topK": 2}).json()["results"]
+    assert [row["tokenPosition"] for row in by_token] == list(range(1, len(tokens["tokens"])))
+    for row in by_token:
+        here = [value[row["tokenPosition"] - 1] for value in values]
+        best = [i for i in sorted(range(96), key=lambda i: -here[i])[:2] if here[i] > 0]
+        assert [one["featureIndex"] for one in row["topFeatures"]] == best
+    vector = api.post("/v1/util/sae-vector", {**of, "index": 7}).json()
+    module = api.interpreter.shelf.get(sae.id).module
+    assert vector == {"vector": pytest.approx(module.W_enc[:, 7].tolist()), "hookName": sae.record["hook"]}
+    near = api.post(
+        "/v1/util/sae-topk-by-decoder-cossim", {**of, "feature": {**of, "index": 7}, "numResults": 3}
+    ).json()
+    cosines = torch.nn.functional.cosine_similarity(module.W_dec, module.W_dec[7][None], dim=1)
+    expected = [i for i in cosines.argsort(descending=True).tolist() if i != 7][:3]
+    assert [row["feature"]["index"] for row in near["topkDecoderCossimFeatures"]] == expected
+    bad = api.post("/v1/activation/single", {**of, "prompt": text, "index": 5})
+    assert bad.status_code == 422, "a numeric index is refused there as well"
+    assert "error" in bad.json()
+    direction = api.post(
+        "/v1/activation/single",
+        {"model": of["model"], "prompt": text, "vector": [1.0] * 24, "hook": sae.record["hook"]},
+    )
+    assert direction.status_code == 200
+    again = api.post("/v1/activation/single-batch", {**of, "prompts": TEXTS, "index": "5"}).json()["results"]
+    assert again[0]["activation"]["values"] == pytest.approx(values[5], abs=1e-5)
+
+
+class Jobs:
+    """Stands in for the Jobs API; what is asked of the real one is in test_serve.py."""
+
+    def __init__(self) -> None:
+        self.submitted: list[dict[str, Any]] = []
+
+    def submit_job(self, **job: Any) -> str:
+        folder = Path(job["runtime_env"]["working_dir"])
+        self.submitted.append({**job, "config": yaml.safe_load((folder / "run.yaml").read_text())})
+        return job["submission_id"]
+
+
+def test_training_takes_a_config_and_numbers_and_nothing_else(store: Path) -> None:
+    jobs = Jobs()
+    with served(store, jobs) as one:
+        body = {"config": "quick", "overrides": {"train.lr": 0.002, "grid.sae.l1_coefficient": [1, 4]}}
+        started = one.post("/train", body, "admin")
+        assert started.status_code == 202
+        (job,) = jobs.submitted
+        assert started.json()["id"] == job["submission_id"]
+        assert job["config"]["train"]["lr"] == 0.002
+        assert job["config"]["grid"] == [{"sae.l1_coefficient": [1, 4]}] or "sae.l1_coefficient" in str(
+            job["config"]["grid"]
+        )
+        assert job["entrypoint"].startswith("python -m jobs.sweep run.yaml --store /")
+        assert not [key for scope, key in one.keys.items() if key in str(job)]
+        for wrong, told in (
+            ({"config": "../../etc/passwd"}, "There is no config '../../etc/passwd' here; there is demo"),
+            ({"config": "quick", "overrides": {"model.id": "evil"}}, "overrides"),
+            ({"config": "quick", "overrides": {"train.lrr": 1}}, "did you mean 'lr'"),
+            ({"config": "quick", "overrides": {"train.lr": "1e-3"}}, "overrides"),
+            ({"config": "quick", "overrides": {"lr": 1}}, "'lr' is no path of a setting"),
+            ({"config": "quick", "stage": "rm"}, "stage"),
+            ({"config": "quick", "store": "s3://other"}, "store: Extra inputs"),
+        ):
+            answer = one.post("/train", wrong, "admin")
+            assert answer.status_code == 422, wrong
+            assert told in answer.json()["detail"]
+        assert one.post("/train", body, "steer").status_code == 403
+        assert len(jobs.submitted) == 1
+
+
+def test_the_log_has_neither_texts_nor_keys(api: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    structured()
+    secret = "a text that is nobody's business"
+    api.post("/interpret", {"text": secret})
+    api.post("/interpret", {"text": secret, "sae": "nothing"})
+    api.client.get("/saes", headers={"Authorization": "Bearer mdc_00000000_" + "f" * 48})
+    said = capfd.readouterr().err
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert {line["status"] for line in lines if line["event"] == "request"} >= {200, 404, 401}
+    assert secret not in said
+    assert not [key for key in (*api.keys.values(), "f" * 48) if key in said]
+
+
+def test_the_description_is_complete_and_needs_no_other_host(api: Served) -> None:
+    document = api.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"], path
+            assert "401" in operation["responses"], path
+            assert ("security" in operation) is (path != "/health")
+    page = api.get("/docs").text
+    assert "//" not in page.replace("http://www.w3.org", "").replace("//unpkg", "!") or "cdn" not in page
+    for asset in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        assert f"/static-offline-docs/{asset}" in page
+        assert api.get(f"/static-offline-docs/{asset}").status_code == 200

@@ -1,0 +1,168 @@
+"""Generated text with features changed, against a loop that runs the whole text anew for each token, hooked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from midiscover.config import ModelConfig
+from midiscover.cutting import cut_after, holds
+from midiscover.errors import UserError
+from midiscover.lm import LanguageModel
+from midiscover.models import resolve_model
+from midiscover.saeconfig import StandardConfig, TranscoderConfig
+from midiscover.saes import LoadedSae
+from midiscover.steer import Change, Sampling, generate
+from tests.tiny import make_tiny_model
+from tests.unit.test_interpret import FIRST, INPUT, SECOND, sae
+
+PROMPT = [3, 40, 41, 42, 43]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp("steer") / "model"
+    make_tiny_model("llama", folder)
+    return LanguageModel.load(resolve_model(ModelConfig(id=str(folder))), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def saes() -> dict[str, LoadedSae]:
+    return {
+        "first": sae(FIRST, StandardConfig(l1_coefficient=1.0)),
+        "second": sae(SECOND, StandardConfig(l1_coefficient=1.0)),
+        "across": sae(
+            INPUT,
+            TranscoderConfig(l1_coefficient=1.0),
+            d_out=24,
+            record={"hook": INPUT, "output_hook": SECOND},
+        ),
+    }
+
+
+def by_hand(lm: LanguageModel, change: Callable[[Tensor, Tensor], Tensor], hook: str, reads: str) -> list[int]:
+    """Greedy, without a cache; `change` gets what `reads` gave and what `hook` gave."""
+    ids = list(PROMPT)
+    seen: list[Tensor] = []
+    module, source = lm.model.get_submodule(hook), lm.model.get_submodule(reads.removesuffix(":in"))
+    for _ in range(TOKENS):
+        handles = [module.register_forward_hook(lambda _m, _a, out: change(seen[-1], out))]
+        if reads.endswith(":in"):
+            handles.append(source.register_forward_pre_hook(lambda _m, args: seen.append(args[0])))
+        else:
+            handles.insert(0, source.register_forward_hook(lambda _m, _a, out: seen.append(out), prepend=True))
+        with torch.no_grad():
+            token = int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())
+        for handle in handles:
+            handle.remove()
+        ids.append(token)
+        if token == lm.tokenizer.eos_token_id:
+            return ids[len(PROMPT) : -1]
+    return ids[len(PROMPT) :]
+
+
+def made(lm: LanguageModel, saes: dict[str, LoadedSae], *changes: Change, **given: Any) -> dict[str, list[int]]:
+    return list(generate(lm, PROMPT, saes, changes, Sampling(new_tokens=TOKENS), **given))[-1].token_ids
+
+
+def test_adding_clamping_and_ablating_are_what_they_say(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    first = saes["first"]
+    direction = first.module.W_dec[7]
+    plain = by_hand(lm, lambda _x, out: out, FIRST, FIRST)
+    cases = {
+        "add": (Change("first", 7, "add", 6.0), lambda x, out: out + 6.0 * direction),
+        "clamp": (Change("first", 7, "clamp", 9.0), lambda x, out: out + (9.0 - first.encode(x)[..., 7:8]) * direction),
+        "ablate": (Change("first", 7, "ablate"), lambda x, out: out - first.encode(x)[..., 7:8] * direction),
+    }
+    found = {}
+    for name, (change, edit) in cases.items():
+        both = made(lm, saes, change)
+        assert both["default"] == plain, name
+        assert both["steered"] == by_hand(lm, edit, FIRST, FIRST), name
+        found[name] = both["steered"]
+    assert found["add"] != plain
+    assert found["clamp"] != plain
+
+
+def test_changes_at_one_hook_are_made_at_once_and_at_two_one_after_the_other(
+    lm: LanguageModel, saes: dict[str, LoadedSae]
+) -> None:
+    first = saes["first"]
+    a, b = first.module.W_dec[7], first.module.W_dec[9]
+
+    def edit(x: Tensor, out: Tensor) -> Tensor:
+        return out + 6.0 * a + (4.0 - first.encode(x)[..., 9:10]) * b
+
+    both = made(lm, saes, Change("first", 7, "add", 6.0), Change("first", 9, "clamp", 4.0))
+    assert both["steered"] == by_hand(lm, edit, FIRST, FIRST)
+    later = made(lm, saes, Change("first", 7, "add", 6.0), Change("second", 3, "add", 5.0))
+    assert later["steered"] not in (both["steered"], both["default"])
+
+
+def test_a_transcoder_reads_before_the_mlp_and_writes_after_it(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    across = saes["across"]
+    direction = across.module.W_dec[5]
+    both = made(lm, saes, Change("across", 5, "clamp", 8.0))
+    expected = by_hand(lm, lambda x, out: out + (8.0 - across.encode(x)[..., 5:6]) * direction, SECOND, INPUT)
+    assert both["steered"] == expected
+
+
+def test_orthogonal_takes_out_what_was_there_in_that_direction(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    direction = saes["first"].module.W_dec[7]
+
+    def edit(_x: Tensor, out: Tensor) -> Tensor:
+        unit = direction / direction.norm()
+        return out - (out @ unit)[..., None] * unit + 3.0 * direction
+
+    both = made(lm, saes, Change("first", 7, "add", 3.0), orthogonal=True)
+    assert both["steered"] == by_hand(lm, edit, FIRST, FIRST)
+
+
+def test_two_sides_of_one_seed_differ_by_the_change_alone(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    warm = Sampling(new_tokens=8, temperature=1.5, seed=11)
+    nothing = list(generate(lm, PROMPT, saes, [Change("first", 7, "add", 0.0)], warm))[-1].token_ids
+    assert nothing["steered"] == nothing["default"]
+    again = list(generate(lm, PROMPT, saes, [Change("first", 7, "add", 9.0)], warm))[-1].token_ids
+    assert again["default"] == nothing["default"]
+    assert again["steered"] != again["default"]
+    other = Sampling(new_tokens=8, temperature=1.5, seed=12)
+    assert list(generate(lm, PROMPT, saes, [], other))[-1].token_ids["default"] != nothing["default"]
+
+
+def test_a_penalised_token_is_not_repeated(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    sampling = Sampling(new_tokens=20, frequency_penalty=1e6)
+    tokens = list(generate(lm, PROMPT, saes, [], sampling, sides=("default",)))[-1].token_ids["default"]
+    assert len(set(tokens)) == len(tokens) > 5
+
+
+def test_the_model_is_as_before_and_a_wrong_feature_is_named(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    before = by_hand(lm, lambda _x, out: out, FIRST, FIRST)
+    pieces = generate(lm, PROMPT, saes, [Change("first", 7, "add", 50.0)], Sampling(new_tokens=5))
+    next(pieces)
+    assert by_hand(lm, lambda _x, out: out, FIRST, FIRST) == before, "also while a generation is under way"
+    with pytest.raises(UserError, match="first has no feature 48; its features are 0 to 47"):
+        next(generate(lm, PROMPT, saes, [Change("first", 48, "add", 1.0)], Sampling()))
+
+
+def test_a_cut_model_gives_the_same_activations_and_says_what_it_lacks(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path / "model")
+    whole, cut = (
+        LanguageModel.load(resolve_model(ModelConfig(id=str(tmp_path / "model"))), dtype="float32") for _ in range(2)
+    )
+    ids = torch.tensor([PROMPT])
+    hooks = [FIRST, SECOND]
+    before = sum(p.numel() for p in cut.model.parameters())
+    cut_after(cut, hooks)
+    assert sum(p.numel() for p in cut.model.parameters()) < before
+    for hook in hooks:
+        assert torch.equal(cut.activations(ids, [hook])[hook], whole.activations(ids, [hook])[hook])
+    assert holds(cut, hooks)
+    assert not holds(cut, ["model.layers.2.mlp"])
+    cut_after(whole, ["model.norm", FIRST])
+    assert holds(whole, ["model.layers.2.mlp"]), "the norm comes after the last layer"
