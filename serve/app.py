@@ -6,6 +6,7 @@ one to join.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -22,8 +23,9 @@ from ray import serve
 
 from midiscover.errors import ConfigError, MiDiscoverError, StageError
 from midiscover.serving import ServeArgs, parse_serve, serve_config
-from midiscover.store.storage import open_store
+from midiscover.store.storage import Storage, open_store
 from midiscover.tracking import Tracker
+from serve.catalog import Catalog, Hosted
 from serve.cores import cores
 from serve.replicas import application
 
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
             _say("the first API key, which is shown this once:")
             print(key, flush=True)
         _say(f"try: curl -H 'Authorization: Bearer $KEY' {address}/saes; a browser asks for the key. Ctrl-C ends it.")
-        ended.wait()
+        _follow(args, storage, ended)
         _say("ending: requests under way are answered first")
     finally:
         serve.shutdown()
@@ -76,6 +78,25 @@ def _require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"{host}:{port} can't be listened on: {error.strerror}; give another --port.") from None
+
+
+def _follow(args: ServeArgs, storage: Storage, ended: threading.Event) -> None:
+    """Until it is to end: deploy again where SAEs of a language model come that no interpreter runs yet."""
+    catalog = Catalog(storage, args.config)
+    running = {sae.model for sae in _hosted(catalog)}
+    while not ended.wait(args.config.refresh_seconds):
+        models = {sae.model: sae.model_name for sae in _hosted(catalog)}
+        new = sorted(models[model] for model in models.keys() - running)
+        if new:
+            _say(f"starting an interpreter of {', '.join(new)}, which new SAEs read")
+            _deploy(args)
+            running = running | models.keys()
+
+
+def _hosted(catalog: Catalog) -> list[Hosted]:
+    with contextlib.suppress(MiDiscoverError):  # a store that is away; the ingress says so
+        catalog.refresh()
+    return catalog.hosted
 
 
 def _first_key(tracker: Tracker, args: ServeArgs) -> str | None:
@@ -117,9 +138,15 @@ def _run(args: ServeArgs) -> str:
             "keep_alive_timeout_s": 30,  # of a connection on which nothing comes
         },
     )
+    _deploy(args)
+    return f"http://{args.host}:{args.port}"
+
+
+def _deploy(args: ServeArgs) -> None:
+    """What is deployed already and has not changed goes on."""
+    # All share the cores of this machine, so none is set aside for a replica: training takes what is left.
+    config = args.config if os.environ.get("RAY_ADDRESS") else replace(args.config, cpus=0)
     try:
-        # All share the cores of this machine, so none is set aside for a replica: training takes what is left.
-        config = args.config if os.environ.get("RAY_ADDRESS") else replace(args.config, cpus=0)
         serve.run(application(config), name=NAME, route_prefix="/", logging_config={"log_level": "ERROR"})
     except MiDiscoverError:
         raise
@@ -127,7 +154,6 @@ def _run(args: ServeArgs) -> str:
         status = serve.status().applications.get(NAME)
         told = " ".join((status.message if status else str(error)).split())[-600:]
         raise StageError(f"The application did not start: {told}") from error
-    return f"http://{args.host}:{args.port}"
 
 
 def _say(text: str) -> None:

@@ -101,9 +101,7 @@ class Interpreter:
         self._broken: str | None = None
 
     def _load(self, hooks: Sequence[str]) -> Any:
-        lm = load_model_of(
-            [self._record], self.storage.uri, device=self.device, dtype=self.config.dtype
-        )
+        lm = load_model_of([self._record], self.storage.uri, device=self.device, dtype=self.config.dtype)
         if not self.config.steering:
             cut_after(lm, hooks)
         return lm

@@ -15,7 +15,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import kubernetes_validate
@@ -25,16 +25,20 @@ from ray.autoscaler._private.node_provider_availability_tracker import NodeAvail
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
+from ray.serve.schema import ServeDeploySchema
 
 import midiscover
 from midiscover.configio import load_config
+from midiscover.errors import ConfigError
+from midiscover.serving import serve_config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERAY = CLUSTER / "kuberay"
 LAUNCHED = [ROOT / "ray_cluster.yaml", CLUSTER / "ray_cluster.local.yaml"]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-PUBLISHED = {"postgres-debug": ["127.0.0.1:5432:5432"], "pgadmin": ["127.0.0.1:5050:80"]}
+DEBUG = {"postgres-debug": ["127.0.0.1:5432:5432"], "pgadmin": ["127.0.0.1:5050:80"]}
+PUBLISHED = {"serve": ["127.0.0.1:8000:8000"], **DEBUG}
 """The only ports that Compose may publish."""
 
 
@@ -195,6 +199,59 @@ def pods(document: Any) -> Iterator[dict[str, Any]]:
             yield from pods(value)
 
 
+def serve_configs() -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "serve/config.yaml", read(ROOT / "serve" / "config.yaml")
+    service = read(KUBERAY / "rayservice.yaml")
+    yield "rayservice.yaml", yaml.safe_load(service["spec"]["serveConfigV2"])
+
+
+def unknown_keys(model: Any, document: Any, path: str = "") -> list[str]:
+    """Ray's schema of a Serve config takes what it does not know, and says nothing."""
+    found = []
+    for name, value in document.items():
+        known = model.model_fields.get(name)
+        if known is None:
+            found.append(f"{path}{name}")
+            continue
+        inner = [one for one in (known.annotation, *get_args(known.annotation)) if hasattr(one, "model_fields")]
+        for item in value if isinstance(value, list) else [value]:
+            if inner and isinstance(item, dict):
+                found += unknown_keys(inner[0], item, f"{path}{name}.")
+    return found
+
+
+@pytest.mark.parametrize(("name", "document"), list(serve_configs()), ids=lambda v: v if isinstance(v, str) else "")
+def test_serve_accepts_the_application_and_so_do_we(name: str, document: dict[str, Any]) -> None:
+    ServeDeploySchema(**document)
+    assert unknown_keys(ServeDeploySchema, document) == []
+    (application,) = document["applications"]
+    module, _, attribute = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), attribute))
+    config = serve_config(application["args"])
+    assert config.saes == ("promoted",)
+    assert document["http_options"]["request_timeout_s"] > config.limits.seconds, "the guard gives up first"
+    with pytest.raises(ConfigError, match="did you mean 'steering'"):
+        serve_config(application["args"] | {"steerng": True})
+    assert unknown_keys(ServeDeploySchema, document | {"http_optins": {}}) == ["http_optins"]
+
+
+def test_what_serves_is_on_loopback_or_behind_a_network_policy() -> None:
+    assert read(ROOT / "serve" / "config.yaml")["http_options"]["host"] == "127.0.0.1"
+    policy = read(KUBERAY / "networkpolicy-serve.yaml")["spec"]
+    chosen = policy["podSelector"]["matchLabels"].items()
+    spec = read(KUBERAY / "rayservice.yaml")["spec"]["rayClusterConfig"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    assert all(chosen <= group["template"]["metadata"]["labels"].items() for group in groups)
+    assert [[port["port"] for port in rule.get("ports", [])] for rule in policy["ingress"]] == [
+        [],
+        [8265, 8000],
+        [8000],
+    ]
+    assert spec["rayVersion"] == PINNED["ray"]
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
 @pytest.mark.parametrize("stage", ["harvest", "sweep", "features"])
 def test_a_ray_job_runs_what_is_there(stage: str) -> None:
     spec = read(KUBERAY / f"rayjob-{stage}.yaml")["spec"]
@@ -242,7 +299,7 @@ def test_compose_publishes_nothing_but_what_the_debug_profile_says() -> None:
     assert complaints("compose", compose) == []
     services = compose["services"]
     assert {name: service["ports"] for name, service in services.items() if "ports" in service} == PUBLISHED
-    assert all(services[name]["profiles"] == ["debug"] for name in PUBLISHED)
+    assert all(services[name]["profiles"] == ["debug"] for name in DEBUG)
     for name, service in services.items():
         assert "network_mode" not in service or service["network_mode"] == "none", name
 
@@ -406,7 +463,7 @@ def test_versions_agree_everywhere() -> None:
 
 
 def test_every_setting_that_they_name_is_one() -> None:
-    sources = [*(ROOT / "midiscover").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]
+    sources = [path for name in ("midiscover", "jobs", "serve") for path in (ROOT / name).rglob("*.py")]
     known = set(re.findall(r"MIDISCOVER_[A-Z_]+", " ".join(path.read_text() for path in sources)))
     files = [*LAUNCHED, *CLUSTER.glob("*.*"), *KUBERAY.glob("*.*")]
     for path in files:
