@@ -39,7 +39,7 @@ BODIES = ("POST", "PUT", "PATCH")
 UNAUTHORISED = "A valid key is needed: Authorization: Bearer mdc_…, as `midiscover keys create` makes one."
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "X-Frame-Options": "DENY",
     "Cross-Origin-Resource-Policy": "same-origin",
 }

@@ -1,0 +1,151 @@
+"""`midiscover serve` on Ray Serve, as a user runs it: over HTTP, with a job started by request, until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.jobs_cli import refused
+from tests.runs import write_run
+from tests.served import served, store_to_serve
+from tests.serving import Deployment, deployed
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+__all__ = ["store_to_serve"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("serve") / "store"
+    shutil.copytree(store_to_serve, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def running(store: Path) -> Iterator[Deployment]:
+    folder = store.parent / "configs"
+    folder.mkdir()
+    write_run(store.parent).rename(folder / "tiny.yaml")
+    with deployed(store, "--configs", str(folder), "--refresh_seconds", "0.5") as found:
+        yield found
+
+
+def test_it_answers_over_http_as_in_this_process(running: Deployment, store: Path) -> None:
+    body = {"texts": ["The river ran past the old mill.", "Entry 12."], "top_k": 4}
+    with served(store) as here:
+        expected = here.post("/interpret", body).json()
+        answer = running.post("/interpret", body)
+        assert answer.status_code == 200
+        got = answer.json()
+        assert got["texts"][0]["tokens"] == expected["texts"][0]["tokens"]
+        (name,) = got["texts"][0]["saes"]
+        for mine, theirs in zip(got["texts"], expected["texts"], strict=True):
+            for one, other in zip(mine["saes"][name]["features"], theirs["saes"][name]["features"], strict=True):
+                assert one["feature"] == other["feature"]
+                assert one["values"] == pytest.approx(other["values"], abs=1e-5)
+    assert requests.get(f"{running.address}/health", timeout=10).json()["status"] == "ok"
+    assert requests.get(f"{running.address}/saes", timeout=10).status_code == 401
+    assert "swagger" in running.get("/docs").text
+
+
+def test_steering_arrives_piece_by_piece(running: Deployment) -> None:
+    body = {"prompt": "The river", "features": [{"feature": 3, "value": 5.0}], "max_new_tokens": 5, "stream": True}
+    with running.post("/steer", body, stream=True) as answer:
+        frames = [json.loads(line.removeprefix(b"data: ")) for line in answer.iter_lines() if line]
+    assert len(frames) >= 2
+    assert frames[-1]["done"]
+    whole = running.post("/steer", body | {"stream": False}).json()
+    assert {side: frames[-1][side] for side in ("steered", "default")} == {s: whole[s] for s in ("steered", "default")}
+
+
+def test_nothing_of_it_listens_beyond_this_machine(running: Deployment) -> None:
+    port = int(running.address.rpartition(":")[2])
+    listening = [one for one in psutil.net_connections("tcp") if one.laddr and one.laddr.port == port]
+    assert {one.laddr.ip for one in listening if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+
+
+def test_a_second_one_on_its_port_is_refused(running: Deployment, store: Path) -> None:
+    done = refused("serve", "--store", str(store), "--port", running.address.rpartition(":")[2])
+    assert done.code == 2
+    assert "can't be listened on" in done.err
+
+
+def test_a_job_is_started_followed_and_its_saes_are_served_while_requests_go_on(running: Deployment) -> None:
+    before = {sae["id"] for sae in running.get("/saes").json()["saes"]}
+    started = running.post("/train", {"config": "tiny", "overrides": {"train.seed": 3}})
+    assert started.status_code == 202, started.text
+    job, seen, ends = started.json()["id"], [], time.monotonic() + 300
+    while True:
+        shown = running.get(f"/jobs/{job}").json()
+        seen += [line["percent"] for line in shown["progress"]]
+        assert running.post("/interpret", {"text": "The river"}).status_code == 200
+        if shown["status"] not in ("pending", "running"):
+            break
+        assert time.monotonic() < ends
+        time.sleep(1)
+    assert shown["status"] == "succeeded", shown["log"]
+    assert 100 in seen
+    assert job in [row["id"] for row in running.get("/jobs").json()["jobs"]]
+    while len(new := {sae["id"] for sae in running.get("/saes").json()["saes"]} - before) < 4:
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+    assert running.post("/interpret", {"text": "The river", "sae": min(new)}).status_code == 200
+
+
+def test_a_job_is_stopped(running: Deployment) -> None:
+    job = running.post("/train", {"config": "tiny", "overrides": {"train.seed": 4, "train.epochs": 300}}).json()["id"]
+    ends = time.monotonic() + 120
+    while running.get(f"/jobs/{job}").json()["status"] == "pending":
+        assert time.monotonic() < ends
+        time.sleep(0.5)
+    headers = running.headers()
+    assert requests.delete(f"{running.address}/jobs/{job}", headers=headers, timeout=60).json()["stopping"]
+    while running.get(f"/jobs/{job}").json()["status"] != "stopped":
+        assert time.monotonic() < ends
+        time.sleep(0.5)
+    assert running.get("/jobs/nothing").status_code == 404
+
+
+def scraped(port: int, headers: dict[str, str]) -> set[str]:
+    """What Prometheus would be told to read, where this port is the dashboard's."""
+    try:
+        found = requests.get(f"http://127.0.0.1:{port}/api/prometheus/sd", headers=headers, timeout=10).json()
+    except (requests.RequestException, ValueError):
+        return set()
+    return {target for group in found for target in group["targets"]}
+
+
+def test_numbers_reach_prometheus_without_texts_or_keys(running: Deployment) -> None:
+    secret = "nobody else's business"
+    running.post("/interpret", {"text": secret})
+    (dashboard,) = running.workers("ray/dashboard/dashboard.py")
+    headers = {"Authorization": f"Bearer {dashboard.environ()['RAY_AUTH_TOKEN']}"}
+    ports = {one.laddr.port for one in dashboard.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    ends, text = time.monotonic() + 60, ""
+    while "midiscover_requests" not in text or "midiscover_tokens" not in text:
+        assert time.monotonic() < ends, text[-500:]
+        for target in {target for port in ports for target in scraped(port, headers)}:
+            text += requests.get(f"http://{target}/metrics", headers=headers, timeout=10).text
+        time.sleep(1)
+    assert secret not in text
+    assert running.key not in text
+    for name in ("midiscover_request_ms", "midiscover_batch_tokens", "midiscover_sae_loads", "midiscover_cache_bytes"):
+        assert name in text
+
+
+def test_ctrl_c_ends_it_and_nothing_stays(store: Path, store_to_serve: Path) -> None:
+    with deployed(store) as found:
+        children = psutil.Process(found.process.pid).children(recursive=True)
+        assert len(children) > 3
+        assert found.end() == 0
+        psutil.wait_procs(children, timeout=20)
+        assert [child for child in children if child.is_running()] == []
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"{found.address}/health", timeout=5)
