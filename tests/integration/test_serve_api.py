@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -472,6 +473,28 @@ def test_training_takes_a_config_and_numbers_and_nothing_else(store: Path) -> No
             assert told in answer.json()["detail"]
         assert one.post("/train", body, "steer").status_code == 403
         assert len(jobs.submitted) == 1
+
+
+def readme_curls() -> list[list[str]]:
+    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    return [shlex.split(line.removeprefix("$ ")) for line in lines if line.startswith("$ curl")]
+
+
+@pytest.mark.parametrize("words", readme_curls(), ids=lambda words: words[-1][:20])
+def test_the_curls_of_the_readme(store: Path, words: list[str]) -> None:
+    """As they stand there, but for the names of the demo's SAEs and sweep."""
+    jobs = Jobs()
+    with served(store, jobs) as one:
+        (place,) = [word for word in words if word.startswith("localhost:8000/")]
+        body = words[words.index("-d") + 1] if "-d" in words else None
+        path = place.removeprefix("localhost:8000").replace("/demo?", "/tiny?")
+        path = path.replace("l15.mlp-down_proj.standard-4608.l1-4", one.saes[0])
+        body = body.replace('"l15"', f'"{one.saes[0]}"') if body else None
+        headers = {**one.headers("admin"), "Content-Type": "application/json"}
+        answer = one.client.request("POST" if body else "GET", path, content=body, headers=headers)
+        assert answer.status_code == (202 if path == "/train" else 200), answer.text
+        if "sae" in (body or ""):
+            assert answer.json()["texts"][0]["saes"].keys() == {one.saes[0]}
 
 
 def test_the_log_has_neither_texts_nor_keys(api: Served, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from midiscover.cli import TRAIN_FLAGS, VERBS
 from midiscover.configio import build_config, expand_grid, find_config, load_config, parse_value, read_yaml
 from midiscover.launch import parse_job, parse_submit
+from midiscover.serving import parse_serve
 from tests.jobs_cli import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,13 @@ def test_every_command_is_understood(line: str) -> None:
             flags = [word for word in arguments if word.startswith("--")]
             assert set(flags) <= set(TRAIN_FLAGS)
             assert "--hook" in flags
+        case ["midiscover", "serve", *arguments]:
+            parse_serve(arguments)
+        case ["serve", "deploy", path]:
+            assert (ROOT / path).is_file()
+        case ["curl", *arguments]:  # what they ask is asked by tests/integration/test_serve_api.py
+            assert any(word.startswith("localhost:8000/") for word in arguments)
+            assert "Authorization: Bearer $KEY" in arguments
         case ["midiscover", "jobs", *arguments]:
             assert parse_submit([*arguments, "--cluster", "http://127.0.0.1:8265"]).action == arguments[0]
         case ["midiscover", verb, *_]:

@@ -1,0 +1,213 @@
+"""What serving costs: `midiscover serve` beside a bare loop of transformers and torch that stops at the same layer.
+
+    python -m tests.bench.serve --store STORE --sae ID [--seconds 20] [--port 8090]
+
+Everything on the same cores, the client too, the proxy Ray Serve's own. The bare loop runs the language model up to the
+SAE's hook, encodes, takes the top 10 of each token, in this process on all threads, before and after the deployment is
+asked (the deployment is up and idle then). Texts are of 64 and of 512 tokens and never repeat, so that no cache helps.
+
+  added          median time of one request after another, over the bare loop's for the same texts
+  throughput     16 at once, in texts a second, over the bare loop's one at a time, and over its whole forward pass
+  open loop      Poisson arrivals at 70 and 80 % of that throughput: p50, p99, errors
+  overload       four times that throughput: answers by status, memory, median after it
+
+Judges nothing: the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich import box
+from rich.table import Table
+
+from midiscover import tables
+from midiscover.interpret import hook_of, load_language_model
+from midiscover.saes import load_sae
+from tests.bench.harvest import machine
+from tests.serving import Deployment, deployed
+
+LENGTHS = (64, 512)
+TOP = 10
+WARM = 8
+
+
+class Bare:
+    """The same work without a server."""
+
+    def __init__(self, store: str, sae: str) -> None:
+        self.sae = load_sae(sae, store=store)
+        self.lm = load_language_model([self.sae], store)
+        self.hook = hook_of(sae, self.sae)
+        self.start: Any = self.lm.tokenizer.eos_token_id
+
+    def one(self, text: str) -> Any:
+        """Tokens, forward to the hook, encode, top of each token, as plain lists."""
+        ids: Any = [self.start, *self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        x = self.lm.activations(torch.tensor([ids]), [self.hook])[self.hook][0, 1:]
+        top = self.sae.encode(x).topk(TOP, dim=1)
+        return top.values.tolist(), top.indices.tolist()
+
+    def whole(self, text: str) -> Any:
+        """The same after the whole forward pass."""
+        ids: Any = [self.start, *self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        self.lm.logits(torch.tensor([ids]))
+        return self.one(text)
+
+    def texts(self, count: int, length: int, seed: int) -> list[str]:
+        """Random words of about so many tokens; no two alike."""
+        chance, made = random.Random(seed), []
+        words = [self.lm.tokenizer.decode([i]) for i in range(2000, 12_000)]
+        words = [word for word in words if word.strip().isalpha() and word.startswith(" ")]
+        for _ in range(count):
+            text = "".join(chance.choices(words, k=length))
+            ids: Any = self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            made.append(self.lm.tokenizer.decode(ids[:length]))
+        return made
+
+
+def seconds_of(work: Callable[[str], Any], texts: Sequence[str]) -> list[float]:
+    """Of each text, one after another."""
+    found = []
+    for text in texts:
+        began = time.perf_counter()
+        work(text)
+        found.append(time.perf_counter() - began)
+    return found
+
+
+class Client:
+    """Asks a deployment."""
+
+    def __init__(self, running: Deployment, sae: str) -> None:
+        self.running, self.sae = running, sae
+        limits = httpx.Limits(max_connections=512, max_keepalive_connections=512)
+        self.http = httpx.AsyncClient(limits=limits, timeout=120)
+
+    async def ask(self, text: str) -> tuple[int, float]:
+        """Status and seconds."""
+        body = {"text": text, "sae": self.sae, "top_k": TOP}
+        began = time.perf_counter()
+        try:
+            answer = await self.http.post(
+                f"{self.running.address}/interpret", headers=self.running.headers(), json=body
+            )
+            return answer.status_code, time.perf_counter() - began
+        except httpx.HTTPError:
+            return 0, time.perf_counter() - began
+
+    async def one_by_one(self, texts: Sequence[str]) -> list[float]:
+        """Seconds of each."""
+        return [(await self.ask(text))[1] for text in texts]
+
+    async def at_once(self, texts: Sequence[str], concurrency: int) -> float:
+        """Texts a second with so many under way."""
+        waiting, began = list(texts), time.perf_counter()
+
+        async def worker() -> None:
+            while waiting:
+                status, _ = await self.ask(waiting.pop())
+                assert status == 200, status
+
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+        return len(texts) / (time.perf_counter() - began)
+
+    async def open_loop(self, texts: Sequence[str], rate: float, seconds: float) -> list[tuple[int, float]]:
+        """Poisson arrivals, whatever becomes of those before."""
+        chance, tasks, began = random.Random(0), [], time.perf_counter()
+        at = 0.0
+        for text in texts:
+            at += chance.expovariate(rate)
+            if at > seconds:
+                break
+            await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+            tasks.append(asyncio.create_task(self.ask(text)))
+        return list(await asyncio.gather(*tasks))
+
+
+def memory(running: Deployment) -> float:
+    """MiB of the replicas."""
+    return sum(process.memory_info().rss for process in running.workers("ServeReplica:midiscover")) / 2**20
+
+
+async def measured(bare: Bare, client: Client, args: argparse.Namespace) -> None:
+    """All of it."""
+    table = Table(
+        "tokens",
+        "bare p50",
+        "served p50",
+        "added",
+        "bare texts/s",
+        "16 at once",
+        "ratio",
+        "over whole",
+        box=box.SIMPLE_HEAD,
+    )
+    rates = {}
+    for length in LENGTHS:
+        count = args.requests if length == LENGTHS[0] else max(WARM, args.requests // 6)
+        texts = bare.texts(4 * count + 2 * WARM, length, seed=length)
+        seconds_of(bare.one, texts[:WARM])
+        await client.one_by_one(texts[WARM : 2 * WARM])
+        parts = [texts[2 * WARM + i * count : 2 * WARM + (i + 1) * count] for i in range(4)]
+        alone = seconds_of(bare.one, parts[0][: count // 2])
+        served = await client.one_by_one(parts[1])
+        alone += seconds_of(bare.one, parts[0][count // 2 :])
+        whole = seconds_of(bare.whole, parts[2][: max(4, count // 4)])
+        rates[length] = await client.at_once(parts[3], 16)
+        p50, of_bare = statistics.median(served), statistics.median(alone)
+        full = statistics.median(whole) - of_bare  # the whole pass alone: `whole` runs both
+        times = [f"{1000 * seconds:.1f} ms" for seconds in (of_bare, p50, p50 - of_bare)]
+        ratios = [f"{rates[length] * seconds:.2f}" for seconds in (of_bare, full)]
+        table.add_row(str(length), *times, f"{1 / of_bare:.2f}", f"{rates[length]:.2f}/s", *ratios)
+    tables.show(table)
+    rate, texts = rates[LENGTHS[0]], bare.texts(int(6 * rates[LENGTHS[0]] * args.seconds) + 50, LENGTHS[0], seed=1)
+    loads = Table("load", "requests", "p50", "p99", "p99 / p50", "answers", "MiB", box=box.SIMPLE_HEAD)
+    before = memory(client.running)
+    for share in (0.7, 0.8, 4.0):
+        found = await client.open_loop(texts, share * rate, args.seconds)
+        good = sorted(seconds for status, seconds in found if status == 200)
+        p50, p99 = good[len(good) // 2], good[min(len(good) - 1, int(0.99 * len(good)))]
+        told = ", ".join(f"{status}: {n}" for status, n in sorted(Counter(status for status, _ in found).items()))
+        cells = (
+            f"{1000 * p50:.0f} ms",
+            f"{1000 * p99:.0f} ms",
+            f"{p99 / p50:.1f}",
+            told,
+            f"{memory(client.running):.0f}",
+        )
+        loads.add_row(f"{share:.0%}", str(len(found)), *cells)
+    await asyncio.sleep(5)
+    after = statistics.median(await client.one_by_one(bare.texts(20, LENGTHS[0], seed=2)))
+    tables.show(loads)
+    print(f"MiB before: {before:.0f}. Median 5 s after the overload: {1000 * after:.1f} ms.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--sae", required=True)
+    parser.add_argument("--requests", type=int, default=60, help="of 64 tokens, of each kind")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each open loop")
+    args = parser.parse_args(argv)
+    print(machine())
+    bare = Bare(str(args.store), args.sae)
+    with deployed(args.store, "--sae", args.sae, "--limits.concurrent_per_key", "64") as running:
+        asyncio.run(measured(bare, Client(running, args.sae), args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
