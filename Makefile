@@ -16,6 +16,7 @@ demo: $(STAMP)
 	$(BIN)/midiscover features demo
 	$(BIN)/midiscover concepts demo --module numbers --module questions
 	$(BIN)/midiscover publish demo
+	@echo "To query these SAEs over HTTP, with a page for the browser: $(BIN)/midiscover serve"
 
 # Two at a time, but for what must be alone; the slow files come first. Threads that wait must not spin: OpenMP's would
 # take the other's core.
