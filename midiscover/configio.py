@@ -192,14 +192,15 @@ def build_section(cls: type[T], tree: Any, path: str = "") -> T:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path or 'The config'} must be a section of settings, not {_kind(tree)}.")
     hints = typing.get_type_hints(cls)
-    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    known: Any = cls
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(known)}
     for key in tree:
         if key not in fields:
             raise ConfigError(_unknown_key(str(key), fields, path))
     values: dict[str, Any] = {}
     for key, value in tree.items():
         here = f"{path}.{key}" if path else str(key)
-        if cls is RunConfig and key == "sae":
+        if known is RunConfig and key == "sae":
             values[key] = _build_sae(value, here)
         elif dataclasses.is_dataclass(fields[key]):
             values[key] = build_section(typing.cast(type, fields[key]), {} if value is None else value, here)

@@ -26,6 +26,8 @@ LATER_SETTINGS: dict[str, Any] = {
 }
 """Settings that came after the first ids, at the meaning that those ids have: there they are left out."""
 RECIPE_VERSION = 1
+TRAINING_VERSIONS = {"topk": 2, "batchtopk": 2, "matryoshka_batchtopk": 2}
+"""Of kinds whose training changed its meaning since the first: how they begin, and the weight of AuxK."""
 """Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
 
 
@@ -134,7 +136,7 @@ def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
     parts = [hook_label(point.hook), f"{point.sae.kind}-{d_sae}", sparsity_label(point.sae).replace(" ", "-").lower()]
     if point.sae.control != "none":
         parts.append(point.sae.control.replace("_", "-"))
-    return ".".join([*parts, fingerprint("sae", 1, given)])
+    return ".".join([*parts, fingerprint("sae", TRAINING_VERSIONS.get(point.sae.kind, 1), given)])
 
 
 def evaluation_id(evaluate: EvaluateConfig, *, foreign_digest: str | None = None) -> str:

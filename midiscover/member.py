@@ -19,7 +19,7 @@ from midiscover.sae.base import Normalisation, Sae, StepContext
 from midiscover.sae.l0control import CoefficientControl, L0Control, ThresholdControl
 from midiscover.sae.registry import make_sae
 from midiscover.sae.resample import resample_
-from midiscover.sae.schedule import dead_window, l1_scale, lr_scale, peak_lr
+from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
 from midiscover.saeconfig import UNSTEPPED_CONTROLS, JumpReluConfig, PenaltyConfig, SaeConfig
 
 
@@ -131,12 +131,16 @@ class Slot:
         sae.initialise_(train.seed)
         if config.control == "neurons":
             sae.initialise_neurons_()
+        elif sae.initial_centring != 1:
+            with torch.no_grad():  # inputs come without their mean, at 0
+                sae.b_dec.sub_((1 - sae.initial_centring) * inputs.scale * inputs.mean.to(sae.b_dec))
         sae.W_dec.requires_grad_(config.control != "frozen_decoder")
         self.sae = sae.to(device)
         self.lr = peak_lr(train, d_sae=member.d_sae, steps=steps)
         learned = [parameter for parameter in sae.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=self.lr, betas=train.betas, fused=True)
         self.window = dead_window(train, rows_per_epoch)
+        self.aux_window = aux_window(train, self.window, rows_per_epoch)
         self.since_fired = torch.zeros(member.d_sae, dtype=torch.int64, device=device)
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
         self.seconds = 0.0
@@ -204,7 +208,7 @@ class Slot:
     def _dead(self) -> Tensor | None:
         if not self.sae.uses_dead:
             return None
-        dead = self.since_fired >= self.window
+        dead = self.since_fired >= self.aux_window
         return dead if bool(dead.any()) else None
 
     def record(self, point: Point, step: int, batch_size: int) -> None:

@@ -105,7 +105,7 @@ async def interpret(request: InterpretRequest, context: Given) -> InterpretAnswe
     name = saes[0].model_name
     if request.concept is not None:
         found = await context.model(saes[0]).concept(request.concept, [sae.id for sae in saes], request.top_k)
-        return InterpretAnswer(model=name, concept=answered(found))
+        return InterpretAnswer(model=name, texts=None, concept=answered(found))
     texts = request.texts if request.texts is not None else [request.text or ""]
     queries = [Query(sae=sae.id, k=request.top_k, per_token=request.per_token) for sae in saes]
     answers = await context.read(saes[0], texts, queries)
@@ -117,7 +117,7 @@ async def interpret(request: InterpretRequest, context: Given) -> InterpretAnswe
             for sae, found in zip(saes, answer.found, strict=True)
         }
         readings.append(TextReading(text=text, tokens=answer.tokens, saes=of))
-    return InterpretAnswer(model=name, texts=readings)
+    return InterpretAnswer(model=name, texts=readings, concept=None)
 
 
 def reading(answer: TextAnswer, found: Found, labels: dict[int, str], *, per_token: bool) -> SaeReading:

@@ -65,7 +65,7 @@ async def feature_row(context: Context, sae: Hosted, index: int, activations: in
     def read() -> dict[str, Any]:
         feature = records.feature(index)
         extra = {"source": sae.source}  # which the client reads, though the application does not send it
-        rows = [row | extra for row in export.activation_rows(index, records.contexts(index))]
+        rows: list[dict[str, Any]] = [row | extra for row in export.activation_rows(index, records.contexts(index))]
         for row in rows:
             if row["binContains"] < 0:  # of the top ones, which belong to no interval: its client takes no -1
                 row["binContains"] = None

@@ -11,8 +11,8 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
-import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -114,11 +114,12 @@ class RemoteModel:
     async def steer(self, request: SteerRequest) -> AsyncIterator[SteerPiece | Problem]:
         """See `exchange.Model`."""
         try:
-            async for piece in self._stream.steer.remote(request):
+            pieces: Any = self._stream.steer.remote(request)
+            async for piece in pieces:
                 yield piece
         except BackPressureError:
             yield Problem(503, BUSY)
-        except (ray.exceptions.RayActorError, RayServeException):
+        except (RayActorError, RayServeException):
             yield Problem(503, LOST)
 
     async def facts(self) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class RemoteModel:
             return await getattr(self._handle, method).remote(*args)
         except BackPressureError as error:
             raise ProblemError(503, BUSY) from error
-        except (ray.exceptions.RayActorError, RayServeException) as error:
+        except (RayActorError, RayServeException) as error:
             raise ProblemError(503, LOST) from error
 
 
@@ -245,7 +246,7 @@ class RequestMeter:
     def __init__(self) -> None:
         tags = ("route", "method", "status")
         self._requests = Counter("midiscover_requests", "Requests answered.", tag_keys=tags)
-        bounds = [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 60_000]
+        bounds: list[float] = [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 60_000]
         self._ms = Histogram("midiscover_request_ms", "Time to the answer.", boundaries=bounds, tag_keys=("route",))
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:

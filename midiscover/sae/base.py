@@ -72,6 +72,10 @@ class Sae(nn.Module, ABC):
     per_feature: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of the parameters [d_sae], in units of pre-activations; 0 at initialisation and where a feature starts
     anew, unless a class says otherwise."""
+    encoder_norm: ClassVar[float] = 1.0
+    """Norm of the encoder's columns at initialisation, as a multiple of the decoder rows'."""
+    initial_centring: ClassVar[float] = 1.0
+    """Share of the inputs' mean that is taken off at first, by b_dec; the rest of it the features see."""
     b_enc: nn.Parameter
     """[d_sae], in architectures whose `per_feature` names it."""
 
@@ -111,7 +115,7 @@ class Sae(nn.Module, ABC):
         rows = random_directions(self.d_sae, self.d_out, torch.Generator().manual_seed(seed))
         self.W_dec.copy_(rows * self.initial_norm)
         if not self.transcodes:
-            self.W_enc.copy_(self.W_dec.T)
+            self.W_enc.copy_(self.W_dec.T * self.encoder_norm)
         for name in (*self.per_feature, "b_dec"):
             self.get_parameter(name).zero_()
 

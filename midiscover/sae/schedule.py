@@ -50,3 +50,13 @@ def dead_window(config: TrainConfig, rows_per_epoch: int) -> int:
     if config.resample_at:
         window = min(window, int(min(config.resample_at) * rows_per_epoch * config.epochs / 2))
     return max(1, window)
+
+
+def aux_window(config: TrainConfig, window: int, rows_per_epoch: int) -> int:
+    """The same for AuxK: the setting, else a thirtieth of all training tokens, as SAELens' 1,000 of 30,000 steps.
+
+    So that it has time to help: what is dead for half an epoch is seldom brought back in the other half.
+    """
+    if config.dead_window is not None:
+        return config.dead_window
+    return max(1, min(window, rows_per_epoch * config.epochs // 30))

@@ -16,13 +16,20 @@ class TopKSae(Sae):
     """f = relu(top-k of pre-activations), zero elsewhere; loss = |x_hat - x|^2 + auxk * AuxK.
 
     AuxK lets the `k_aux` strongest dead features reconstruct the residual, divided by the residual's variance
-    (Gao et al. 2024, section A.2). Decoder rows keep unit norm and their gradients are projected, so that folding
+    (Gao et al. 2024, section A.2). Its weight there is for a loss of about 1; ours is summed over d_out inputs of mean
+    square 1, so it counts d_out times. Decoder rows keep unit norm and their gradients are projected, so that folding
     cannot change which features are selected.
+
+    It begins with an encoder of a tenth of the decoder's norm, which then turns quickly, and with three quarters of the
+    inputs' mean left in, so that some features can stay on and write what varies about it; both by measurement, see
+    tests/bench/RESULTS.md.
     """
 
     kind = "topk"
     saelens_architecture = "topk"
     uses_dead = True
+    encoder_norm = 0.1
+    initial_centring = 0.25
     config: TopKConfig
 
     @property
@@ -38,7 +45,7 @@ class TopKSae(Sae):
         reconstruction, residual = self.reconstruction(features, y)
         mse = residual.pow(2).sum(-1).mean()
         auxk = self.auxk(pre, residual, context)
-        total = reconstruction + self.config.auxk_coefficient * auxk
+        total = reconstruction + self.config.auxk_coefficient * self.d_out * auxk
         return Losses(total, mse, auxk.detach(), features.detach())
 
     def select(self, pre: Tensor) -> Tensor:

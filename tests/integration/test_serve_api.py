@@ -6,17 +6,15 @@ import asyncio
 import json
 import shlex
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from starlette.routing import Mount
 
-from midiscover.errors import StoreFailedError
 from midiscover.features.records import open_features
 from midiscover.interpret import encode_texts, load_language_model, summarise
 from midiscover.saes import load_sae
@@ -24,7 +22,7 @@ from midiscover.store.local import LocalStorage
 from serve.exchange import Query
 from serve.logs import structured
 from serve.web import create_routes
-from tests.served import Served, live, served, store_to_serve
+from tests.served import Served, served, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -233,204 +231,6 @@ def test_steering_is_streamed_and_whole(api: Served) -> None:
     assert api.post("/steer", {**body, "max_new_tokens": 257}, "steer").status_code == 422
     assert api.post("/steer", {**body, "features": []}, "steer").status_code == 422
     assert api.post("/steer", body).status_code == 403
-
-
-def test_without_steering_the_model_is_cut_and_answers_the_same(api: Served, store: Path) -> None:
-    shallow = [name for name in api.saes if name.startswith("l0")]
-    with served(store, saes=shallow, steering=False) as cut:
-        assert len(list(cut.interpreter.lm.model.get_submodule("model.layers").children())) == 1
-        body = {"texts": TEXTS, "sae": shallow[0]}
-        assert cut.post("/interpret", body).json() == api.post("/interpret", body).json()
-        refused = cut.post("/steer", {"prompt": "a", "features": [{"feature": 1}]}, "steer")
-        assert refused.status_code == 422
-        assert "set steering" in refused.json()["detail"]
-
-
-def test_a_deeper_sae_that_is_promoted_later_is_answered(store: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "store"
-    shutil.copytree(store, copy)
-    names = sorted(path.name for path in (copy / "saes").iterdir())
-
-    def promote(*saes: str) -> None:
-        entries = [{"id": name, "hook": "h", "sweep": None} for name in saes]
-        (copy / "promoted.json").write_text(json.dumps({"v": 1, "saes": entries, "updated": "now"}))
-
-    promote(names[0])
-    with served(copy, saes=["promoted"], steering=False) as one:
-        assert one.saes == [names[0]]
-        assert one.post("/interpret", {"text": "a", "sae": names[2]}).status_code == 404
-        promote(names[0], names[2])
-        one.context.catalog.refresh()
-        assert one.post("/interpret", {"text": "a", "sae": names[2]}).status_code == 200
-        promote()
-        one.context.catalog.refresh()
-        assert "No SAE is hosted" in one.post("/interpret", {"text": "a"}).json()["detail"]
-
-
-def test_a_hostile_sae_is_refused_with_the_reason_and_the_rest_goes_on(store: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "store"
-    shutil.copytree(store, copy)
-    names = sorted(path.name for path in (copy / "saes").iterdir())
-    weights = copy / "saes" / names[0] / "sae_weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    (copy / "saes" / names[1] / "record.json").write_text('{"sae": []}')
-    (copy / "saes" / names[2] / "record.json").write_text("not json")
-    with served(copy) as one:
-        listed = one.get("/saes").json()
-        assert [sae["id"] for sae in listed["saes"]] == [names[0], names[3]]
-        assert set(listed["broken"]) == {names[1], names[2]}
-        assert one.client.get("/health").json()["status"] == "degraded"
-        damaged = one.post("/interpret", {"text": "a", "sae": names[0]})
-        assert damaged.status_code == 503
-        assert "differ from those that were committed" in damaged.json()["detail"]
-        assert one.post("/interpret", {"text": "a", "sae": names[3]}).status_code == 200
-
-
-class Away(LocalStorage):
-    """A store that stops answering when it is told to."""
-
-    told: ClassVar[set[str]] = set()
-
-    def _ask(self) -> None:
-        if "away" in self.told:
-            raise StoreFailedError(f"{self.uri} does not answer.")
-
-    def read(self, *given: Any, **named: Any) -> bytes:
-        self._ask()
-        return super().read(*given, **named)
-
-    def list(self, prefix: str) -> list[str]:
-        self._ask()
-        return super().list(prefix)
-
-    def entries(self, prefix: str) -> Any:
-        self._ask()
-        return super().entries(prefix)
-
-
-def test_the_store_away(store: Path) -> None:
-    """R15: what is loaded goes on being served, and says so; R20: what is not answers 503 and the rest is unharmed."""
-    storage = Away(store)
-    with served(storage, refresh_seconds=0.05) as one:
-        one.interpreter.shelf._storage = storage
-        one.context.catalog.watch()
-        loaded = {"text": "The river", "sae": one.saes[0]}
-        before = one.post("/interpret", loaded).json()
-        storage.told.add("away")
-        ends = time.monotonic() + 10
-        while one.client.get("/health").json()["status"] == "ok" and time.monotonic() < ends:
-            time.sleep(0.05)
-        assert "the store does not answer" in one.client.get("/health").json()["reasons"][0]
-        assert one.post("/interpret", loaded).json() == before
-        unread = one.post("/interpret", {"text": "The river", "sae": one.saes[1]})
-        assert unread.status_code == 503
-        feature = one.get(f"/saes/{one.saes[1]}/features/0")
-        assert feature.status_code == 503
-        assert str(store) not in feature.text
-        storage.told.clear()
-        while one.client.get("/health").json()["status"] != "ok" and time.monotonic() < ends:
-            time.sleep(0.05)
-        assert one.client.get("/health").json()["status"] == "ok"
-        assert one.get(f"/saes/{one.saes[1]}/features/0").status_code == 200
-        one.context.catalog.close()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_neuronpedias_own_client_needs_only_another_address(api: Served) -> None:
-    neuronpedia = pytest.importorskip("neuronpedia")
-    from neuronpedia.np_feature import SteerFeature
-    from neuronpedia.requests.activation_request import ActivationRequest
-    from neuronpedia.requests.base_request import NPRequest
-    from neuronpedia.requests.feature_request import FeatureRequest
-    from neuronpedia.requests.sae_feature_request import SAEFeatureRequest
-    from neuronpedia.requests.source_activation_request import SourceActivationRequest
-    from neuronpedia.requests.steer_request import SteerCompletionRequest
-    from neuronpedia.requests.topk_by_token_request import TopKByTokenRequest
-
-    sae = api.context.catalog.find(api.saes[2])
-    model, source, text = sae.neuronpedia_model, sae.source, TEXTS[0]
-    with live(api) as address, neuronpedia.api_key(api.keys["steer"]), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NPRequest, "BASE_URL", f"{address}/api")
-        found = json.loads(SAEFeatureRequest().get(model, source, "5").jsonData)
-        assert found["maxActApprox"] == pytest.approx(api.context.catalog.rows(sae.id)[5]["max"], abs=1e-4)
-        feature = FeatureRequest().get(model, source, 5)
-        assert feature.density == pytest.approx(api.context.catalog.rows(sae.id)[5]["firing_rate"], abs=1e-7)
-        assert feature.activations
-        assert feature.explanations[0].text.startswith("peaks at")
-        one = ActivationRequest().compute_activation_for_text(model, source, "5", text)
-        assert len(one.tokens) == len(one.values)
-        many = ActivationRequest().compute_activation_for_texts(model, source, "5", TEXTS)
-        assert many[0].values == pytest.approx(one.values, abs=1e-5)
-        every = ActivationRequest().compute_all_source_activations_for_text(model, source, TEXTS)
-        assert {tuple(entry) for entry in every[0]["activeFeatures"].get("5", [])} == {
-            (place, value) for place, value in enumerate(one.values) if value > 0
-        }
-        top = SourceActivationRequest().compute_top_features_for_text(model, source, text, num_results=5)
-        maxima = {int(i): max(v for _, v in entries) for i, entries in every[0]["activeFeatures"].items()}
-        assert [max(row.values) for row in top] == pytest.approx(sorted(maxima.values(), reverse=True)[:5], abs=1e-5)
-        both = SourceActivationRequest().compute_top_features_for_texts(model, source, TEXTS, num_results=5)
-        assert [row.index for row in both[0]] == [row.index for row in top]
-        tokens = TopKByTokenRequest().compute_top_features_by_token_for_text(model, source, text, num_results=3)
-        assert [row.token for row in tokens] == one.tokens[1:]
-        assert len(TopKByTokenRequest().compute_top_features_by_token_for_texts(model, source, TEXTS)) == 2
-        steered: Any = SteerCompletionRequest().steer_features(
-            model, [SteerFeature(modelId=model, source=source, index="5", strength=2.0)], text, n_tokens=4
-        )
-        assert steered["STEERED"].startswith(text)
-        with pytest.raises(Exception, match="not found"):
-            SAEFeatureRequest().get(model, "99-nothing", "5")
-
-
-def test_the_inference_routes_count_and_leave_out_bos_as_neuronpedia_does(api: Served) -> None:
-    sae = api.context.catalog.find(api.saes[2])
-    of = {"model": sae.neuronpedia_model, "source": sae.source}
-    text = TEXTS[0]
-    values = [
-        api.post("/v1/activation/single", {**of, "prompt": text, "index": str(index)}).json()["activation"]["values"]
-        for index in range(96)
-    ]
-    tokens = api.post("/v1/tokenize", {"model": of["model"], "text": text}).json()
-    assert tokens["tokenStrings"][0] == "<s>"
-    assert len(values[0]) == len(tokens["tokens"]) - 1, "BOS is dropped"
-    everything = api.post(
-        "/v1/activation/all", {"model": of["model"], "sourceSet": sae.set, "selectedSources": [sae.source],
-                               "prompt": text, "numResults": 4, "ignoreBos": True}
-    ).json()  # fmt: skip
-    order = sorted(range(96), key=lambda i: (-max(values[i]), i))[:4]
-    assert [row["index"] for row in everything["activations"]] == order
-    assert everything["activations"][0]["values"][0] == 0, "BOS counts as 0 and keeps its place"
-    assert everything["activations"][0]["values"][1:] == pytest.approx(values[order[0]], abs=1e-6)
-    at = api.post(
-        "/v1/activation/all", {"model": of["model"], "source_set": sae.set, "selected_sources": [sae.source],
-                               "prompt": text, "num_results": 3, "sort_by_token_indexes": [2, 4]}
-    ).json()  # fmt: skip
-    sums = {i: values[i][1] + values[i][3] for i in range(96)}
-    assert [row["index"] for row in at["activations"]] == sorted(sums, key=lambda i: (-sums[i], i))[:3]
-    by_token = api.post("/v1/activation/topk-by-token", {**of, "prompt": text, "topK": 2}).json()["results"]
-    assert [row["tokenPosition"] for row in by_token] == list(range(1, len(tokens["tokens"])))
-    for row in by_token:
-        here = [value[row["tokenPosition"] - 1] for value in values]
-        best = [i for i in sorted(range(96), key=lambda i: -here[i])[:2] if here[i] > 0]
-        assert [one["featureIndex"] for one in row["topFeatures"]] == best
-    vector = api.post("/v1/util/sae-vector", {**of, "index": 7}).json()
-    module = api.interpreter.shelf.get(sae.id).module
-    assert vector == {"vector": pytest.approx(module.W_enc[:, 7].tolist()), "hookName": sae.record["hook"]}
-    near = api.post(
-        "/v1/util/sae-topk-by-decoder-cossim", {**of, "feature": {**of, "index": 7}, "numResults": 3}
-    ).json()
-    cosines = torch.nn.functional.cosine_similarity(module.W_dec, module.W_dec[7][None], dim=1)
-    expected = [i for i in cosines.argsort(descending=True).tolist() if i != 7][:3]
-    assert [row["feature"]["index"] for row in near["topkDecoderCossimFeatures"]] == expected
-    bad = api.post("/v1/activation/single", {**of, "prompt": text, "index": 5})
-    assert bad.status_code == 422, "a numeric index is refused there as well"
-    assert "error" in bad.json()
-    direction = api.post(
-        "/v1/activation/single",
-        {"model": of["model"], "prompt": text, "vector": [1.0] * 24, "hook": sae.record["hook"]},
-    )
-    assert direction.status_code == 200
-    again = api.post("/v1/activation/single-batch", {**of, "prompts": TEXTS, "index": "5"}).json()["results"]
-    assert again[0]["activation"]["values"] == pytest.approx(values[5], abs=1e-5)
 
 
 class Jobs:

@@ -9,8 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -37,9 +35,6 @@ CLUSTER = ROOT / "cluster"
 KUBERAY = CLUSTER / "kuberay"
 LAUNCHED = [ROOT / "ray_cluster.yaml", CLUSTER / "ray_cluster.local.yaml"]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-DEBUG = {"postgres-debug": ["127.0.0.1:5432:5432"], "pgadmin": ["127.0.0.1:5050:80"]}
-PUBLISHED = {"serve": ["127.0.0.1:8000:8000"], **DEBUG}
-"""The only ports that Compose may publish."""
 
 
 def read(path: Path) -> Any:
@@ -289,142 +284,6 @@ def test_the_network_policy_reaches_the_cluster_and_nobody_else_reaches_it() -> 
     inside, operator = policy["ingress"]
     assert "ports" not in inside
     assert [port["port"] for port in operator["ports"]] == [8265]
-
-
-# Docker
-
-
-def test_compose_publishes_nothing_but_what_the_debug_profile_says() -> None:
-    compose = read(CLUSTER / "compose.yaml")
-    assert complaints("compose", compose) == []
-    services = compose["services"]
-    assert {name: service["ports"] for name, service in services.items() if "ports" in service} == PUBLISHED
-    assert all(services[name]["profiles"] == ["debug"] for name in DEBUG)
-    for name, service in services.items():
-        assert "network_mode" not in service or service["network_mode"] == "none", name
-
-
-def test_a_misspelt_key_of_a_service_is_found() -> None:
-    compose = read(CLUSTER / "compose.yaml")
-    compose["services"]["postgres"]["healthchek"] = {}
-    assert any("healthchek" in line for line in complaints("compose", compose))
-
-
-def test_the_secrets_of_compose_are_random_and_made_once(tmp_path: Path) -> None:
-    folder = tmp_path / "secrets"
-    command = ["sh", str(CLUSTER / "secrets.sh"), str(folder), str(os.getuid())]
-    subprocess.run(command, check=True)
-    first = {path.name: path.read_text() for path in folder.iterdir()}
-    subprocess.run(command, check=True)
-    assert {path.name: path.read_text() for path in folder.iterdir()} == first
-    assert first["pgpass"] == f"postgres:5432:*:midiscover:{first['postgres']}\n"
-    assert re.fullmatch("[0-9a-f]{48}", first["ray_token"])
-    key = json.loads(first["s3.json"])["identities"][0]["credentials"][0]
-    assert f"aws_secret_access_key = {key['secretKey']}\n" in first["aws"]
-    for name in ("pgpass", "aws", "ray_token"):
-        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
-    subprocess.run(["sh", str(CLUSTER / "secrets.sh"), str(tmp_path / "other"), str(os.getuid())], check=True)
-    assert (tmp_path / "other" / "postgres").read_text() != first["postgres"]
-
-
-def test_what_compose_mounts_and_names_is_what_the_script_makes() -> None:
-    script, compose = (CLUSTER / "secrets.sh").read_text(), (CLUSTER / "compose.yaml").read_text()
-    for name in set(re.findall(r"/secrets/([\w.]+)", compose)):
-        assert f'"$folder/{name}"' in script, name
-
-
-def test_the_dockerfile_passes_hadolint_and_is_no_root() -> None:
-    found = subprocess.run(["hadolint", str(CLUSTER / "Dockerfile")], capture_output=True, text=True, env=with_tools())
-    assert (found.returncode, found.stdout) == (0, "")
-    text = (CLUSTER / "Dockerfile").read_text()
-    for target in ("cpu", "gpu"):
-        stage = text.partition(f" AS {target}\n")[2].partition("\nFROM ")[0]
-        assert "\nUSER 1000\n" in stage
-    sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
-    assert "*" in sent
-    for name in ("midiscover", "jobs", "serve", "pyproject.toml", "cluster/requirements.lock", "README.md", "LICENSE"):
-        assert f"!{name}" in sent
-        assert (ROOT / name).exists()
-
-
-def test_the_images_install_what_the_tests_ran_with_and_by_hash() -> None:
-    blocks = re.split(r"\n(?=[a-zA-Z])", (CLUSTER / "requirements.lock").read_text())[1:]
-    locked: dict[str, str] = {}
-    for block in blocks:
-        first, *hashes = [line.strip().removesuffix("\\").strip() for line in block.strip().splitlines()]
-        name, version = first.partition(" ;")[0].split("==")
-        assert hashes, name
-        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), name
-        locked[name] = version
-    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in PINNED.items()}
-    assert [name for name, version in locked.items() if pinned.get(name, version) != version] == []
-    of_gpus = {name for name in locked if re.match("nvidia|cuda|triton", name)}
-    assert locked.keys() - pinned.keys() - of_gpus <= {"setuptools"}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for needed in project["dependencies"]:
-        assert re.match(r"[\w-]+", needed)[0] in locked, needed
-    without_gpus = subprocess.run(
-        ["awk", re.search(r"awk '(.+?)'", (CLUSTER / "Dockerfile").read_text())[1], str(CLUSTER / "requirements.lock")],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert set(re.findall(r"^([\w-]+)==", without_gpus, re.MULTILINE)) == set(locked) - of_gpus - {"torch"}
-
-
-# Slurm
-
-
-def test_the_scripts_pass_shellcheck() -> None:
-    scripts = [str(CLUSTER / "slurm.sbatch"), str(CLUSTER / "secrets.sh")]
-    found = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, env=with_tools())
-    assert (found.returncode, found.stdout) == (0, "")
-
-
-STAND_INS = {
-    "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
-    "srun": 'echo "srun $*" >> "$LOG"; case "$*" in *hostname*) echo 192.0.2.1 ;; esac',
-    "ray": 'echo "ray $* $RAY_AUTH_MODE $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"',
-    "python": "echo 3",
-    "midiscover": 'echo "midiscover $* $RAY_ADDRESS" >> "$LOG"; exit "${CODE:-0}"',
-}
-
-
-@pytest.mark.parametrize("code", [0, 3])
-def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: Path, code: int) -> None:
-    """Run for real, with stand-ins of Slurm's commands and ours that write down how they were called."""
-    tools, log = tmp_path / ".venv" / "bin", tmp_path / "log"
-    tools.mkdir(parents=True)
-    for name, body in STAND_INS.items():
-        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tools / name).chmod(0o755)
-    slurm = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node[1-3]",
-        "SLURM_JOB_NUM_NODES": "3",
-        "SLURM_CPUS_PER_TASK": "8",
-    }
-    done = subprocess.run(
-        ["bash", str(CLUSTER / "slurm.sbatch"), "sweep", "quick", "--store", "s3://b/p"],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "LOG": str(log), "CODE": str(code), **slurm},
-        timeout=60,
-    )
-    assert done.returncode == code
-    said = log.read_text().splitlines()
-    started = [line for line in said if line.startswith("srun") and " ray start " in line]
-    assert len(started) == 2
-    for line in started:
-        start.make_context("start", shlex.split(line.partition(" ray start ")[2]))
-    assert "--nodelist=node1 " in started[0]
-    assert "--nodes=2 --ntasks-per-node=1 --exclude=node1" in started[1]
-    assert "midiscover sweep quick --store s3://b/p 192.0.2.1:20007" in said
-    assert any(line.startswith("ray status token 64") for line in said)
-    assert not list(tmp_path.glob(".slurm-*")), "the token goes with the job"
-
-
-def test_slurm_without_a_stage_is_told(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", str(CLUSTER / "slurm.sbatch")], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Give the verb and its arguments" in done.stderr
 
 
 # Who may do what

@@ -15,7 +15,7 @@ from midiscover.errors import CorruptError
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.registry import make_sae
-from midiscover.sae.schedule import dead_window, l1_scale, lr_scale, peak_lr
+from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
 from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.train import Diverged, Member, Progress, Retired, Trained, train
 
@@ -191,6 +191,8 @@ def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemoryS
     (result,) = trained(train([Member(id="s", config=TopKConfig(k=1), train=still, d_sae=64)], source, MemoryWorker()))
     sae = make_sae(TopKConfig(k=1), D_IN, 64)
     sae.initialise_(0)
+    with torch.no_grad():
+        sae.b_dec.sub_(0.75 * source.inputs.scale * source.inputs.mean)
     last = torch.cat(
         [(raw.float() - source.inputs.mean) * source.inputs.scale for raw in source.batches(len(source) - 3)]
     )
@@ -202,6 +204,23 @@ def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemoryS
     assert dead_window(TRAIN, 10**9) == 40
     # Resampling first after 30 % of two epochs of 1,000: at most half of that.
     assert dead_window(TrainConfig(epochs=2, resample_at=(0.6, 0.3)), 1000) == 300
+
+
+def test_auxk_calls_a_feature_dead_after_a_thirtieth_of_the_training() -> None:
+    given, free = TrainConfig(dead_window=40), TrainConfig(epochs=2)
+    assert aux_window(given, 40, 90_000) == 40
+    assert aux_window(free, dead_window(free, 90_000), 90_000) == 90_000 * 2 // 30
+    assert aux_window(free, 10, 90_000) == 10, "never later than the dead features that are reported"
+
+
+@pytest.mark.parametrize("control", ["untrained", "neurons"])
+def test_topk_sees_three_quarters_of_the_mean_at_first(source: MemorySource, control: str) -> None:
+    """Of the folded SAE, b_dec is then a quarter of the mean; neurons stay centred."""
+    config = TopKConfig(k=3, control=control)  # type: ignore[arg-type]
+    member = Member(id="s", config=config, train=TRAIN, d_sae=2 * D_IN)
+    (made,) = trained(train([member], source, MemoryWorker()))
+    share = 0.25 if control == "untrained" else 1.0
+    assert torch.allclose(made.weights["b_dec"], share * source.inputs.mean, atol=1e-5)
 
 
 def test_bfloat16_products_train_to_nearly_the_same_loss(source: MemorySource) -> None:

@@ -161,7 +161,7 @@ def topk(sae: Sae, x: Tensor, y: Tensor, context: StepContext) -> Tensor:
     codes = [_largest(pre, range(D_SAE), 5) for pre in pres]
     guesses = [_decode(sae, code) for code in codes]
     mse = _mean([_error(guess, target) for guess, target in zip(guesses, y, strict=True)])
-    return mse + 0.3 * _auxk(sae, pres, [t - g for t, g in zip(y, guesses, strict=True)], context)
+    return mse + 0.3 * sae.d_out * _auxk(sae, pres, [t - g for t, g in zip(y, guesses, strict=True)], context)
 
 
 def batchtopk(sae: Sae, x: Tensor, y: Tensor, context: StepContext) -> Tensor:
@@ -169,7 +169,7 @@ def batchtopk(sae: Sae, x: Tensor, y: Tensor, context: StepContext) -> Tensor:
     pres = [_pre(sae, row) for row in x]
     guesses = [_decode(sae, code) for code in _largest_of_batch(pres)]
     mse = _mean([_error(guess, target) for guess, target in zip(guesses, y, strict=True)])
-    return mse + 0.3 * _auxk(sae, pres, [t - g for t, g in zip(y, guesses, strict=True)], context)
+    return mse + 0.3 * sae.d_out * _auxk(sae, pres, [t - g for t, g in zip(y, guesses, strict=True)], context)
 
 
 def matryoshka(sae: Sae, x: Tensor, y: Tensor, context: StepContext) -> Tensor:
@@ -181,7 +181,7 @@ def matryoshka(sae: Sae, x: Tensor, y: Tensor, context: StepContext) -> Tensor:
         for code, target in zip(codes, y, strict=True):
             errors.append(_error(_decode(sae, {i: value for i, value in code.items() if i < size}), target))
     residuals = [target - _decode(sae, code) for code, target in zip(codes, y, strict=True)]
-    return _mean(errors) + 0.3 * _auxk(sae, pres, residuals, context)
+    return _mean(errors) + 0.3 * sae.d_out * _auxk(sae, pres, residuals, context)
 
 
 def transcoder(sae: Sae, x: Tensor, y: Tensor, context: StepContext) -> Tensor:
@@ -213,7 +213,7 @@ def _largest_of_batch(pres: list[list[Tensor]]) -> list[dict[int, Tensor]]:
 
 
 def _auxk(sae: Sae, pres: list[list[Tensor]], residuals: list[Tensor], context: StepContext) -> Tensor:
-    """The four strongest dead features on the residual, over the residual's variance (Gao et al. 2024, A.2)."""
+    """The four strongest dead features on the residual, over its variance (Gao et al. 2024, A.2)."""
     assert context.dead is not None
     dead = [i for i in range(D_SAE) if context.dead[i]]
     residuals = [residual.detach() for residual in residuals]

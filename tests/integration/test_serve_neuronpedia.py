@@ -1,0 +1,130 @@
+"""Neuronpedia's interfaces: its own Python client against ours, and what its inference server counts and leaves out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.served import Served, live, served, store_to_serve
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+__all__ = ["store_to_serve"]  # a fixture
+
+TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
+
+
+@pytest.fixture(scope="module")
+def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("api") / "store"
+    shutil.copytree(store_to_serve, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def api(store: Path) -> Iterator[Served]:
+    with served(store) as one:
+        yield one
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_neuronpedias_own_client_needs_only_another_address(api: Served) -> None:
+    neuronpedia = pytest.importorskip("neuronpedia")
+    from neuronpedia.np_feature import SteerFeature
+    from neuronpedia.requests.activation_request import ActivationRequest
+    from neuronpedia.requests.base_request import NPRequest
+    from neuronpedia.requests.feature_request import FeatureRequest
+    from neuronpedia.requests.sae_feature_request import SAEFeatureRequest
+    from neuronpedia.requests.source_activation_request import SourceActivationRequest
+    from neuronpedia.requests.steer_request import SteerCompletionRequest
+    from neuronpedia.requests.topk_by_token_request import TopKByTokenRequest
+
+    sae = api.context.catalog.find(api.saes[2])
+    model, source, text = sae.neuronpedia_model, sae.source, TEXTS[0]
+    with live(api) as address, neuronpedia.api_key(api.keys["steer"]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NPRequest, "BASE_URL", f"{address}/api")
+        found = json.loads(SAEFeatureRequest().get(model, source, "5").jsonData)
+        assert found["maxActApprox"] == pytest.approx(api.context.catalog.rows(sae.id)[5]["max"], abs=1e-4)
+        feature = FeatureRequest().get(model, source, 5)
+        assert feature.density == pytest.approx(api.context.catalog.rows(sae.id)[5]["firing_rate"], abs=1e-7)
+        assert feature.activations
+        assert feature.explanations[0].text.startswith("peaks at")
+        one = ActivationRequest().compute_activation_for_text(model, source, "5", text)
+        assert len(one.tokens) == len(one.values)
+        many = ActivationRequest().compute_activation_for_texts(model, source, "5", TEXTS)
+        assert many[0].values == pytest.approx(one.values, abs=1e-5)
+        every = ActivationRequest().compute_all_source_activations_for_text(model, source, TEXTS)
+        assert {tuple(entry) for entry in every[0]["activeFeatures"].get("5", [])} == {
+            (place, value) for place, value in enumerate(one.values) if value > 0
+        }
+        top = SourceActivationRequest().compute_top_features_for_text(model, source, text, num_results=5)
+        maxima = {int(i): max(v for _, v in entries) for i, entries in every[0]["activeFeatures"].items()}
+        assert [max(row.values) for row in top] == pytest.approx(sorted(maxima.values(), reverse=True)[:5], abs=1e-5)
+        both = SourceActivationRequest().compute_top_features_for_texts(model, source, TEXTS, num_results=5)
+        assert [row.index for row in both[0]] == [row.index for row in top]
+        tokens = TopKByTokenRequest().compute_top_features_by_token_for_text(model, source, text, num_results=3)
+        assert [row.token for row in tokens] == one.tokens[1:]
+        assert len(TopKByTokenRequest().compute_top_features_by_token_for_texts(model, source, TEXTS)) == 2
+        steered: Any = SteerCompletionRequest().steer_features(
+            model, [SteerFeature(modelId=model, source=source, index="5", strength=2.0)], text, n_tokens=4
+        )
+        assert steered["STEERED"].startswith(text)
+        with pytest.raises(Exception, match="not found"):
+            SAEFeatureRequest().get(model, "99-nothing", "5")
+
+
+def test_the_inference_routes_count_and_leave_out_bos_as_neuronpedia_does(api: Served) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    of = {"model": sae.neuronpedia_model, "source": sae.source}
+    text = TEXTS[0]
+    values = [
+        api.post("/v1/activation/single", {**of, "prompt": text, "index": str(index)}).json()["activation"]["values"]
+        for index in range(96)
+    ]
+    tokens = api.post("/v1/tokenize", {"model": of["model"], "text": text}).json()
+    assert tokens["tokenStrings"][0] == "<s>"
+    assert len(values[0]) == len(tokens["tokens"]) - 1, "BOS is dropped"
+    everything = api.post(
+        "/v1/activation/all", {"model": of["model"], "sourceSet": sae.set, "selectedSources": [sae.source],
+                               "prompt": text, "numResults": 4, "ignoreBos": True}
+    ).json()  # fmt: skip
+    order = sorted(range(96), key=lambda i: (-max(values[i]), i))[:4]
+    assert [row["index"] for row in everything["activations"]] == order
+    assert everything["activations"][0]["values"][0] == 0, "BOS counts as 0 and keeps its place"
+    assert everything["activations"][0]["values"][1:] == pytest.approx(values[order[0]], abs=1e-6)
+    at = api.post(
+        "/v1/activation/all", {"model": of["model"], "source_set": sae.set, "selected_sources": [sae.source],
+                               "prompt": text, "num_results": 3, "sort_by_token_indexes": [2, 4]}
+    ).json()  # fmt: skip
+    sums = {i: values[i][1] + values[i][3] for i in range(96)}
+    assert [row["index"] for row in at["activations"]] == sorted(sums, key=lambda i: (-sums[i], i))[:3]
+    by_token = api.post("/v1/activation/topk-by-token", {**of, "prompt": text, "topK": 2}).json()["results"]
+    assert [row["tokenPosition"] for row in by_token] == list(range(1, len(tokens["tokens"])))
+    for row in by_token:
+        here = [value[row["tokenPosition"] - 1] for value in values]
+        best = [i for i in sorted(range(96), key=lambda i: -here[i])[:2] if here[i] > 0]
+        assert [one["featureIndex"] for one in row["topFeatures"]] == best
+    vector = api.post("/v1/util/sae-vector", {**of, "index": 7}).json()
+    module = api.interpreter.shelf.get(sae.id).module
+    assert vector == {"vector": pytest.approx(module.W_enc[:, 7].tolist()), "hookName": sae.record["hook"]}
+    near = api.post(
+        "/v1/util/sae-topk-by-decoder-cossim", {**of, "feature": {**of, "index": 7}, "numResults": 3}
+    ).json()
+    cosines = torch.nn.functional.cosine_similarity(module.W_dec, module.W_dec[7][None], dim=1)
+    expected = [i for i in cosines.argsort(descending=True).tolist() if i != 7][:3]
+    assert [row["feature"]["index"] for row in near["topkDecoderCossimFeatures"]] == expected
+    bad = api.post("/v1/activation/single", {**of, "prompt": text, "index": 5})
+    assert bad.status_code == 422, "a numeric index is refused there as well"
+    assert "error" in bad.json()
+    direction = api.post(
+        "/v1/activation/single",
+        {"model": of["model"], "prompt": text, "vector": [1.0] * 24, "hook": sae.record["hook"]},
+    )
+    assert direction.status_code == 200
+    again = api.post("/v1/activation/single-batch", {**of, "prompts": TEXTS, "index": "5"}).json()["results"]
+    assert again[0]["activation"]["values"] == pytest.approx(values[5], abs=1e-5)
