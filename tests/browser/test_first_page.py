@@ -11,7 +11,7 @@ import pytest
 
 from tests.served import Served, live, served, store_to_serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 __all__ = ["store_to_serve"]  # a fixture
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -17,7 +17,7 @@ from tests.runs import write_run
 from tests.served import served, store_to_serve
 from tests.serving import Deployment, deployed
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 __all__ = ["store_to_serve"]  # a fixture
 
 

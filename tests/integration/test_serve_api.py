@@ -24,7 +24,7 @@ from serve.logs import structured
 from serve.web import create_routes
 from tests.served import Served, served, store_to_serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
 __all__ = ["store_to_serve"]  # a fixture
@@ -287,9 +287,9 @@ def test_the_curls_of_the_readme(store: Path, words: list[str]) -> None:
     with served(store, jobs) as one:
         (place,) = [word for word in words if word.startswith("localhost:8000/")]
         body = words[words.index("-d") + 1] if "-d" in words else None
-        path = place.removeprefix("localhost:8000").replace("/demo?", "/tiny?")
-        path = path.replace("l15.mlp-down_proj.standard-4608.l1-4", one.saes[0])
-        body = body.replace('"l15"', f'"{one.saes[0]}"') if body else None
+        sae = "l15.mlp-down_proj.standard-4608.l1-4"
+        path = place.removeprefix("localhost:8000").replace("/demo?", "/tiny?").replace(sae, one.saes[0])
+        body = body.replace(sae, one.saes[0]) if body else None
         headers = {**one.headers("admin"), "Content-Type": "application/json"}
         answer = one.client.request("POST" if body else "GET", path, content=body, headers=headers)
         assert answer.status_code == (202 if path == "/train" else 200), answer.text

@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.served import Served, served, store_to_serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 __all__ = ["store_to_serve"]  # a fixture
 HOST = {"Host": "testserver"}
 EXAMPLES = 25

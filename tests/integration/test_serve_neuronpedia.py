@@ -13,7 +13,7 @@ import torch
 
 from tests.served import Served, live, served, store_to_serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 __all__ = ["store_to_serve"]  # a fixture
 
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]

@@ -15,7 +15,7 @@ from midiscover.errors import StoreFailedError
 from midiscover.store.local import LocalStorage
 from tests.served import Served, served, store_to_serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 __all__ = ["store_to_serve"]  # a fixture
 
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
