@@ -263,7 +263,7 @@ class InterpreterMeter:
         self._tags = {"model": model}
         self._counters = {n: Counter(f"midiscover_{n}", n.replace("_", " "), tag_keys=tags) for n in COUNTS}
         self._gauges = {n: Gauge(f"midiscover_{n}", n.replace("_", " "), tag_keys=tags) for n in GAUGES}
-        bounds = [16, 64, 256, 1024, 4096]
+        bounds: list[float] = [16, 64, 256, 1024, 4096]
         self._sizes = Histogram(
             "midiscover_batch_tokens", "Tokens of a forward pass.", boundaries=bounds, tag_keys=tags
         )
