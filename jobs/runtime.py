@@ -28,6 +28,7 @@ from ray.exceptions import RayTaskError
 from jobs.nodes import Node, ask_for, give_back, working_nodes
 from midiscover import lineage
 from midiscover.config import ResourcesConfig
+from midiscover.cores import cores
 from midiscover.errors import ConfigError, MiDiscoverError, StageError, TrackingError
 
 LOCAL_LOGICAL_CPUS = 4
@@ -179,11 +180,6 @@ def _silent_start() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:

@@ -21,12 +21,12 @@ from typing import Any
 import ray
 from ray import serve
 
+from midiscover.cores import cores
 from midiscover.errors import ConfigError, MiDiscoverError, StageError
 from midiscover.serving import ServeArgs, parse_serve, serve_config
 from midiscover.store.storage import Storage, open_store
 from midiscover.tracking import Tracker
 from serve.catalog import Catalog, Hosted
-from serve.cores import cores
 from serve.replicas import application
 
 NAME = "midiscover"

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from midiscover.cores import cores
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import MiDiscoverError, UserError
 from midiscover.features.concept_scores import score_texts
@@ -39,7 +40,6 @@ from midiscover.store.storage import open_store
 from midiscover.tokens import TokenStrings
 from serve.answers import answer_query
 from serve.batching import TokenBatcher
-from serve.cores import cores
 from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
 from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
 
