@@ -76,6 +76,8 @@ class Sae(nn.Module, ABC):
     """Norm of the encoder's columns at initialisation, as a multiple of the decoder rows'."""
     initial_centring: ClassVar[float] = 1.0
     """Share of the inputs' mean that is taken off at first, by b_dec; the rest of it the features see."""
+    resampled_norm: ClassVar[float] = 0.2
+    """Norm of a resampled feature's encoder column over the mean of the living ones (Bricken et al. 2023)."""
     b_enc: nn.Parameter
     """[d_sae], in architectures whose `per_feature` names it."""
 

@@ -8,9 +8,6 @@ from torch.nn.functional import normalize
 
 from midiscover.sae.base import Sae
 
-ENCODER_SHARE = 0.2
-"""Norm of a new feature's encoder column, as a share of the mean norm of the living ones'."""
-
 
 @torch.no_grad()
 def resample_(
@@ -26,7 +23,7 @@ def resample_(
     """Point features that were silent for `window` tokens at rows drawn by squared loss; returns how many there were.
 
     x [tokens, d_in] and y [tokens, d_out] are a normalised batch. A drawn row's residual gives the decoder row its
-    direction, the row itself the encoder column, at a fifth of the living columns' norm; the feature's other
+    direction, the row itself the encoder column, at `resampled_norm` of the living columns'; the feature's other
     parameters are as at initialisation, or as the living have them in the mean (`Sae.restart_`), and Adam forgets it.
     `since_fired` is set to 0 where a feature starts anew.
 
@@ -48,7 +45,7 @@ def resample_(
     # The floor lets rows of no loss be drawn last, where there are too few others.
     rows = torch.multinomial(loss**2 + 1e-12, len(dead), replacement=False, generator=generator).to(x.device)
     sae.W_dec[dead] = normalize(residual[rows], dim=1) * sae.W_dec[alive].norm(dim=1).mean()
-    sae.W_enc[:, dead] = normalize(x[rows], dim=1).T * sae.W_enc[:, alive].norm(dim=0).mean() * ENCODER_SHARE
+    sae.W_enc[:, dead] = normalize(x[rows], dim=1).T * sae.W_enc[:, alive].norm(dim=0).mean() * sae.resampled_norm
     sae.restart_(dead, alive)
     forgotten = [(sae.W_dec, 0), (sae.W_enc, 1)] + [(sae.get_parameter(name), 0) for name in sae.per_feature]
     for parameter, dim in forgotten:

@@ -30,6 +30,7 @@ class TopKSae(Sae):
     uses_dead = True
     encoder_norm = 0.1
     initial_centring = 0.25
+    resampled_norm = 1.0  # a weaker one is never among the k largest
     config: TopKConfig
 
     @property

@@ -58,7 +58,9 @@ def test_it_equals_the_naive_version(sae: Sae) -> None:
     wanted = {name: value.clone() for name, value in before.items()}
     for row, i in zip(drawn.tolist(), dead.nonzero().flatten().tolist(), strict=True):
         wanted["W_dec"][i] = residual[row] / math.dist(residual[row].tolist(), [0] * sae.d_out) * decoder_norm
-        wanted["W_enc"][:, i] = x[row] / math.dist(x[row].tolist(), [0] * sae.d_in) * encoder_norm / 5
+        wanted["W_enc"][:, i] = (
+            x[row] / math.dist(x[row].tolist(), [0] * sae.d_in) * encoder_norm / (1 if "topk" in sae.kind else 5)
+        )
         for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
             if name in wanted:
                 wanted[name][i] = 0
