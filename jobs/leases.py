@@ -40,8 +40,9 @@ class _Lease:
 
 
 def here(rank: int, whole: str) -> Place:
-    """This process."""
-    return Place(rank, ray.get_runtime_context().get_node_id(), os.getpid(), whole)
+    """This process; in one that is no part of Ray, asking Ray for its node would start one."""
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return Place(rank, node, os.getpid(), whole)
 
 
 def hangs_key(pack: str) -> str:

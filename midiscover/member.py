@@ -131,9 +131,8 @@ class Slot:
         sae.initialise_(train.seed)
         if config.control == "neurons":
             sae.initialise_neurons_()
-        elif sae.initial_centring != 1:
-            with torch.no_grad():  # inputs come without their mean, at 0
-                sae.b_dec.sub_((1 - sae.initial_centring) * inputs.scale * inputs.mean.to(sae.b_dec))
+        else:
+            sae.uncentre_(inputs.scale * inputs.mean)
         sae.W_dec.requires_grad_(config.control != "frozen_decoder")
         self.sae = sae.to(device)
         self.lr = peak_lr(train, d_sae=member.d_sae, steps=steps)

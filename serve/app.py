@@ -14,12 +14,16 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray import serve
+from ray._private.parameter import RayParams
 
 from midiscover.cores import cores
 from midiscover.errors import ConfigError, MiDiscoverError, StageError
@@ -120,10 +124,20 @@ def _start_ray() -> None:
             "object_store_memory": 200 * 2**20,
         }
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        with _agent_on_a_free_port():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except Exception as error:  # Ray raises its own and plain ones
         ray.shutdown()
         raise StageError(f"Ray did not start: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _agent_on_a_free_port() -> AbstractContextManager[Any]:
+    """A Ray that starts in its body can run jobs whatever other Ray is on this machine.
+
+    The agent that starts them listens on one fixed port, for which `ray.init`, unlike `ray start`, has no argument;
+    where another Ray's agent has it, ours goes on without, and every job is refused for want of an agent.
+    """
+    return patch.object(RayParams, "__init__", partialmethod(RayParams.__init__, dashboard_agent_listen_port=0))
 
 
 def _run(args: ServeArgs) -> str:

@@ -200,6 +200,14 @@ class Catalog:
             self._rows[sae_id] = (records, rows)
         return rows
 
+    def known_rows(self, sae_id: str) -> list[dict[str, Any]] | None:
+        """`rows` where they are in memory and nothing has to be read."""
+        with self._lock:
+            features, rows = self._features.get(sae_id), self._rows.get(sae_id)
+        if features is None or rows is None or rows[0] is not features[1]:
+            return None
+        return rows[1] if time.monotonic() - features[0] < FEATURES_FRESH_SECONDS else None
+
     def _wanted(self, chosen: Iterable[str]) -> list[str]:
         names: dict[str, None] = {}
         for wanted in self.config.saes:

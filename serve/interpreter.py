@@ -175,8 +175,11 @@ class Interpreter:
             saes = await self._saes({edit.sae for edit in request.edits})
             ((ids, _),) = self._tokens([request.prompt], request.front, list(saes.values()), request.new_tokens)
             pieces = self._pieces(request, ids, saes)
+            counted = 0
             while (piece := await self._in_compute(partial(next, pieces, None))) is not None:
-                self.done["generated_tokens"] += len(piece.token_ids)
+                made = sum(map(len, piece.token_ids.values()))
+                self.done["generated_tokens"] += made - counted
+                counted = made
                 yield SteerPiece({side: self._text(made) for side, made in piece.token_ids.items()}, piece.done)
         except MiDiscoverError as error:
             yield problem_of(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -124,6 +125,21 @@ async def collected(pieces: AsyncIterator[Any]) -> list[Any]:
 def store_to_serve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `finished_store`; nothing may write to it but keys."""
     return finished_store(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that keys of one test file are not those of another."""
+    copy = tmp_path_factory.mktemp("copy") / "store"
+    shutil.copytree(store_to_serve, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def api(store: Path) -> Iterator[Served]:
+    """The application over that copy."""
+    with served(store) as one:
+        yield one
 
 
 @contextmanager

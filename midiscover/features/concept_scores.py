@@ -127,6 +127,7 @@ def as_it_began(loaded: LoadedSae, rows: Tensor, seed: int) -> Began:
     sae.initialise_(seed)
     mean = rows.mean(0)
     scale = math.sqrt(module.d_in) / float((rows - mean).norm(dim=1).mean().clamp(min=1e-8))
+    sae.uncentre_(scale * mean)
     sample = rows[:: math.ceil(len(rows) / CALIBRATION_TOKENS)]
     sae.calibrate_(scale * (sample - mean))
     return Began(sae.eval().requires_grad_(False), mean, scale)

@@ -130,6 +130,12 @@ class Sae(nn.Module, ABC):
         self.W_enc.copy_(rows.T)
 
     @torch.no_grad()
+    def uncentre_(self, mean: Tensor) -> None:
+        """Let the features see a share of the inputs' mean [d_in] at first, from which x is measured."""
+        if self.initial_centring != 1:
+            self.b_dec.sub_((1 - self.initial_centring) * mean.to(self.b_dec))
+
+    @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:
         """Fit what depends on the data's scale, on the first batch [tokens, d_in]; nothing by default."""
 

@@ -9,19 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.served import Served, live, served, store_to_serve
+from tests.served import Served, api, live, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
-__all__ = ["store_to_serve"]  # a fixture
+__all__ = ["api", "store", "store_to_serve"]  # fixtures
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def api(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    copy = tmp_path_factory.mktemp("browser") / "store"
-    shutil.copytree(store_to_serve, copy)
-    with served(copy) as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ class Board:
     def __init__(self) -> None:
         self.told: list[tuple[str, str, Any]] = []
 
-    def post(self, kind: str, key: str, data: Any) -> None:
+    def post(self, kind: str, key: str, data: Any = None) -> None:
         self.told.append((kind, key, data))
 
 

@@ -150,16 +150,20 @@ def write_sae(
     commit_record(storage, planned, resolved, metrics=sums.result())
 
 
-def inputs(folder: Path) -> dict[str, Tensor]:
-    """Random activations [4, 16, d_in] about where the SAE expects them, and our features of them.
+def inputs(folder: Path, scale: float | None) -> dict[str, Tensor]:
+    """Activations [4, 16, d_in] and our features of them: rows it was trained on, where scale tells which those were.
 
-    About 0 for a transcoder, whose weights do not tell the mean of its inputs.
+    Else random ones about where the SAE expects them; about 0 for a transcoder, whose weights do not tell the mean of
+    its inputs.
     """
     sae = load_sae(str(folder))
-    norm = json.loads((folder / "training.json").read_text())["normalisation"]["mean_norm"]
     d_in = sae.module.d_in
-    noise = torch.randn(4, 16, d_in, generator=torch.Generator().manual_seed(1))
-    x = (0 if sae.module.transcodes else sae.module.b_dec) + noise * norm / math.sqrt(d_in)
+    if scale is not None:
+        x = MemorySource(scale).rows[:64].view(4, 16, d_in)
+    else:
+        norm = json.loads((folder / "training.json").read_text())["normalisation"]["mean_norm"]
+        noise = torch.randn(4, 16, d_in, generator=torch.Generator().manual_seed(1))
+        x = (0 if sae.module.transcodes else sae.module.b_dec) + noise * norm / math.sqrt(d_in)
     return {"x": x, "features": sae.encode(x)}
 
 
@@ -173,7 +177,9 @@ def answers(folders: list[Path], model: Path, tmp_path_factory: pytest.TempPathF
     """Everything is asked in one process: SAELens takes five seconds to import."""
     python = saelens_python()
     there = tmp_path_factory.mktemp("answers")
-    given, ids = [inputs(folder) for folder in folders], torch.arange(3, 3 + 2 * CONTEXT).view(2, CONTEXT)
+    scales = [scale for _, scale in MADE] + [None] * len(GIVEN)
+    given = [inputs(folder, scale) for folder, scale in zip(folders, scales, strict=True)]
+    ids = torch.arange(3, 3 + 2 * CONTEXT).view(2, CONTEXT)
     for i, tensors in enumerate(given):
         save_file(tensors, there / f"{i}-in.safetensors")
     save_file({"ids": ids}, there / "model-in.safetensors")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,25 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 from tests.jobs_cli import refused
 from tests.runs import write_run
-from tests.served import served, store_to_serve
+from tests.served import served, store, store_to_serve
 from tests.serving import Deployment, deployed
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
-__all__ = ["store_to_serve"]  # a fixture
+__all__ = ["store", "store_to_serve"]  # fixtures
 
 
-@pytest.fixture(scope="module")
-def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("serve") / "store"
-    shutil.copytree(store_to_serve, copy)
-    return copy
+@pytest.fixture(scope="module", autouse=True)
+def another_ray() -> Iterator[None]:
+    """The port that every Ray's agent wants is taken, as by another Ray on this machine."""
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # there is one in fact
+            taken.bind(("", DEFAULT_DASHBOARD_AGENT_LISTEN_PORT))
+            taken.listen()
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +72,8 @@ def test_steering_arrives_piece_by_piece(running: Deployment) -> None:
 
 def test_nothing_of_it_listens_beyond_this_machine(running: Deployment) -> None:
     port = int(running.address.rpartition(":")[2])
-    listening = [one for one in psutil.net_connections("tcp") if one.laddr and one.laddr.port == port]
-    assert {one.laddr.ip for one in listening if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+    listening = [one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.laddr]
+    assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
 
 
 def test_a_second_one_on_its_port_is_refused(running: Deployment, store: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +20,12 @@ from midiscover.store.local import LocalStorage
 from serve.exchange import Query
 from serve.logs import structured
 from serve.web import create_routes
-from tests.served import Served, served, store_to_serve
+from tests.served import Served, api, served, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
-__all__ = ["store_to_serve"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, so that keys of one test file are not those of another."""
-    copy = tmp_path_factory.mktemp("api") / "store"
-    shutil.copytree(store_to_serve, copy)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def api(store: Path) -> Iterator[Served]:
-    with served(store) as one:
-        yield one
+__all__ = ["api", "store", "store_to_serve"]  # fixtures
 
 
 def routes(one: Served) -> list[tuple[str, str]]:
@@ -221,7 +205,10 @@ def test_search_by_token_by_label_and_by_text(api: Served) -> None:
 
 def test_steering_is_streamed_and_whole(api: Served) -> None:
     body = {"prompt": "The river", "features": [{"feature": 3, "value": 6.0}], "max_new_tokens": 6, "seed": 5}
-    whole = api.post("/steer", body, "steer").json()
+    before = api.interpreter.done["generated_tokens"]
+    whole = api.post("/steer", body | {"temperature": 0.0}, "steer").json()
+    # Nothing that is generated is an end of the text here, so that both sides have all their tokens.
+    assert api.interpreter.done["generated_tokens"] - before == 2 * body["max_new_tokens"]
     with api.client.stream("POST", "/steer", json={**body, "stream": True}, headers=api.headers("steer")) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         frames = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line]

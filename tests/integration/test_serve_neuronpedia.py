@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.served import Served, live, served, store_to_serve
+from tests.served import Served, api, live, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
-__all__ = ["store_to_serve"]  # a fixture
+__all__ = ["api", "store", "store_to_serve"]  # fixtures
 
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
-
-
-@pytest.fixture(scope="module")
-def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("api") / "store"
-    shutil.copytree(store_to_serve, copy)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def api(store: Path) -> Iterator[Served]:
-    with served(store) as one:
-        yield one
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,25 +12,12 @@ import pytest
 
 from midiscover.errors import StoreFailedError
 from midiscover.store.local import LocalStorage
-from tests.served import Served, served, store_to_serve
+from tests.served import Served, api, served, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
-__all__ = ["store_to_serve"]  # a fixture
+__all__ = ["api", "store", "store_to_serve"]  # fixtures
 
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
-
-
-@pytest.fixture(scope="module")
-def store(store_to_serve: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("api") / "store"
-    shutil.copytree(store_to_serve, copy)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def api(store: Path) -> Iterator[Served]:
-    with served(store) as one:
-        yield one
 
 
 def test_without_steering_the_model_is_cut_and_answers_the_same(api: Served, store: Path) -> None:

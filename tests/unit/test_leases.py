@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,5 +72,7 @@ def test_only_a_worker_of_ray_is_killed() -> None:
         other.communicate(b"\n")
         assert other.returncode == 0
     with subprocess.Popen(["ray::pack"], executable="/bin/cat", stdin=subprocess.PIPE) as worker:
+        while not Path(f"/proc/{worker.pid}/cmdline").read_bytes():  # the kernel sets it a moment after exec began
+            time.sleep(0.01)
         kill_worker(worker.pid)
         assert worker.wait(10) == -9

@@ -53,6 +53,7 @@ def make_used(config: SaeConfig) -> Sae:
     sae = make(config).double()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
+        sae.W_enc.div_(sae.encoder_norm)
         for name, parameter in sae.named_parameters():
             if name not in ("W_enc", "W_dec"):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
