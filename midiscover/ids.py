@@ -26,9 +26,11 @@ LATER_SETTINGS: dict[str, Any] = {
 }
 """Settings that came after the first ids, at the meaning that those ids have: there they are left out."""
 RECIPE_VERSION = 1
+"""Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
+STEERING_VERSION = 2
+"""Of `sae.l0control`: counts where L0 is asked for instead of a coefficient."""
 TRAINING_VERSIONS = {"topk": 2, "batchtopk": 2, "matryoshka_batchtopk": 2}
 """Of kinds whose training changed its meaning since the first: how they begin, and the weight of AuxK."""
-"""Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
 
 
 def canonical_json(value: Any) -> str:
@@ -133,6 +135,8 @@ def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
     given = {"harvest": harvest, "hook": point.hook, "d_sae": d_sae, "sae": settings, "train": train}
     if point.train.lr is None:
         given["recipe"] = RECIPE_VERSION
+    if getattr(point.sae, "target_l0", None) is not None:
+        given["steering"] = STEERING_VERSION
     parts = [hook_label(point.hook), f"{point.sae.kind}-{d_sae}", sparsity_label(point.sae).replace(" ", "-").lower()]
     if point.sae.control != "none":
         parts.append(point.sae.control.replace("_", "-"))

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from midiscover.sae.code import Code, PreActivations
+
 DENSE_INIT_NORM = 0.1
 
 
@@ -38,8 +40,8 @@ class Losses(NamedTuple):
     sparsity: Tensor
     """The unweighted penalty: sum_i f_i * norm(W_dec_i) for L1, the count of active features for L0, the AuxK loss for
     TopK. Mean over tokens."""
-    features: Tensor
-    """[tokens, d_sae] the code, detached, for counts of what fired."""
+    code: Code
+    """What fired."""
 
 
 class StepContext(NamedTuple):
@@ -143,14 +145,9 @@ class Sae(nn.Module, ABC):
         """[tokens, d_sae] before the activation function."""
         return (x - self.b_dec) @ self.W_enc + self.b_enc
 
-    def training_pre(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(x - b_dec) @ W_enc + bias for a normalised batch, as a loss should compute it.
-
-        Written x @ W_enc + (bias - b_dec @ W_enc), b_dec's gradient needs no product of [tokens, d_sae] with
-        [d_sae, d_in], a sixth of a step, and the bias no pass of its own. On raw activations, whose mean is far from
-        0, the two terms would cancel and lose digits; there `pre_activations` is right.
-        """
-        return torch.addmm(bias - self.b_dec @ self.W_enc, x, self.W_enc)
+    def training_pre(self, x: Tensor, bias: Tensor) -> PreActivations:
+        """(x - b_dec) @ W_enc + bias for a normalised batch, as a loss should compute it."""
+        return PreActivations(x, self.W_enc, bias, self.b_dec)
 
     @abstractmethod
     def activate(self, pre: Tensor) -> Tensor:
@@ -188,6 +185,11 @@ class Sae(nn.Module, ABC):
         """Restore constraints on the weights after the optimiser's step."""
         if self.unit_decoder and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
+
+    @torch.no_grad()
+    def make_rarer_(self, shift: Tensor) -> None:
+        """Let every feature fire only where its pre-activation is higher by `shift`, a scalar, or lower by -shift."""
+        self.b_enc.sub_(shift)
 
     @torch.no_grad()
     def restart_(self, dead: Tensor, alive: Tensor) -> None:  # noqa: ARG002 - for those that start at no constant

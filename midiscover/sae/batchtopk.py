@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Normalisation, feature_norms
+from midiscover.sae.code import Code, DenseCode, Pattern, PreActivations, SparseCode
 from midiscover.sae.topk import TopKSae
 from midiscover.saeconfig import BatchTopKConfig
 
@@ -41,12 +42,12 @@ class BatchTopKSae(TopKSae):
             return keep_top_of_batch(pre, self.config.k)[0]
         return torch.where(pre > self.threshold, pre, 0)
 
-    def select(self, pre: Tensor) -> Tensor:
-        features, smallest = keep_top_of_batch(pre, self.config.k)
+    def select(self, pre: PreActivations) -> Code:
+        code, smallest = top_of_batch(pre, self.config.k)
         with torch.no_grad():
             moved = self.threshold.lerp(smallest.to(self.threshold), 1 - self.decay)
             self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
-        return features
+        return code
 
     def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
         w = self.doubles()
@@ -55,6 +56,16 @@ class BatchTopKSae(TopKSae):
 
     def saelens_fields(self) -> dict[str, Any]:
         return {}
+
+
+def top_of_batch(pre: PreActivations, k: int) -> tuple[Code, Tensor]:
+    """What `keep_top_of_batch` gives, of pre-activations in training."""
+    if not pre.prefers_sparse(k):
+        features, smallest = keep_top_of_batch(pre.whole(), k)
+        return DenseCode(features), smallest
+    values, places = pre.values.flatten().topk(k * len(pre.x), sorted=False)
+    pattern = Pattern.of_places(places.sort().values, *pre.values.shape)
+    return SparseCode(torch.relu(pre.at(pattern)), pattern), smallest_kept(values)
 
 
 def keep_top_of_batch(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -67,5 +78,9 @@ def keep_top_of_batch(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
     values, indices = wide.topk(min(k * len(pre), flat.numel()), sorted=False)
     features = torch.zeros_like(flat).scatter(0, indices, torch.relu(values).to(flat.dtype)).view_as(pre)
-    values = values.detach()
-    return features, torch.where(values > 0, values, float("inf")).amin()
+    return features, smallest_kept(values.detach())
+
+
+def smallest_kept(values: Tensor) -> Tensor:
+    """The smallest positive one, a scalar; infinite where there is none."""
+    return torch.where(values > 0, values, float("inf")).amin()

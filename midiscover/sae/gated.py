@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from midiscover.sae.base import Losses, Normalisation, Sae, StepContext, bias_for_density, squared_error
+from midiscover.sae.code import Code, DenseCode, PreActivations, SparseCode
 from midiscover.saeconfig import GatedConfig
 
 
@@ -55,14 +56,28 @@ class GatedSae(Sae):
         return torch.relu(torch.addcmul(self.b_mag.to(pre.dtype), pre, self.r_mag.exp().to(pre.dtype)))
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
-        pre = self.training_pre(x, torch.zeros_like(self.b_gate))
-        gate = torch.relu(pre + self.b_gate.to(pre.dtype))
-        features = torch.where(gate > 0, self.magnitudes(pre), 0)
-        mse = squared_error(self.decode(features), y)
-        auxiliary = squared_error(gate @ self.W_dec.detach() + self.b_dec.detach(), y)
-        penalty = gate.sum(-1, dtype=y.dtype).mean()
+        gate, code = self.codes(self.training_pre(x, torch.zeros_like(self.b_gate)))
+        mse = squared_error(code.decode(self.W_dec) + self.b_dec, y)
+        auxiliary = squared_error(gate.decode(self.W_dec.detach()) + self.b_dec.detach(), y)
+        penalty = gate.total()
         total = mse + context.sparsity * penalty + auxiliary
-        return Losses(total, mse.detach(), penalty.detach(), features.detach())
+        return Losses(total, mse.detach(), penalty.detach(), code)
+
+    def codes(self, pre: PreActivations) -> tuple[Code, Code]:
+        """relu of the gate, and the features."""
+        pattern = pre.pattern(lambda values: values > -self.b_gate)
+        if pattern is None:
+            whole = pre.whole()
+            gate = torch.relu(whole + self.b_gate.to(whole.dtype))
+            return DenseCode(gate), DenseCode(torch.where(gate > 0, self.magnitudes(whole), 0))
+        values, at = pre.at(pattern), pattern.feature
+        gate = torch.relu(values + self.b_gate[at])
+        magnitudes = torch.relu(torch.addcmul(self.b_mag[at], values, self.r_mag.exp()[at]))
+        return SparseCode(gate, pattern), SparseCode(magnitudes, pattern)
+
+    @torch.no_grad()
+    def make_rarer_(self, shift: Tensor) -> None:
+        self.b_gate.sub_(shift)
 
     def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
         return super().folded(inputs, outputs) | {"r_mag": self.doubles()["r_mag"]}  # a log of a ratio, without a unit

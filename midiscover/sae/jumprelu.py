@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from midiscover.sae.base import Losses, Sae, StepContext, bias_for_density, squared_error
+from midiscover.sae.code import Code, DenseCode, PreActivations, SparseCode
 from midiscover.saeconfig import JumpReluConfig
 
 INITIAL_THRESHOLD = 0.5
@@ -64,10 +65,24 @@ class JumpReluSae(Sae):
         return torch.where(pre > self.threshold, torch.relu(pre), 0)
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
-        pre = self.training_pre(x, self.b_enc)
-        features, count = JumpReluStep.apply(pre, self.threshold, self.config.bandwidth)
-        mse = squared_error(self.decode(features), y)
-        return Losses(mse + context.sparsity * count, mse.detach(), count.detach(), features.detach())
+        code, count = self.code(self.training_pre(x, self.b_enc))
+        mse = squared_error(code.decode(self.W_dec) + self.b_dec, y)
+        return Losses(mse + context.sparsity * count, mse.detach(), count.detach(), code)
+
+    def code(self, pre: PreActivations) -> tuple[Code, Tensor]:
+        """The features, and how many of them fire, mean over tokens."""
+        width = self.config.bandwidth
+        # What is near the threshold moves it, whether or not it fires.
+        pattern = pre.pattern(lambda values: values > self.threshold - width / 2)
+        if pattern is None:
+            features, count = JumpReluStep.apply(pre.whole(), self.threshold, width, len(pre.x))
+            return DenseCode(features), count
+        values, count = JumpReluStep.apply(pre.at(pattern), self.threshold[pattern.feature], width, len(pre.x))
+        return SparseCode(values, pattern), count
+
+    @torch.no_grad()
+    def make_rarer_(self, shift: Tensor) -> None:
+        self.threshold.add_(shift).clamp_(min=0)
 
     @torch.no_grad()
     def restart_(self, dead: Tensor, alive: Tensor) -> None:
@@ -85,27 +100,29 @@ class JumpReluSae(Sae):
 
 
 class JumpReluStep(torch.autograd.Function):
-    """(pre [tokens, d_sae], threshold [d_sae] >= 0, bandwidth) -> features [tokens, d_sae], and their mean count.
+    """(pre [tokens, d_sae], threshold [d_sae] >= 0, bandwidth, tokens) -> features [tokens, d_sae], their mean count.
 
-    Backward, with K = 1 where |pre - threshold| < bandwidth / 2: d features / d threshold = -threshold / bandwidth * K,
-    d count / d threshold = -1 / bandwidth * K, and d features / d pre = 1 where the feature fires. Feature and count in
-    one function: they share the mask, and what is kept for the backward pass is `pre` alone.
+    Of single entries as well: pre and threshold [n]. Backward, with K = 1 where |pre - threshold| < bandwidth / 2:
+    d features / d threshold = -threshold / bandwidth * K, d count / d threshold = -1 / bandwidth * K, and
+    d features / d pre = 1 where the feature fires. Feature and count in one function: they share the mask, and what is
+    kept for the backward pass is `pre` alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, tokens: int) -> tuple[Tensor, Tensor]:
         fires = pre > threshold.to(pre.dtype)
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(fires, pre, 0), fires.sum().to(threshold.dtype) / len(pre)
+        ctx.bandwidth, ctx.tokens = bandwidth, tokens
+        return torch.where(fires, pre, 0), fires.sum().to(threshold.dtype) / tokens
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_features, grad_count = grads
         pre, threshold = ctx.saved_tensors
         bandwidth, cut = ctx.bandwidth, threshold.to(pre.dtype)
         near = (pre - cut).abs_() < bandwidth / 2
-        by_features = torch.where(near, grad_features, 0).sum(0, dtype=threshold.dtype)
-        by_count = near.sum(0) * (grad_count / len(pre))
-        grad_threshold = -(threshold * by_features + by_count) / bandwidth
-        return torch.where(pre > cut, grad_features, 0), grad_threshold, None
+        by_features = torch.where(near, grad_features, 0)
+        if pre.ndim == 2:
+            by_features, near = by_features.sum(0, dtype=threshold.dtype), near.sum(0)
+        grad_threshold = -(threshold * by_features + near * (grad_count / ctx.tokens)) / bandwidth
+        return torch.where(pre > cut, grad_features, 0), grad_threshold, None, None

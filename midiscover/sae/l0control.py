@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ GAIN = 12.0
 """How far, in units of log(L0 / asked), the log coefficient moves over a whole run of constant error."""
 SHIFT = 0.05
 """How far a step moves all thresholds, in units of pre-activations, for an error of 1 in log L0."""
+END = 0.8
+"""Share of the steps after which penalties that set the L0 by their coefficient are helped out by the biases."""
 
 
 class L0Control(ABC):
@@ -27,6 +30,9 @@ class L0Control(ABC):
     What is asked at most falls geometrically from the L0 found at the first controlled step to the target, so that
     nothing winds up while an SAE is still dense, which would kill its features. What is asked at least is the target.
     """
+
+    shifts_from: ClassVar[float] = 0.0
+    """Share of the steps after which all features are made rarer or commoner by a shift, as well as by the penalty."""
 
     def __init__(self, start: float, target: float, *, steps: int, first: int, device: torch.device) -> None:
         """start: the coefficient to begin with; first: step of the first correction, after the warm-up of it."""
@@ -50,19 +56,27 @@ class L0Control(ABC):
             goal = math.log(self.target)
             share = min(1.0, (step - self.first) / max(1.0, APPROACH * self.steps))
             asked = (1 - share) * begin.clamp(min=goal) + share * goal
-            error = (running - asked).clamp(min=0) - (goal - running).clamp(min=0)
-            integral, coefficient = self.corrected(sae, error.clamp(-1, 1), integral, coefficient)
+            error = ((running - asked).clamp(min=0) - (goal - running).clamp(min=0)).clamp(-1, 1)
+            integral, coefficient = self.corrected(error, integral, coefficient)
+            if step >= self.shifts_from * self.steps:
+                sae.make_rarer_(SHIFT * error)
         self.state = torch.stack([integral, running, begin, coefficient])
 
     @abstractmethod
-    def corrected(self, sae: Sae, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    def corrected(self, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
         """The new integral and coefficient for an error of log L0, at most 1."""
 
 
 class CoefficientControl(L0Control):
-    """A PI controller of log(coefficient), for penalties whose L0 settles at a level of its own for each (L1)."""
+    """A PI controller of log(coefficient), for penalties whose L0 settles at a level of its own for each (L1).
 
-    def corrected(self, sae: Sae, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    What it still misses towards the end, when the weights hardly follow a coefficient any more, all biases make up by
+    one shift, which a learning rate that falls to 0 leaves in place.
+    """
+
+    shifts_from = END
+
+    def corrected(self, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         integral = integral + GAIN / self.steps * error
         return integral, torch.exp(integral + PROPORTIONAL * error)
 
@@ -74,8 +88,5 @@ class ThresholdControl(L0Control):
     its integral over time and swings.
     """
 
-    @torch.no_grad()
-    def corrected(self, sae: Sae, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-        threshold = sae.get_parameter("threshold")
-        threshold.add_(SHIFT * error).clamp_(min=0)
+    def corrected(self, error: Tensor, integral: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return integral, coefficient

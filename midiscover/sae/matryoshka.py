@@ -11,6 +11,7 @@ from torch import Tensor
 from midiscover.errors import ConfigError
 from midiscover.sae.base import squared_error
 from midiscover.sae.batchtopk import BatchTopKSae
+from midiscover.sae.code import Code
 from midiscover.saeconfig import MatryoshkaConfig
 
 
@@ -27,12 +28,11 @@ class MatryoshkaSae(BatchTopKSae):
         super().__init__(config, d_in, d_sae, d_out)
         self.prefixes = prefix_sizes(config.prefixes, d_sae)
 
-    def reconstruction(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruction(self, code: Code, y: Tensor) -> tuple[Tensor, Tensor]:
         # Each prefix adds its own slice, so that all of them together cost one decode.
-        sizes = [b - a for a, b in pairwise([0, *self.prefixes])]
         y_hat, errors = self.b_dec.expand_as(y), []
-        for part, rows in zip(features.split(sizes, dim=1), self.W_dec.split(sizes), strict=True):
-            y_hat = y_hat + part @ rows
+        for first, end in pairwise([0, *self.prefixes]):
+            y_hat = y_hat + code.decode(self.W_dec[first:end], first)
             errors.append(squared_error(y_hat, y))
         return torch.stack(errors).mean(), (y - y_hat).detach()
 

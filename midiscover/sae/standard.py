@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Losses, Sae, StepContext, bias_for_density, squared_error
+from midiscover.sae.code import relu_code, row_norms
 from midiscover.saeconfig import StandardConfig
 
 
@@ -42,19 +43,11 @@ class StandardSae(Sae):
         return torch.relu(pre)
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
-        features = torch.relu(self.training_pre(x, self.b_enc))
-        mse = squared_error(self.decode(features), y)
-        penalty = l1_penalty(features, self.W_dec)
-        return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), features.detach())
+        code = relu_code(self.training_pre(x, self.b_enc))
+        mse = squared_error(code.decode(self.W_dec) + self.b_dec, y)
+        penalty = code.total(row_norms(self.W_dec))
+        return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), code)
 
     @classmethod
     def config_of(cls, cfg: Mapping[str, Any]) -> StandardConfig:
         return StandardConfig(d_sae=cfg["d_sae"])
-
-
-def l1_penalty(features: Tensor, decoder: Tensor) -> Tensor:
-    """sum_i f_i * norm(W_dec_i), mean over tokens; features [tokens, d_sae], decoder [d_sae, d_out]."""
-    # Outside autocast: a sum over thousands of features, too many for bfloat16's 8 bits.
-    # (f @ norms) instead of (f * norms).sum(): one pass over the code and no [tokens, d_sae] intermediate.
-    with torch.autocast(features.device.type, enabled=False):
-        return (features.to(decoder.dtype) @ decoder.norm(dim=1)).mean()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Losses, Sae, StepContext, squared_error
+from midiscover.sae.code import Code, DenseCode, Pattern, PreActivations, SparseCode
 from midiscover.saeconfig import TopKConfig
 
 
@@ -42,36 +43,35 @@ class TopKSae(Sae):
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
         pre = self.training_pre(x, self.b_enc)
-        features = self.select(pre)
-        reconstruction, residual = self.reconstruction(features, y)
+        code = self.select(pre)
+        reconstruction, residual = self.reconstruction(code, y)
         mse = residual.pow(2).sum(-1).mean()
         auxk = self.auxk(pre, residual, context)
         total = reconstruction + self.config.auxk_coefficient * self.d_out * auxk
-        return Losses(total, mse, auxk.detach(), features.detach())
+        return Losses(total, mse, auxk.detach(), code)
 
-    def select(self, pre: Tensor) -> Tensor:
-        """The code of a training batch's pre-activations, both [tokens, d_sae]."""
-        return self.activate(pre)
+    def select(self, pre: PreActivations) -> Code:
+        """The code of a training batch."""
+        return top_code(pre, min(self.config.k, self.d_sae))
 
-    def reconstruction(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruction(self, code: Code, y: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the reconstruction of y [tokens, d_out], a scalar, and the residual, detached, like y."""
-        y_hat = self.decode(features).to(y.dtype)
+        y_hat = (code.decode(self.W_dec) + self.b_dec).to(y.dtype)
         return squared_error(y_hat, y), (y - y_hat).detach()
 
-    def auxk(self, pre: Tensor, residual: Tensor, context: StepContext) -> Tensor:
+    def auxk(self, pre: PreActivations, residual: Tensor, context: StepContext) -> Tensor:
         """The dead features' squared error on the residual [tokens, d_out] over the residual's variance."""
         if context.dead is None or self.config.auxk_coefficient == 0:
             return residual.new_zeros(())
         # Only the dead columns: with all of them AuxK would cost three more of a step's five large products, however
         # few are dead. Their number is the one thing that a step with dead features waits for.
         columns = context.dead.nonzero().flatten()
-        k = min(self.config.k_aux or max(1, self.d_in // 2), len(columns))
-        code = keep_top(pre.index_select(1, columns), k)
+        code = top_code(pre.columns(columns), min(self.config.k_aux or max(1, self.d_in // 2), len(columns)))
         centre = residual.mean(0)
         variance = (residual - (context.mean(centre) if context.mean else centre)).pow(2).sum(-1).mean()
         if context.mean:
             variance = context.mean(variance)
-        return squared_error(code @ self.W_dec[columns], residual) / variance.clamp(min=1e-8)
+        return squared_error(code.decode(self.W_dec[columns]), residual) / variance.clamp(min=1e-8)
 
     def saelens_fields(self) -> dict[str, Any]:
         # With unit decoder rows the rescaling changes nothing, and it makes SAELens' fold_W_dec_norm legal.
@@ -80,6 +80,14 @@ class TopKSae(Sae):
     @classmethod
     def config_of(cls, cfg: Mapping[str, Any]) -> TopKConfig:
         return TopKConfig(d_sae=cfg["d_sae"], k=cfg["k"])
+
+
+def top_code(pre: PreActivations, k: int) -> Code:
+    """relu of the k largest pre-activations of each token."""
+    if not pre.prefers_sparse(k):
+        return DenseCode(keep_top(pre.whole(), k))
+    pattern = Pattern.of_rows(pre.values.topk(k, dim=-1, sorted=False).indices, pre.values.shape[1])
+    return SparseCode(torch.relu(pre.at(pattern)), pattern)
 
 
 def keep_top(pre: Tensor, k: int) -> Tensor:

@@ -18,7 +18,7 @@ from midiscover.sae.base import (
     random_directions,
     squared_error,
 )
-from midiscover.sae.standard import l1_penalty
+from midiscover.sae.code import PreActivations, relu_code, row_norms
 from midiscover.saeconfig import SkipTranscoderConfig, TranscoderConfig
 
 
@@ -63,10 +63,17 @@ class TranscoderSae(Sae):
         return torch.relu(pre)
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
-        features = torch.relu(torch.addmm(self.b_enc, x, self.W_enc))
-        mse = squared_error(self.output(x, features), y)
-        penalty = l1_penalty(features, self.W_dec)
-        return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), features.detach())
+        code = relu_code(PreActivations(x, self.W_enc, self.b_enc, None))
+        mse = squared_error(self.past(x, code.decode(self.W_dec) + self.b_dec), y)
+        penalty = code.total(row_norms(self.W_dec))
+        return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), code)
+
+    def past(self, x: Tensor, decoded: Tensor) -> Tensor:  # noqa: ARG002 - for the skip connection
+        """The output from what the features write, both [tokens, d_out]."""
+        return decoded
+
+    def output(self, x: Tensor, features: Tensor) -> Tensor:
+        return self.past(x, self.decode(features))
 
     def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
         weights = super().folded(inputs, outputs)
@@ -100,8 +107,8 @@ class SkipTranscoderSae(TranscoderSae):
         super().initialise_(seed)
         self.W_skip.zero_()
 
-    def output(self, x: Tensor, features: Tensor) -> Tensor:
-        return self.decode(features) + x @ self.W_skip.T
+    def past(self, x: Tensor, decoded: Tensor) -> Tensor:
+        return decoded + x @ self.W_skip.T
 
     def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
         weights = super().folded(inputs, outputs)

@@ -3,10 +3,11 @@
     OMP_WAIT_POLICY=PASSIVE python -m tests.bench.serve --store STORE --sae ID [--seconds 20]
 
 Everything on the same cores, the client too, the proxy Ray Serve's own. The bare loop runs the language model up to the
-SAE's hook, encodes, takes the top 10 of each token, in this process on all threads, before and after the deployment is
-asked (the deployment is up and idle then). Texts are of 64 and of 512 tokens and never repeat, so that no cache helps.
+SAE's hook, encodes, takes the top 10 of each token, in this process on all threads (the deployment is up and idle
+then). Texts are of 64 and of 512 tokens and never repeat, so that no cache helps.
 
-  added          median time of one request after another, over the bare loop's for the same texts
+  added          median over pairs, a text by the bare loop and another by a request, in turn; beside it what an empty
+                 request (/health) takes, which is Ray Serve's own share
   throughput     16 at once, in texts a second, over the bare loop's one at a time, and over its whole forward pass
   open loop      Poisson arrivals at 70 and 80 % of that throughput: p50, p99, errors
   overload       four times that throughput: answers by status, memory, median after it
@@ -111,6 +112,12 @@ class Client:
         """Seconds of each."""
         return [(await self.ask(text))[1] for text in texts]
 
+    async def empty(self) -> float:
+        """Seconds of a request for which nothing is done."""
+        began = time.perf_counter()
+        (await self.http.get(f"{self.running.address}/health")).raise_for_status()
+        return time.perf_counter() - began
+
     async def at_once(self, texts: Sequence[str], concurrency: int) -> float:
         """Texts a second with so many under way."""
         waiting, began = list(texts), time.perf_counter()
@@ -148,6 +155,7 @@ async def measured(bare: Bare, client: Client, args: argparse.Namespace) -> None
         "bare p50",
         "served p50",
         "added",
+        "empty",
         "bare texts/s",
         "16 at once",
         "ratio",
@@ -161,14 +169,17 @@ async def measured(bare: Bare, client: Client, args: argparse.Namespace) -> None
         seconds_of(bare.one, texts[:WARM])
         await client.one_by_one(texts[WARM : 2 * WARM])
         parts = [texts[2 * WARM + i * count : 2 * WARM + (i + 1) * count] for i in range(4)]
-        alone = seconds_of(bare.one, parts[0][: count // 2])
-        served = await client.one_by_one(parts[1])
-        alone += seconds_of(bare.one, parts[0][count // 2 :])
+        alone, served, empty = [], [], []
+        for mine, theirs in zip(parts[0], parts[1], strict=True):
+            alone += seconds_of(bare.one, [mine])
+            served += await client.one_by_one([theirs])
+            empty.append(await client.empty())
         whole = seconds_of(bare.whole, parts[2][: max(4, count // 4)])
         rates[length] = await client.at_once(parts[3], 16)
         p50, of_bare = statistics.median(served), statistics.median(alone)
         full = statistics.median(whole) - of_bare  # the whole pass alone: `whole` runs both
-        times = [f"{1000 * seconds:.1f} ms" for seconds in (of_bare, p50, p50 - of_bare)]
+        added = statistics.median(one - other for one, other in zip(served, alone, strict=True))
+        times = [f"{1000 * seconds:.1f} ms" for seconds in (of_bare, p50, added, statistics.median(empty))]
         ratios = [f"{rates[length] * seconds:.2f}" for seconds in (of_bare, full)]
         table.add_row(str(length), *times, f"{1 / of_bare:.2f}", f"{rates[length]:.2f}/s", *ratios)
     tables.show(table)

@@ -10,6 +10,7 @@ import torch
 from runner import Batches, Job, Made, main, measured
 from torch import Tensor
 
+import midiscover.sae.code
 from midiscover.config import TrainConfig
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import ARCHITECTURES, folded_sae
@@ -48,8 +49,12 @@ class RowSource:
 
 def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
     config = SAE_KINDS[job.kind]
+    if job.variant == "dense":
+        midiscover.sae.code.SPARSE_BELOW = 0
     if issubclass(config, TopKConfig):
         sae = config(d_sae=job.d_sae, k=round(job.sparsity))
+    elif job.variant in ("sparse", "dense"):  # a step's time at this L0
+        sae = config(d_sae=job.d_sae, initial_density=job.sparsity / job.d_sae)
     elif job.variant == "target_l0":
         sae = config(d_sae=job.d_sae, target_l0=job.sparsity)
     else:

@@ -3,7 +3,7 @@
 Inputs scaled to a mean norm of sqrt(d_in) (`expected_average_only_in`), no learning-rate warm-up, decay over the last
 fifth, L1 warm-up over the first twentieth, decoder rows starting at norm 0.1. The AuxK loss of TopK counts a feature
 as dead after 1,000 steps, which a short run never reaches: here it is the thirtieth of the run that it is in the
-tutorial.
+tutorial, but where only a step's time is asked for (variant `step`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         lr=job.lr,
         lr_end=job.lr / 10,  # as their runner sets it; the constant schedule does not read it
         lr_decay_steps=job.steps // 5,
-        dead_feature_window=max(1, job.steps // 30),
+        dead_feature_window=1000 if job.variant == "step" else max(1, job.steps // 30),
         n_batches_for_norm_estimate=min(NORM_BATCHES, job.steps),
     )
     # The norm is estimated on batches that their loop takes from the stream; training then begins at the first.

@@ -8,6 +8,7 @@ is fed.
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +28,9 @@ SEQUENCE = 128
 class Replay(nn.Module):
     """A 'language model' whose token ids are row numbers and whose one module gives those rows."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, batches: Batches) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.stamps = batches.rows, batches.stamps
         self.hook = nn.Identity()
         self.device = torch.device("cpu")
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
@@ -41,6 +42,7 @@ class Replay(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Activations [sequences, tokens, d_in] of row numbers [sequences, tokens]."""
+        self.stamps.append(time.perf_counter())
         return self.hook(self.rows[input_ids].float())
 
 
@@ -58,7 +60,7 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
             save_dir=folder,
             run_name="run",
         )
-        Trainer(cfg, [{"input_ids": ids} for ids in numbers], Replay(batches.rows)).fit()
+        Trainer(cfg, [{"input_ids": ids} for ids in numbers], Replay(batches)).fit()
         sae = SparseCoder.load_from_disk(Path(folder) / "run" / HOOK)
     weights = {
         "W_enc": sae.encoder.weight.T,

@@ -9,9 +9,11 @@ answered by NAME.safetensors (W_enc, b_enc, W_dec, b_dec of raw inputs, float32)
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,18 +45,24 @@ class Job(NamedTuple):
 
 
 class Batches:
-    """The training rows in their order; every pass begins anew, every batch is a new float32 tensor."""
+    """The training rows in their order; every pass begins anew, every batch is a new float32 tensor.
+
+    `stamps` says when each batch of the last pass was asked for.
+    """
 
     def __init__(self, job: Job) -> None:
         self.rows = load_file(Path(job.rows) / "train.safetensors")["rows"]
         self.size, self.steps = job.batch_size, job.steps
+        self.stamps: list[float] = []
         assert len(self.rows) == self.size * self.steps, "one file holds exactly the batches of a training"
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Tensor]:
+        self.stamps = []
         for step in range(self.steps):
+            self.stamps.append(time.perf_counter())
             yield self.rows[step * self.size : (step + 1) * self.size].float()
 
 
@@ -92,6 +100,8 @@ def main(train: Callable[[Job, Batches, Tensor], Made]) -> None:
         began, cpu = time.perf_counter(), time.process_time()
         made = train(job, batches, held_out)
         seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+        steps = [end - begin for begin, end in pairwise(batches.stamps)]
+        seconds["seconds_a_step"] = statistics.median(steps[len(steps) // 4 :])
         path = Path(job.out) / job.name
         save_file(
             {name: value.detach().float().contiguous() for name, value in made.weights.items()}, f"{path}.safetensors"

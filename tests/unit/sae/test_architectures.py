@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import midiscover.sae.code
 from midiscover import load_sae
 from midiscover.errors import ConfigError, CorruptError, UserError
 from midiscover.sae.base import Normalisation, Sae, StepContext
+from midiscover.sae.code import DenseCode, SparseCode
 from midiscover.sae.registry import ARCHITECTURES, FOLDED, folded_sae, make_sae
 from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, TopKConfig
 from tests.unit.sae.naive import CONFIGS, D_IN, D_SAE, NAIVE, TOKENS, batch, make, make_used, rows, some_dead
@@ -47,7 +49,11 @@ def test_every_architecture_has_a_config_and_a_naive_formula_here() -> None:
     assert {cls.saelens_architecture for cls in ARCHITECTURES.values()} == set(FOLDED)
 
 
-def test_loss_and_gradients_equal_those_of_the_naive_formula(sae: Sae) -> None:
+@pytest.mark.parametrize("below", [0.0, 1.0], ids=["dense", "sparse"])
+def test_loss_and_gradients_equal_those_of_the_naive_formula(
+    sae: Sae, below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
     x, y = batch(sae)
     losses = sae.loss(x, y, context(sae))
     losses.total.backward()
@@ -58,14 +64,20 @@ def test_loss_and_gradients_equal_those_of_the_naive_formula(sae: Sae) -> None:
         assert parameter.grad is not None, name
         assert torch.allclose(parameter.grad, gradient, atol=1e-9), name
         assert float(gradient.abs().max()) > 1e-3, name  # the test sees each of them
+    assert isinstance(losses.code, SparseCode if below else DenseCode)
 
 
-def test_the_losses_say_what_the_reconstruction_is(sae: Sae) -> None:
+@pytest.mark.parametrize("below", [0.0, 1.0], ids=["dense", "sparse"])
+def test_the_losses_say_what_the_reconstruction_is(sae: Sae, below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
     x, y = batch(sae)
     losses = sae.loss(x, y, context(sae))
-    whole = sae.output(x, losses.features)
+    whole = sae.output(x, losses.code.dense())
     assert torch.allclose(losses.mse, ((whole - y) ** 2).sum(1).mean())
-    assert not any(part.requires_grad for part in losses[1:])
+    features = losses.code.dense()
+    assert torch.equal(losses.code.fired(), (features > 0).any(0))
+    assert float(losses.code.l0()) == pytest.approx(float((features > 0).sum(1).double().mean()))
+    assert not any(part.requires_grad for part in (losses.mse, losses.sparsity, features))
 
 
 def test_forward_is_output_of_encode(sae: Sae) -> None:

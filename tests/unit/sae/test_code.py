@@ -1,0 +1,106 @@
+"""Sparse codes against the dense ones that they stand for, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import midiscover.sae.code
+from midiscover.sae.code import DenseCode, Pattern, PreActivations, SparseCode, relu_code
+from tests.unit.sae.naive import rows
+
+TOKENS, D_IN, D_SAE, D_OUT = 30, 6, 20, 5
+
+
+def sparse(share: float) -> Tensor:
+    """[TOKENS, D_SAE], some rows and columns without an entry."""
+    made = rows(0, D_SAE, TOKENS).abs() + 0.1
+    kept = torch.rand(TOKENS, D_SAE, generator=torch.Generator().manual_seed(1)) < share
+    kept[3], kept[-1], kept[:, 0], kept[:, -1] = False, False, False, False
+    return torch.where(kept, made, 0)
+
+
+@pytest.fixture(params=[0.0, 0.2, 1.0], ids=["nothing", "some", "nearly all"])
+def dense(request: pytest.FixtureRequest) -> Tensor:
+    return sparse(request.param)
+
+
+def of(dense: Tensor) -> tuple[Tensor, Pattern]:
+    """The entries of a code, and where they are."""
+    places = dense.flatten().nonzero()[:, 0]
+    return dense.flatten()[places], Pattern.of_places(places, *dense.shape)
+
+
+def test_products_are_those_of_the_dense_matrix(dense: Tensor) -> None:
+    values, pattern = of(dense)
+    there, wide, tall = dense != 0, rows(2, D_OUT, D_SAE), rows(3, D_OUT, TOKENS)
+    assert torch.equal(pattern.matrix(values).to_dense(), dense)
+    assert torch.allclose(pattern.times(values, wide), dense @ wide)
+    assert torch.allclose(pattern.transposed_times(values, tall), dense.T @ tall)
+    assert torch.allclose(pattern.dots(tall, wide), (tall @ wide.T)[there])
+    assert torch.allclose(pattern.sums(values), dense.sum(0))
+    kept, part = pattern.part(4, 9)
+    assert torch.equal(part.matrix(values[kept]).to_dense(), dense[:, 4:13])
+
+
+def test_rows_of_features_in_any_order_are_a_pattern() -> None:
+    features = torch.tensor([[3, 1], [0, 3], [2, 0]])
+    found = Pattern.of_rows(features, 4)
+    values, wide = torch.arange(1.0, 7.0), rows(2, D_OUT, 4).float()
+    dense = torch.zeros(3, 4).scatter(1, features, values.view(3, 2))
+    assert torch.allclose(found.times(values, wide), dense @ wide)
+    assert torch.allclose(found.transposed_times(values, wide[:3]), dense.T @ wide[:3])
+
+
+def test_both_codes_do_the_same(dense: Tensor) -> None:
+    values, pattern = of(dense)
+    decoder, weights = rows(4, D_OUT, D_SAE), rows(5, D_SAE, 1)[0].abs()
+    one, two = DenseCode(dense), SparseCode(values, pattern)
+    assert torch.allclose(two.decode(decoder), one.decode(decoder))
+    assert torch.allclose(two.decode(decoder[5:11], 5), one.decode(decoder[5:11], 5))
+    assert torch.allclose(two.total(), one.total())
+    assert torch.allclose(two.total(weights), one.total(weights))
+    assert torch.equal(two.fired(), one.fired())
+    assert torch.allclose(two.l0(), one.l0())
+    assert torch.equal(two.dense(), one.dense())
+
+
+def gradients(below: float, monkeypatch: pytest.MonkeyPatch, share: float) -> list[Tensor]:
+    """Of a loss with every use of a code, by x @ W_enc + bias and b_dec, with features that fire by `share`."""
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
+    x, encoder, decoder = rows(6, D_IN, TOKENS), rows(7, D_SAE, D_IN), rows(8, D_OUT, D_SAE)
+    shift = (x @ encoder).flatten().quantile(1 - share)
+    bias, b_dec = rows(9, D_SAE, 1)[0] * 0.1 - shift, rows(10, D_IN, 1)[0] * 0.1
+    leaves = [tensor.requires_grad_() for tensor in (encoder, bias, b_dec, decoder)]
+    code = relu_code(PreActivations(x, encoder, bias, b_dec))
+    assert isinstance(code, SparseCode if below else DenseCode)
+    weights = decoder.norm(dim=1)
+    (code.decode(decoder).pow(2).sum() + code.total(weights) + code.decode(decoder[:7], 0).sum()).backward()
+    found = []
+    for leaf in leaves:
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    return found
+
+
+def test_gradients_of_both_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparsely, densely = (gradients(below, monkeypatch, 0.3) for below in (1.0, 0.0))
+    for one, two in zip(sparsely, densely, strict=True):
+        assert float(two.abs().max()) > 0
+        assert torch.allclose(one, two)
+
+
+def test_the_share_that_fires_decides_which_it_is() -> None:
+    x, encoder = rows(6, D_IN, 400), rows(7, D_SAE, D_IN)
+    pre = x @ encoder
+    for share, kind in ((0.05, SparseCode), (0.3, DenseCode)):
+        code = relu_code(PreActivations(x, encoder, -pre.flatten().quantile(1 - share).expand(D_SAE), None))
+        assert isinstance(code, kind)
+        assert float(code.l0()) == pytest.approx(share * D_SAE, rel=0.1)
+
+
+def test_in_bfloat16_codes_are_dense() -> None:
+    x, encoder = rows(6, D_IN, 40).float(), rows(7, D_SAE, D_IN).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert isinstance(relu_code(PreActivations(x, encoder, torch.full((D_SAE,), -9.0), None)), DenseCode)
