@@ -12,11 +12,12 @@ added direction is taken out before it is added (`ORTHOGONAL_DECOMP` of Neuronpe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from midiscover.errors import UserError
@@ -62,13 +63,17 @@ def generate(
     *,
     sides: Sequence[str] = ("steered", "default"),
     orthogonal: bool = False,
+    spared: Collection[int] = (),
 ) -> Iterator[Piece]:
     """Go on from `prompt`, token by token; the side `steered` with the changes, every other without.
 
     Both sides run as one batch and draw by generators of the same seed, so that they differ by the changes alone. Ends
     at the model's end-of-text token or after `new_tokens`. UserError for a feature that is not there.
+
+    spared: tokens at which nothing is changed, such as the special ones of a chat.
     """
-    edits = _edits(lm, saes, changes, [side == "steered" for side in sides], orthogonal=orthogonal)
+    where = _Where([side == "steered" for side in sides], spared, lm.device)
+    edits = _edits(lm, saes, changes, where, orthogonal=orthogonal)
     made: dict[str, list[int]] = {side: [] for side in sides}
     draw = {side: torch.Generator().manual_seed(sampling.seed) for side in sides}
     ended = dict.fromkeys(sides, False)
@@ -76,6 +81,7 @@ def generate(
     ids = torch.tensor([list(prompt)] * len(sides))
     cache: Any = None
     for _ in range(sampling.new_tokens):
+        where.look(ids)
         # The hooks stand during one pass only: between two, others may use the model.
         logits, cache = _next(lm, ids, cache, edits)
         chosen = []
@@ -90,6 +96,20 @@ def generate(
             break
         yield Piece({side: list(tokens) for side, tokens in made.items()}, False)
     yield Piece(made, True)
+
+
+def chat_text(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as the model reads it, up to where it answers. messages: `role` and `content` of each turn.
+
+    UserError for a model without a chat template, and for turns that its template does not take.
+    """
+    tokenizer: Any = lm.tokenizer
+    if not tokenizer.chat_template:
+        raise UserError(f"{lm.identity.name} has no chat template, so it knows no turns; steer a completion instead.")
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"The chat template of {lm.identity.name} takes no such turns: {error}.") from error
 
 
 @torch.inference_mode()
@@ -115,6 +135,19 @@ def _ends(lm: LanguageModel) -> set[int]:
     return {token for token in (own, *(given if isinstance(given, list) else [given])) if token is not None}
 
 
+class _Where:
+    """At which positions of a pass something is changed."""
+
+    def __init__(self, steered: Sequence[bool], spared: Collection[int], device: torch.device) -> None:
+        self.rows = torch.tensor(steered)[:, None]
+        self.spared, self.device = torch.tensor(sorted(spared), dtype=torch.long), device
+        self.mask = torch.zeros(0)
+
+    def look(self, ids: Tensor) -> None:
+        """Before a pass over token ids [rows, tokens]."""
+        self.mask = (self.rows & ~torch.isin(ids, self.spared))[..., None].to(self.device)
+
+
 @dataclass
 class _Site:
     """All changes of one SAE."""
@@ -129,7 +162,7 @@ def _edits(
     lm: LanguageModel,
     saes: Mapping[str, LoadedSae],
     changes: Sequence[Change],
-    steered: Sequence[bool],
+    where: _Where,
     *,
     orthogonal: bool,
 ) -> dict[str, Any]:
@@ -140,7 +173,6 @@ def _edits(
         if not 0 <= change.feature < d_sae:
             raise UserError(f"{change.sae} has no feature {change.feature}; its features are 0 to {d_sae - 1}.")
         sites.setdefault(change.sae, _Site(saes[change.sae])).changes.append(change)
-    mask = torch.tensor(steered, device=lm.device)[:, None, None]
     at: dict[str, list[Any]] = {}
     for name, site in sites.items():
         reads, writes = hook_of(name, site.sae), _writes(name, site.sae)
@@ -149,13 +181,13 @@ def _edits(
         at.setdefault(writes, []).append(
             lambda x, site=site, same=reads == writes: _moved(site, x, x if same else site.seen, orthogonal=orthogonal)
         )
-    return {hook: lambda x, steps=steps: _all(x, steps, mask) for hook, steps in at.items()}
+    return {hook: lambda x, steps=steps: _all(x, steps, where) for hook, steps in at.items()}
 
 
-def _all(x: Tensor, steps: Sequence[Any], mask: Tensor) -> Tensor:
-    """Every step sees the activations as they came; what they add is summed, on the steered rows."""
+def _all(x: Tensor, steps: Sequence[Any], where: _Where) -> Tensor:
+    """Every step sees the activations as they came; what they add is summed, where something is to change."""
     moves = [move for step in steps if (move := step(x)) is not None]
-    return x if not moves else torch.where(mask, (x.float() + sum(moves)).to(x.dtype), x)
+    return x if not moves else torch.where(where.mask, (x.float() + sum(moves)).to(x.dtype), x)
 
 
 def _note(site: _Site, x: Tensor) -> None:

@@ -6,7 +6,8 @@
     guard.py        keys, scopes, limits, before anything else reads a request · access.py who has which key
     catalog.py      which SAEs are hosted, and what is known of them
     web.py          the routes put together · api.py interpret, steer · browse.py SAEs, features · jobs.py train
-    neuronpedia.py  the routes of Neuronpedia's inference server and web application
+    neuronpedia.py  what the routes of Neuronpedia's inference server (_v1), web application (_web) and both's steering
+                    (_steer) share
     pages.py        the first page and the log-in · assets/
 
 Only app.py and replicas.py know Ray. Ray reads these variables when it is imported.

@@ -87,6 +87,10 @@ class SteerRequest:
 
     prompt: str
     edits: tuple[Edit, ...]
+    messages: tuple[dict[str, str], ...] = ()
+    """A conversation to answer, `role` and `content` of each turn, instead of `prompt`."""
+    steer_special: bool = True
+    """Change something at special tokens too."""
     sides: tuple[Literal["steered", "default"], ...] = ("steered", "default")
     new_tokens: int = 40
     temperature: float = 0.0
@@ -104,6 +108,8 @@ class SteerPiece(NamedTuple):
 
     texts: dict[str, str]
     done: bool
+    prompt: str = ""
+    """What was gone on from, as the model read it."""
 
 
 class Model(Protocol):

@@ -35,7 +35,7 @@ from midiscover.interpret import (
 )
 from midiscover.saes import LoadedSae
 from midiscover.serving import ServeConfig
-from midiscover.steer import Change, Piece, Sampling, generate
+from midiscover.steer import Change, Piece, Sampling, chat_text, generate
 from midiscover.store.storage import open_store
 from midiscover.tokens import TokenStrings
 from serve.answers import answer_query
@@ -173,14 +173,16 @@ class Interpreter:
             if not self.config.steering:
                 raise UserError("This deployment keeps no whole language model, so it can't generate; set steering.")
             saes = await self._saes({edit.sae for edit in request.edits})
-            ((ids, _),) = self._tokens([request.prompt], request.front, list(saes.values()), request.new_tokens)
+            prompt = chat_text(self.lm, request.messages) if request.messages else request.prompt
+            ((ids, _),) = self._tokens([prompt], request.front, list(saes.values()), request.new_tokens)
             pieces = self._pieces(request, ids, saes)
             counted = 0
             while (piece := await self._in_compute(partial(next, pieces, None))) is not None:
                 made = sum(map(len, piece.token_ids.values()))
                 self.done["generated_tokens"] += made - counted
                 counted = made
-                yield SteerPiece({side: self._text(made) for side, made in piece.token_ids.items()}, piece.done)
+                texts = {side: self._text(made) for side, made in piece.token_ids.items()}
+                yield SteerPiece(texts, piece.done, prompt)
         except MiDiscoverError as error:
             yield problem_of(error)
 
@@ -272,6 +274,7 @@ class Interpreter:
             ),
             sides=request.sides,
             orthogonal=request.method == "orthogonal",
+            spared=() if request.steer_special else self._specials,
         )
 
     def _run(self, items: Sequence[_Item]) -> list[list[Found] | Exception]:

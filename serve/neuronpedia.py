@@ -5,16 +5,17 @@ Members are camelCase on the wire, snake_case is taken as well. BOS is put befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from pydantic.alias_generators import to_camel
 
 from serve.api import MOST_PROMPT
 from serve.catalog import Hosted
 from serve.context import Context, answered, asked
-from serve.exchange import Edit, Found, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.exchange import Found, Query, TextAnswer
 from serve.problems import ProblemError
 
 Prompt = Annotated[StrictStr, Field(min_length=1, max_length=MOST_PROMPT)]
@@ -47,32 +48,6 @@ class TopkByToken(Wire):
     source: Name
     top_k: int = Field(5, ge=1)
     ignore_bos: bool = True
-
-
-class SteerFeature(Wire):
-    """A feature to add."""
-
-    model: Name
-    source: Name
-    index: int = Field(ge=0)
-    strength: float = Field(ge=-1e6, le=1e6)
-
-
-class Completion(Wire):
-    """Text to go on from, with and without added features."""
-
-    prompt: Prompt
-    model: Name
-    steer_method: Literal["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP"] = "SIMPLE_ADDITIVE"
-    normalize_steering: bool = False
-    types: list[Literal["STEERED", "DEFAULT"]] = Field(min_length=1, max_length=2)
-    features: list[SteerFeature] = Field(min_length=1, max_length=32)
-    n_completion_tokens: int = Field(ge=1)
-    temperature: float = Field(ge=0, le=2)
-    strength_multiplier: float = Field(ge=-100, le=100)
-    freq_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int = Field(0, ge=0, lt=2**63)
-    stream: bool = False
 
 
 def peak(values: list[float]) -> dict[str, Any]:
@@ -143,33 +118,22 @@ async def active(sae: Hosted, prompts: Sequence[str], context: Context) -> list[
     return results
 
 
-def steering(request: Completion, context: Context) -> tuple[Hosted, SteerRequest]:
-    """The request in our own terms. With normalizeSteering a direction has norm 1, which ours have already."""
-    limit = context.config.limits.new_tokens
-    if request.n_completion_tokens > limit:
-        raise ProblemError(422, f"nCompletionTokens is {request.n_completion_tokens}; at most {limit} are made.")
-    edits, saes = [], []
-    for feature in request.features:
-        saes.append(source(context, feature.model, feature.source))
-        edits.append(Edit(saes[-1].id, feature.index, "add", feature.strength * request.strength_multiplier))
-    context.chosen([sae.id for sae in saes])  # all of one language model
-    sides: dict[str, Literal["steered", "default"]] = {"STEERED": "steered", "DEFAULT": "default"}
-    return saes[0], SteerRequest(
-        prompt=request.prompt,
-        edits=tuple(edits),
-        sides=tuple(sides[side] for side in dict.fromkeys(request.types)),
-        new_tokens=request.n_completion_tokens,
-        temperature=request.temperature,
-        frequency_penalty=request.freq_penalty,
-        seed=request.seed,
-        method="orthogonal" if request.steer_method == "ORTHOGONAL_DECOMP" else "add",
-        front="bos",
-    )
+def number(index: int | str) -> int:
+    """A feature's index, which comes as text or as a number."""
+    if not str(index).isdigit() or len(str(index)) > 9:
+        raise ProblemError(422, f"'{index}' is no index of a feature.")
+    return int(index)
 
 
-def outputs(piece: SteerPiece, sides: Sequence[str]) -> dict[str, Any]:
-    """What was generated, the prompt not included."""
-    return {"outputs": [{"type": side, "output": piece.texts[side.lower()]} for side in sides]}
+def twice(router: APIRouter, path: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A POST route with and without a slash at its end: the client asks with one where it has nothing to add."""
+
+    def decorate(route: Callable[..., Any]) -> Callable[..., Any]:
+        router.post(path, **settings)(route)
+        router.post(f"{path}/", include_in_schema=False, **settings)(route)
+        return route
+
+    return decorate
 
 
 async def tokens(context: Context, model: str, text: str, *, with_bos: bool) -> TextAnswer:

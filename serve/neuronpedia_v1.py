@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import StreamingResponse
 from pydantic import Field, StrictStr
 
-from serve.api import last_piece, started
 from serve.context import Context, answered, context_of
 from serve.exchange import Query
 from serve.neuronpedia import (
     NO_DFA,
     All,
-    Completion,
     Name,
     Prompt,
     TopkByToken,
@@ -27,15 +24,12 @@ from serve.neuronpedia import (
     any_of,
     by_token,
     hook_of,
-    outputs,
     peak,
     source,
-    steering,
     strongest,
     tokens,
 )
 from serve.problems import ProblemError
-from serve.streams import events
 
 router = APIRouter(prefix="/v1", tags=["neuronpedia inference"])
 Given = Annotated[Context, Depends(context_of)]
@@ -161,22 +155,6 @@ class SourceRequest(Wire):
 async def activation_source(request: SourceRequest, context: Given) -> dict[str, Any]:
     """All features of a source that fire on texts, with the tokens where they do."""
     return {"results": await active(source(context, request.model, request.source), request.prompts, context)}
-
-
-@router.post(
-    "/steer/completion",
-    response_model=None,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The texts."}},
-)
-async def steer_completion(request: Completion, context: Given) -> Any:
-    """Generate with features added and without; a stream of the whole text so far where asked for."""
-    sae, asked_of = steering(request, context)
-    pieces = context.model(sae).steer(asked_of)
-    sides = list(dict.fromkeys(request.types))
-    if request.stream:
-        frames = events(await started(pieces), lambda piece: outputs(piece, sides))
-        return StreamingResponse(frames, media_type="text/event-stream")
-    return outputs(await last_piece(pieces), sides)
 
 
 class VectorRequest(Wire):

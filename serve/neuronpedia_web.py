@@ -5,7 +5,6 @@ Rows are those of an export (`midiscover.publish.neuronpedia`), so that a featur
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path
@@ -14,26 +13,24 @@ from pydantic import Field, StrictStr
 from midiscover.config import NeuronpediaConfig
 from midiscover.features.labels import label
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
-from serve.api import last_piece
 from serve.catalog import Hosted
 from serve.context import Context, context_of, in_thread
 from serve.exchange import Query
 from serve.neuronpedia import (
     NO_DFA,
     All,
-    Completion,
     Name,
     Prompt,
-    SteerFeature,
     TopkByToken,
     Wire,
     active,
     by_token,
+    number,
     peak,
     source,
-    steering,
     strongest,
     tokens,
+    twice,
 )
 from serve.problems import ProblemError
 
@@ -42,17 +39,6 @@ Given = Annotated[Context, Depends(context_of)]
 Segment = Annotated[str, Path(min_length=1, max_length=128)]
 Index = Annotated[int, Path(ge=0, lt=2**31)]
 PAGE = 20
-
-
-def twice(path: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A POST route with and without a slash at its end: the client asks with one where it has nothing to add."""
-
-    def decorate(route: Callable[..., Any]) -> Callable[..., Any]:
-        router.post(path, **settings)(route)
-        router.post(f"{path}/", include_in_schema=False, **settings)(route)
-        return route
-
-    return decorate
 
 
 async def feature_row(context: Context, sae: Hosted, index: int, activations: int | None = None) -> dict[str, Any]:
@@ -112,13 +98,6 @@ async def features(
         await feature_row(context, source(context, one.model_id, one.layer), number(one.index), one.max_acts_to_return)
         for one in wanted
     ]
-
-
-def number(index: int | str) -> int:
-    """A feature's index, which comes as text or as a number."""
-    if not str(index).isdigit() or len(str(index)) > 9:
-        raise ProblemError(422, f"'{index}' is no index of a feature.")
-    return int(index)
 
 
 class FeatureNamed(Wire):
@@ -220,7 +199,7 @@ class SearchAll(Wire):
     num_results: int = Field(50, ge=1, le=100)
 
 
-@twice("/search-all")
+@twice(router, "/search-all")
 async def search_all(request: SearchAll, context: Given) -> dict[str, Any]:
     """The strongest features of texts over the sources of a set, those that fire too often left out."""
     many = isinstance(request.text, list)
@@ -266,7 +245,7 @@ class SearchTopk(Wire):
     density_threshold: float = 0.01
 
 
-@twice("/search-topk-by-token")
+@twice(router, "/search-topk-by-token")
 async def search_topk(request: SearchTopk, context: Given) -> dict[str, Any]:
     """The strongest features of each token of texts."""
     many = isinstance(request.text, list)
@@ -279,54 +258,6 @@ async def search_topk(request: SearchTopk, context: Given) -> dict[str, Any]:
         rows = [{"position": row.pop("tokenPosition"), **row} for row in answer["results"]]
         results.append({"source": request.source, "results": rows})
     return {"source": request.source, "results": results} if many else results[0]
-
-
-class WebSteerFeature(Wire):
-    """A feature to add."""
-
-    model_id: Name
-    layer: Name
-    index: int | StrictStr
-    strength: float = Field(ge=-1e6, le=1e6)
-
-
-class WebSteer(Wire):
-    """Text to go on from."""
-
-    prompt: Annotated[StrictStr, Field(min_length=1, max_length=2048)]
-    model_id: Name
-    features: list[WebSteerFeature] = Field(min_length=1, max_length=32)
-    temperature: float = Field(0.5, ge=0, le=2)
-    n_tokens: int = Field(32, ge=1, le=256, alias="n_tokens")
-    freq_penalty: float = Field(0.0, ge=-2, le=2, alias="freq_penalty")
-    seed: int = Field(16, ge=0, lt=2**63)
-    strength_multiplier: float = Field(1.0, ge=0, le=10, alias="strength_multiplier")
-    steer_method: str = Field("SIMPLE_ADDITIVE", alias="steer_method", pattern="^(SIMPLE_ADDITIVE|ORTHOGONAL_DECOMP)$")
-
-
-@twice("/steer")
-async def steer(request: WebSteer, context: Given) -> dict[str, Any]:
-    """Generate with features added and without."""
-    completion = Completion(
-        prompt=request.prompt,
-        model=request.model_id,
-        steer_method="ORTHOGONAL_DECOMP" if request.steer_method == "ORTHOGONAL_DECOMP" else "SIMPLE_ADDITIVE",
-        types=["STEERED", "DEFAULT"],
-        features=[
-            SteerFeature(model=one.model_id, source=one.layer, index=number(one.index), strength=one.strength)
-            for one in request.features
-        ],
-        n_completion_tokens=request.n_tokens,
-        temperature=request.temperature,
-        strength_multiplier=request.strength_multiplier,
-        freq_penalty=request.freq_penalty,
-        seed=request.seed,
-    )
-    sae, asked_of = steering(completion, context)
-    texts = (await last_piece(context.model(sae).steer(asked_of))).texts
-    # With the prompt in front, as the web application shows it.
-    both = {side: request.prompt + texts[side.lower()] for side in ("STEERED", "DEFAULT")}
-    return both | {"steeredLogProbs": None, "defaultLogProbs": None, "id": None, "shareUrl": None, "limit": None}
 
 
 class WebTokenize(Wire):
@@ -353,7 +284,7 @@ class ExplanationSearch(Wire):
     offset: int = Field(0, ge=0, lt=2**31)
 
 
-@twice("/explanation/search")
+@twice(router, "/explanation/search")
 async def explanation_search(request: ExplanationSearch, context: Given) -> dict[str, Any]:
     """Features whose explanation holds the words; by their letters, not by an embedding."""
     words = request.query.casefold().split()

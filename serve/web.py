@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 import midiscover
 from midiscover.errors import MiDiscoverError
-from serve import api, browse, jobs, neuronpedia_v1, neuronpedia_web, pages
+from serve import api, browse, jobs, neuronpedia_steer, neuronpedia_v1, neuronpedia_web, pages
 from serve.context import Context
 from serve.guard import Guard, Meter
 from serve.problems import RESPONSES, ProblemError, of_error, problem_bytes, problem_headers
@@ -44,7 +44,14 @@ def create_routes(context: Context) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.context = context
-    for router in (browse.router, api.router, jobs.router, neuronpedia_v1.router, neuronpedia_web.router, pages.router):
+    ours = (browse.router, api.router, jobs.router, pages.router)
+    neuronpedias = (
+        neuronpedia_v1.router,
+        neuronpedia_steer.inference,
+        neuronpedia_web.router,
+        neuronpedia_steer.application,
+    )
+    for router in (*ours, *neuronpedias):
         app.include_router(router)
     app.mount("/assets", StaticFiles(directory=pages.ASSETS), name="assets")
     _handle_errors(app)

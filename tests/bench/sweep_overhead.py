@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     starts: list[float] = []
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="midiscover-bench-") as folder:
         storage = LocalStorage(Path(folder))
-        job = _prepare(storage, args)
+        job = prepare(storage, args)
         for repeat in range(args.repeats):
             for way in ways:
                 if way == BASE:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(storage: LocalStorage, args: argparse.Namespace) -> PackJob:
+def prepare(storage: LocalStorage, args: argparse.Namespace) -> PackJob:
     """A harvest of three hooks, and the grid over it as a sweep plans it."""
     config = RunConfig(
         name="bench",

@@ -1,4 +1,4 @@
-"""A deployment whose store, and whose database, are away for a minute: R13 and R28 of the reliability goals."""
+"""A deployment whose store, and whose database, are away for a minute: R15 of the reliability goals, and R23 here."""
 
 from __future__ import annotations
 

@@ -62,6 +62,80 @@ def test_neuronpedias_own_client_needs_only_another_address(api: Served) -> None
             SAEFeatureRequest().get(model, "99-nothing", "5")
 
 
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+)
+TURNS = [{"role": "user", "content": "The river ran"}]
+
+
+@pytest.fixture
+def with_template(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.interpreter.lm.tokenizer, "chat_template", TEMPLATE)
+
+
+def chat(api: Served, **given: Any) -> Any:
+    sae = api.context.catalog.find(api.saes[2])
+    feature = {"model": sae.neuronpedia_model, "source": sae.source, "index": 5, "strength": 9.0}
+    settings = {"nCompletionTokens": 6, "temperature": 0.0, "strengthMultiplier": 1.0, "types": ["STEERED", "DEFAULT"]}
+    body = {"model": sae.neuronpedia_model, "prompt": TURNS, "features": [feature], **settings, **given}
+    return api.post("/v1/steer/completion-chat", body, "steer")
+
+
+def test_a_model_without_a_chat_template_is_asked_no_conversations(api: Served) -> None:
+    refused = chat(api)
+    assert refused.status_code == 422
+    assert "no chat template" in refused.json()["error"]
+
+
+@pytest.mark.usefixtures("with_template")
+def test_a_chat_is_steered_as_the_text_that_its_template_makes(api: Served) -> None:
+    answer = chat(api).json()
+    raw = "<s>user: The river ran <s>"
+    assert answer["input"] == {"chatTemplate": TURNS, "raw": raw}
+    steered, plain = answer["outputs"]
+    assert [steered["type"], plain["type"]] == ["STEERED", "DEFAULT"]
+    completed = api.post(
+        "/steer",
+        {
+            "prompt": raw.removeprefix("<s>"),
+            "features": [{"sae": api.saes[2], "feature": 5, "value": 9.0}],
+            "max_new_tokens": 6,
+        },
+        "steer",
+    ).json()
+    for one, side in ((steered, "steered"), (plain, "default")):
+        assert one["raw"] == raw + completed[side]
+        assert one["chatTemplate"] == [*TURNS, {"role": "assistant", "content": completed[side]}]
+    assert steered["raw"] != plain["raw"]
+    spared = chat(api, steerSpecialTokens=False).json()["outputs"]
+    assert spared[1] == plain
+    assert spared[0] != steered, "the answer begins at a special token, where nothing was changed"
+    assert chat(api, prompt=[{"role": "user"}]).status_code == 422
+
+
+@pytest.mark.usefixtures("with_template")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_neuronpedias_own_client_steers_a_chat(api: Served) -> None:
+    neuronpedia = pytest.importorskip("neuronpedia")
+    from neuronpedia.np_feature import SteerFeature
+    from neuronpedia.requests.base_request import NPRequest
+    from neuronpedia.requests.steer_request import SteerChatRequest
+
+    sae = api.context.catalog.find(api.saes[2])
+    feature = SteerFeature(modelId=sae.neuronpedia_model, source=sae.source, index="5", strength=9.0)
+    other = [*TURNS, {"role": "assistant", "content": "far"}, {"role": "user", "content": "And then?"}]
+    with live(api) as address, neuronpedia.api_key(api.keys["steer"]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NPRequest, "BASE_URL", f"{address}/api")
+        found: Any = SteerChatRequest().steer_features(
+            sae.neuronpedia_model, [feature], other, TURNS, temperature=0.0, n_tokens=6, freq_penalty=0.0,
+            strength_multiplier=1.0,
+        )  # fmt: skip
+    steered, plain = chat(api).json()["outputs"][0], found["DEFAULT"]
+    assert found["STEERED"] == {"raw": steered["raw"], "chatTemplate": steered["chatTemplate"]}
+    assert plain["chatTemplate"][:-1] == other
+    assert plain["raw"].startswith("<s>user: The river ran <s>assistant: far <s>user: And then? <s>")
+
+
 def test_the_inference_routes_count_and_leave_out_bos_as_neuronpedia_does(api: Served) -> None:
     sae = api.context.catalog.find(api.saes[2])
     of = {"model": sae.neuronpedia_model, "source": sae.source}

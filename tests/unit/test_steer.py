@@ -124,6 +124,23 @@ def test_orthogonal_takes_out_what_was_there_in_that_direction(lm: LanguageModel
     assert both["steered"] == by_hand(lm, edit, FIRST, FIRST)
 
 
+def test_nothing_is_changed_at_spared_tokens(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
+    direction = saes["first"].module.W_dec[9]
+    spared = {PROMPT[1], PROMPT[-1]}
+
+    def edit(_x: Tensor, out: Tensor) -> Tensor:  # by_hand runs whole sequences, of which the prompt is the beginning
+        changed = out + 4.0 * direction
+        for place, token in enumerate(PROMPT):
+            if token in spared:
+                changed[:, place] = out[:, place]
+        return changed
+
+    both = made(lm, saes, Change("first", 9, "add", 4.0), spared=spared)
+    assert not spared & set(both["steered"]), "what is generated has none of them, so that `edit` is right"
+    assert both["steered"] == by_hand(lm, edit, FIRST, FIRST)
+    assert both["steered"] != made(lm, saes, Change("first", 9, "add", 4.0))["steered"]
+
+
 def test_two_sides_of_one_seed_differ_by_the_change_alone(lm: LanguageModel, saes: dict[str, LoadedSae]) -> None:
     warm = Sampling(new_tokens=8, temperature=1.5, seed=11)
     nothing = list(generate(lm, PROMPT, saes, [Change("first", 7, "add", 0.0)], warm))[-1].token_ids
