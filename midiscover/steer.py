@@ -73,7 +73,7 @@ def generate(
     spared: tokens at which nothing is changed, such as the special ones of a chat.
     """
     where = _Where([side == "steered" for side in sides], spared, lm.device)
-    edits = _edits(lm, saes, changes, where, orthogonal=orthogonal)
+    edits = _edits(saes, changes, where, orthogonal=orthogonal)
     made: dict[str, list[int]] = {side: [] for side in sides}
     draw = {side: torch.Generator().manual_seed(sampling.seed) for side in sides}
     ended = dict.fromkeys(sides, False)
@@ -159,7 +159,6 @@ class _Site:
 
 
 def _edits(
-    lm: LanguageModel,
     saes: Mapping[str, LoadedSae],
     changes: Sequence[Change],
     where: _Where,

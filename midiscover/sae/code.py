@@ -25,6 +25,8 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWa
 
 SPARSE_BELOW = 0.12
 """Share of entries that fire below which a sparse code is made. By measurement: tests/bench/step.py."""
+SPARSE_FROM = 2**25
+"""Multiply-adds of x @ W_enc from which a sparse code is made; below, its many small calls take what they save."""
 LOOKED_AT = 64
 """Tokens by which the share is estimated: it needs no pass over the whole, and depends on the batch alone."""
 SPARSE_DEVICES = ("cpu",)
@@ -191,7 +193,8 @@ class PreActivations:
     def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, b_dec: Tensor | None) -> None:
         self.x, self.encoder, self.bias, self.b_dec = x, encoder, bias, b_dec
         # Not where products run in half the precision, which the sparse kernels do not know.
-        self.may_be_sparse = x.device.type in SPARSE_DEVICES and not torch.is_autocast_enabled(x.device.type)
+        known = x.device.type in SPARSE_DEVICES and not torch.is_autocast_enabled(x.device.type)
+        self.may_be_sparse = known and x.numel() * encoder.shape[1] >= SPARSE_FROM
         with torch.set_grad_enabled(not self.may_be_sparse and torch.is_grad_enabled()):
             # Written so, b_dec's gradient needs no product of [tokens, d_sae] with [d_sae, d_in], a sixth of a step,
             # and the bias no pass of its own. On raw activations, whose mean is far from 0, the two terms would cancel.

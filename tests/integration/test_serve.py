@@ -74,6 +74,16 @@ def test_nothing_of_it_listens_beyond_this_machine(running: Deployment) -> None:
     port = int(running.address.rpartition(":")[2])
     listening = [one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.laddr]
     assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+    ports = {
+        one.laddr.port
+        for replica in running.workers("ServeReplica:midiscover")
+        for one in replica.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.laddr
+    }
+    assert ports, "Ray's own, which ask for its token"
+    for port in ports:
+        with pytest.raises(requests.RequestException):
+            requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
 
 
 def test_a_second_one_on_its_port_is_refused(running: Deployment, store: Path) -> None:

@@ -54,6 +54,7 @@ def test_loss_and_gradients_equal_those_of_the_naive_formula(
     sae: Sae, below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
     x, y = batch(sae)
     losses = sae.loss(x, y, context(sae))
     losses.total.backward()
@@ -70,6 +71,7 @@ def test_loss_and_gradients_equal_those_of_the_naive_formula(
 @pytest.mark.parametrize("below", [0.0, 1.0], ids=["dense", "sparse"])
 def test_the_losses_say_what_the_reconstruction_is(sae: Sae, below: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
     x, y = batch(sae)
     losses = sae.loss(x, y, context(sae))
     whole = sae.output(x, losses.code.dense())

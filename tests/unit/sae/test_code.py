@@ -69,6 +69,7 @@ def test_both_codes_do_the_same(dense: Tensor) -> None:
 def gradients(below: float, monkeypatch: pytest.MonkeyPatch, share: float) -> list[Tensor]:
     """Of a loss with every use of a code, by x @ W_enc + bias and b_dec, with features that fire by `share`."""
     monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
     x, encoder, decoder = rows(6, D_IN, TOKENS), rows(7, D_SAE, D_IN), rows(8, D_OUT, D_SAE)
     shift = (x @ encoder).flatten().quantile(1 - share)
     bias, b_dec = rows(9, D_SAE, 1)[0] * 0.1 - shift, rows(10, D_IN, 1)[0] * 0.1
@@ -91,16 +92,18 @@ def test_gradients_of_both_are_those_of_plain_autograd(monkeypatch: pytest.Monke
         assert torch.allclose(one, two)
 
 
-def test_the_share_that_fires_decides_which_it_is() -> None:
+def test_the_share_that_fires_and_the_size_decide_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     x, encoder = rows(6, D_IN, 400), rows(7, D_SAE, D_IN)
     pre = x @ encoder
-    for share, kind in ((0.05, SparseCode), (0.3, DenseCode)):
+    for least, share, kind in ((0, 0.05, SparseCode), (0, 0.3, DenseCode), (10**6, 0.05, DenseCode)):
+        monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", least)
         code = relu_code(PreActivations(x, encoder, -pre.flatten().quantile(1 - share).expand(D_SAE), None))
         assert isinstance(code, kind)
         assert float(code.l0()) == pytest.approx(share * D_SAE, rel=0.1)
 
 
-def test_in_bfloat16_codes_are_dense() -> None:
+def test_in_bfloat16_codes_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
     x, encoder = rows(6, D_IN, 40).float(), rows(7, D_SAE, D_IN).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert isinstance(relu_code(PreActivations(x, encoder, torch.full((D_SAE,), -9.0), None)), DenseCode)
