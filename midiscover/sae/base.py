@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from midiscover.sae.code import Code, PreActivations
+from midiscover.sae.code import Code, PreActivations, product
 
 DENSE_INIT_NORM = 0.1
 
@@ -159,7 +159,7 @@ class Sae(nn.Module, ABC):
 
     def decode(self, features: Tensor) -> Tensor:
         """Reconstruction [tokens, d_out] of features [tokens, d_sae]."""
-        return features @ self.W_dec + self.b_dec
+        return product(features, self.W_dec) + self.b_dec
 
     def output(self, x: Tensor, features: Tensor) -> Tensor:  # noqa: ARG002 - for those that have a way past features
         """Reconstruction [tokens, d_out] from activations and their features: `decode`, plus what goes past them."""

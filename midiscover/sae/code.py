@@ -220,8 +220,7 @@ class PreActivations:
         sample = fires(self.values[:: max(1, tokens // LOOKED_AT)])
         if int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel():
             return None
-        places = np.flatnonzero(fires(self.values).numpy())  # torch's own takes twice as long
-        return Pattern.of_places(torch.from_numpy(places), tokens, d_sae)
+        return Pattern.of_places(places_of(fires(self.values)), tokens, d_sae)
 
     def prefers_sparse(self, k: int) -> bool:
         """Whether a code of k features a token should be sparse."""
@@ -230,6 +229,29 @@ class PreActivations:
     def columns(self, features: Tensor) -> PreActivations:
         """Those of some features, by index [m]."""
         return PreActivations(self.x, self.encoder[:, features], self.bias[features], self.b_dec)
+
+
+def product(features: Tensor, decoder: Tensor) -> Tensor:
+    """features [..., d_sae] @ decoder [d_sae, d_out]; with no gradient to come, of what is not 0 where that pays."""
+    gradient = torch.is_grad_enabled() and (features.requires_grad or decoder.requires_grad)
+    if gradient or features.device.type not in SPARSE_DEVICES or features.dtype != decoder.dtype:
+        return features @ decoder
+    flat = features.detach().flatten(0, -2)
+    tokens, d_sae = flat.shape
+    sample = flat[:: max(1, tokens // LOOKED_AT)]
+    is_dense = int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel()
+    if is_dense or features.numel() * decoder.shape[1] < SPARSE_FROM or torch.is_autocast_enabled("cpu"):
+        return features @ decoder
+    places = places_of(flat != 0)
+    found = Pattern.of_places(places, tokens, d_sae).times(flat.flatten()[places], decoder.detach())
+    return found.view(*features.shape[:-1], -1)
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """[n] token * d_sae + feature of what holds in [tokens, d_sae], rising."""
+    if mask.device.type == "cpu":  # torch's own takes twice as long
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 
 def relu_code(pre: PreActivations) -> Code:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import midiscover.sae.code
-from midiscover.sae.code import DenseCode, Pattern, PreActivations, SparseCode, relu_code
+from midiscover.sae.code import DenseCode, Pattern, PreActivations, SparseCode, places_of, product, relu_code
 from tests.unit.sae.naive import rows
 
 TOKENS, D_IN, D_SAE, D_OUT = 30, 6, 20, 5
@@ -107,3 +107,21 @@ def test_in_bfloat16_codes_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     x, encoder = rows(6, D_IN, 40).float(), rows(7, D_SAE, D_IN).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert isinstance(relu_code(PreActivations(x, encoder, torch.full((D_SAE,), -9.0), None)), DenseCode)
+
+
+@pytest.mark.parametrize("below", [0.0, 1.0], ids=["dense", "sparse"])
+def test_a_product_without_gradient_is_that_of_the_dense_matrices(
+    dense: Tensor, below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", below)
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
+    decoder = rows(4, D_OUT, D_SAE)
+    assert torch.allclose(product(dense, decoder), dense @ decoder)
+    assert torch.allclose(product(dense.view(5, 6, D_SAE), decoder), dense.view(5, 6, D_SAE) @ decoder)
+    assert torch.equal(places_of(dense != 0), dense.flatten().nonzero()[:, 0])
+    decoder.requires_grad_()
+    product(dense, decoder).sum().backward()
+    assert decoder.grad is not None
+    assert torch.allclose(decoder.grad, dense.sum(0)[:, None].expand(-1, D_OUT))
+    with torch.no_grad():
+        assert not product(dense, decoder).requires_grad

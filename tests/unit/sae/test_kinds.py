@@ -8,7 +8,8 @@ from torch import Tensor
 
 from midiscover.errors import ConfigError
 from midiscover.sae.base import Normalisation, StepContext, l1_conventions
-from midiscover.sae.batchtopk import BatchTopKSae, keep_top_of_batch
+from midiscover.sae.batchtopk import BatchTopKSae, keep_top_of_batch, largest
+from midiscover.sae.code import LOOKED_AT
 from midiscover.sae.jumprelu import JumpReluSae
 from midiscover.sae.matryoshka import prefix_sizes
 from midiscover.sae.registry import folded_sae, make_sae
@@ -117,6 +118,17 @@ def test_batchtopk_keeps_exactly_k_per_token_however_many_are_equal(pre: Tensor)
     assert bool(smallest.isfinite()) == (float(pre[0, 0]) > 0)
     assert int((keep_top_of_batch(torch.ones(8, 10).bfloat16(), 3)[0] > 0).sum()) == 24
     assert int((keep_top_of_batch(torch.ones(8, 10), 30)[0] > 0).sum()) == 80  # more than there are
+
+
+@pytest.mark.parametrize("skew", [0.0, 9.0])
+def test_the_largest_of_a_batch_are_found_without_looking_at_all(skew: float) -> None:
+    """skew: lifts tokens that the floor is taken from, so that it is too high for the rest."""
+    pre = rows(3, 50, 1000)
+    pre[:: len(pre) // LOOKED_AT] += skew
+    values, places = largest(pre, 4)
+    expected = pre.flatten().topk(4000)
+    assert sorted(places.tolist()) == sorted(expected.indices.tolist())
+    assert torch.equal(values, pre.flatten()[places])
 
 
 def test_batchtopk_follows_the_smallest_value_that_it_kept(x: Tensor) -> None:
