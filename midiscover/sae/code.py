@@ -103,7 +103,7 @@ class SparseCode(Code):
         return _Decoded.apply(self.values[kept], decoder, pattern)
 
     def total(self, weights: Tensor | None = None) -> Tensor:
-        values = self.values if weights is None else self.values * weights[self.pattern.feature]
+        values = self.values if weights is None else self.values * self.pattern.spread(weights)
         return values.sum() / self.tokens
 
     def fired(self) -> Tensor:
@@ -166,6 +166,10 @@ class Pattern:
     def sums(self, values: Tensor) -> Tensor:
         """[d_sae] sums of values [n] by feature."""
         return values.new_zeros(self.d_sae).index_add_(0, self.feature, values)
+
+    def spread(self, each: Tensor) -> Tensor:
+        """[n] for each place what is its feature's of `each` [d_sae]."""
+        return _Spread.apply(each, self)
 
     def part(self, first: int, count: int) -> tuple[Tensor, Pattern]:
         """Numbers of the places in some features, and these places as a pattern of their own."""
@@ -258,6 +262,19 @@ def relu_code(pre: PreActivations) -> Code:
     """relu of pre-activations."""
     pattern = pre.pattern(lambda values: values > 0)
     return DenseCode(torch.relu(pre.whole())) if pattern is None else SparseCode(pre.at(pattern), pattern)
+
+
+class _Spread(torch.autograd.Function):
+    """each[feature]; autograd's own backward pass adds up in any order where there are several threads."""
+
+    @staticmethod
+    def forward(ctx: Any, each: Tensor, pattern: Pattern) -> Tensor:
+        ctx.pattern = pattern
+        return each[pattern.feature]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.pattern.sums(grads[0]), None
 
 
 def row_norms(rows: Tensor) -> Tensor:

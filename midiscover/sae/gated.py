@@ -70,9 +70,10 @@ class GatedSae(Sae):
             whole = pre.whole()
             gate = torch.relu(whole + self.b_gate.to(whole.dtype))
             return DenseCode(gate), DenseCode(torch.where(gate > 0, self.magnitudes(whole), 0))
-        values, at = pre.at(pattern), pattern.feature
-        gate = torch.relu(values + self.b_gate[at])
-        magnitudes = torch.relu(torch.addcmul(self.b_mag[at], values, self.r_mag.exp()[at]))
+        values = pre.at(pattern)
+        gate = torch.relu(values + pattern.spread(self.b_gate))
+        scaled = values * pattern.spread(self.r_mag.exp())
+        magnitudes = torch.relu(scaled + pattern.spread(self.b_mag))
         return SparseCode(gate, pattern), SparseCode(magnitudes, pattern)
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ class JumpReluSae(Sae):
         if pattern is None:
             features, count = JumpReluStep.apply(pre.whole(), self.threshold, width, len(pre.x))
             return DenseCode(features), count
-        values, count = JumpReluStep.apply(pre.at(pattern), self.threshold[pattern.feature], width, len(pre.x))
+        values, count = JumpReluStep.apply(pre.at(pattern), pattern.spread(self.threshold), width, len(pre.x))
         return SparseCode(values, pattern), count
 
     @torch.no_grad()

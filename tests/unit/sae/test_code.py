@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import midiscover.sae.code
+from midiscover.sae.base import StepContext
 from midiscover.sae.code import DenseCode, Pattern, PreActivations, SparseCode, places_of, product, relu_code
-from tests.unit.sae.naive import rows
+from midiscover.sae.registry import ARCHITECTURES, make_sae
+from tests.unit.sae.naive import CONFIGS, rows
 
 TOKENS, D_IN, D_SAE, D_OUT = 30, 6, 20, 5
 
@@ -125,3 +127,26 @@ def test_a_product_without_gradient_is_that_of_the_dense_matrices(
     assert torch.allclose(decoder.grad, dense.sum(0)[:, None].expand(-1, D_OUT))
     with torch.no_grad():
         assert not product(dense, decoder).requires_grad
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_several_threads_give_the_same_gradients_each_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, at a size at which torch does share the work out."""
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_BELOW", 1.0)
+    monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        sae = make_sae(CONFIGS[kind], 64, 512, 48 if ARCHITECTURES[kind].transcodes else None)
+        sae.initialise_(0)
+        x, y = rows(1, 64, 1024).float(), rows(2, sae.d_out, 1024).float()
+        found = []
+        for _ in range(3):
+            sae.zero_grad()
+            losses = sae.loss(x, y if sae.transcodes else x, StepContext(sparsity=0.3, dead=None))
+            losses.total.backward()
+            found.append([p.grad.clone() for p in sae.parameters() if p.grad is not None])
+        for again in found[1:]:
+            assert all(torch.equal(one, two) for one, two in zip(found[0], again, strict=True))
+    finally:
+        torch.set_num_threads(threads)
