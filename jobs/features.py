@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ray
-import ray.data
 import torch
-from ray.data import ActorPoolStrategy
 
 from jobs.board import Board, Event, watched
 from jobs.harvest import commit_manifests, ensure_corpus, harvest
@@ -226,6 +224,8 @@ class FeaturesRun:
 
     def _run_actors(self, items: Sequence[str], slots: Slots, board: Board) -> int:
         """Read what is missing; returns the rows that were read."""
+        import ray.data  # takes a second: only where something is to be read
+
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         data = ray.data.from_items([{"chunk": item} for item in items], override_num_blocks=len(items)).map_batches(
@@ -237,7 +237,7 @@ class FeaturesRun:
                 "board": board,
             },
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(slots.count, len(items))),
+            compute=ray.data.ActorPoolStrategy(size=min(slots.count, len(items))),
             num_cpus=slots.cpus,
             num_gpus=slots.gpus,
         )

@@ -15,10 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import ray
-import ray.data
 import torch
-from ray.data import ActorPoolStrategy
 
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
@@ -206,6 +203,8 @@ def commit_manifests(resolved: Resolved, corpus: CorpusManifest, storage: Storag
 def _run_actors(
     resolved: Resolved, storage: Storage, todo: list[tuple[BlockSpan, list[str]]], slots: Slots, board: Board
 ) -> None:
+    import ray.data  # takes a second, which a run that finds everything there should not wait for
+
     shares = slots.count * LEASES_PER_ACTOR if slots.count > 1 else 1
     size = min(SPANS_PER_LEASE, math.ceil(len(todo) / shares))
     items = [{"span": _span_fields(span), "hooks": hooks} for span, hooks in todo]
@@ -223,7 +222,7 @@ def _run_actors(
             "board": board,
         },
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(slots.count, len(leases))),
+        compute=ray.data.ActorPoolStrategy(size=min(slots.count, len(leases))),
         num_cpus=slots.cpus,
         num_gpus=slots.gpus,
     )

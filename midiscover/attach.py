@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 def be_quiet() -> None:
     """No advice and no bars of transformers."""
+    import transformers  # where it is used, here as elsewhere: it takes seconds, and drivers of jobs load no model
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from midiscover.attach import attach, be_quiet, embedding_rows, first_line
 from midiscover.errors import ModelError
@@ -31,6 +29,8 @@ def hook_facts(folder: Path) -> dict[str, Any]:
     cost is [linear, attention] FLOPs per token of all that ran before it; attention per token of context, causal.
     Where a model's code needs real numbers to run, the modules' own sizes in order of definition stand in.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     be_quiet()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -114,6 +114,8 @@ def _dry_run(model: PreTrainedModel) -> tuple[_HookFacts, tuple[float, float]]:
 
 
 def _sizes(model: PreTrainedModel, d_model: int) -> tuple[_HookFacts, tuple[float, float]]:
+    from transformers.pytorch_utils import Conv1D
+
     hooks: _HookFacts = {}
     linear = attention = 0.0
     for path, module in model.named_modules():
@@ -130,6 +132,8 @@ def _sizes(model: PreTrainedModel, d_model: int) -> tuple[_HookFacts, tuple[floa
 
 def _recommended(model: PreTrainedModel, hooks: Iterable[str], n_layers: int) -> list[str]:
     """The MLP output projections at 1/3, 1/2 and 2/3 of the depth: where SAEs on MLP outputs are usually trained."""
+    from transformers.pytorch_utils import Conv1D
+
     chosen = []
     for layer in sorted({min(round(n_layers * share), n_layers - 1) for share in (1 / 3, 1 / 2, 2 / 3)}):
         inside = [hook for hook in hooks if hook_layer(hook) == layer and not hook.endswith(":in")]

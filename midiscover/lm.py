@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from midiscover.attach import Edit, attach, be_quiet, embedding_rows, first_line
 from midiscover.config import Dtype
@@ -32,7 +31,7 @@ from midiscover.modelfiles import NAME_FILE
 from midiscover.models import ModelIdentity, config_folder, model_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # takes as long to import as torch, and here it is only named
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LanguageModel:
@@ -65,6 +64,8 @@ class LanguageModel:
 
         device_map: how the layers are spread over devices instead, as accelerate takes it: `balanced`, over all GPUs.
         """
+        from transformers import AutoModelForCausalLM
+
         be_quiet()
         folder = model_folder(identity)
         device = torch.device(device)
@@ -165,6 +166,8 @@ class LanguageModel:
 
 def load_tokenizer(identity: ModelIdentity) -> PreTrainedTokenizerBase:
     """The model's tokenizer, without its weights."""
+    from transformers import AutoTokenizer
+
     be_quiet()
     folder = config_folder(identity)
     try:
@@ -193,6 +196,8 @@ def convert_gguf(gguf: Path, folder: Path, about: Mapping[str, str | None]) -> N
 
     The folder appears whole or not at all.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     be_quiet()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

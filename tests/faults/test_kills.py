@@ -60,7 +60,7 @@ def _hears_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def wait_for(condition: Callable[[], object], driver: subprocess.Popen[bytes], what: str, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], driver: subprocess.Popen[bytes], what: str, seconds: float = 240) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert driver.poll() is None, f"the driver ended before {what}"
