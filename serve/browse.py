@@ -142,6 +142,9 @@ async def list_features(
 
 async def one_of(context: Context, run: str, sae: str | None) -> Hosted:
     """The SAE that a path means: itself, or one of a sweep."""
+    hosted = {one.id for one in context.catalog.hosted}
+    if run in hosted and run.startswith(sae or ""):  # asks nothing of a store that may be away
+        return context.hosted(run)
     try:
         members = await in_thread(lambda: context.catalog.members(run))
     except ProblemError as problem:
