@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
@@ -115,6 +116,17 @@ def answered_chat(given: Sequence[dict[str, str]], piece: SteerPiece, side: str)
     return {"chatTemplate": [*given, {"role": "assistant", "content": answer}], "raw": piece.prompt + answer}
 
 
+async def generated(request: Completion | Chat, context: Context, shown: Callable[[SteerPiece, list[str]], Any]) -> Any:
+    """The answer to a request, or a stream of what there is so far, as `shown` puts it."""
+    sae, asked_of = steering(request, context)
+    pieces = context.model(sae).steer(asked_of)
+    sides: list[str] = list(dict.fromkeys(request.types))
+    if request.stream:
+        frames = events(await started(pieces), lambda piece: shown(piece, sides))
+        return StreamingResponse(frames, media_type="text/event-stream")
+    return shown(await last_piece(pieces), sides)
+
+
 @inference.post(
     "/steer/completion",
     response_model=None,
@@ -122,13 +134,7 @@ def answered_chat(given: Sequence[dict[str, str]], piece: SteerPiece, side: str)
 )
 async def steer_completion(request: Completion, context: Given) -> Any:
     """Generate with features added and without; a stream of the whole text so far where asked for."""
-    sae, asked_of = steering(request, context)
-    pieces = context.model(sae).steer(asked_of)
-    sides = list(dict.fromkeys(request.types))
-    if request.stream:
-        frames = events(await started(pieces), lambda piece: outputs(piece, sides))
-        return StreamingResponse(frames, media_type="text/event-stream")
-    return outputs(await last_piece(pieces), sides)
+    return await generated(request, context, outputs)
 
 
 @inference.post(
@@ -138,13 +144,7 @@ async def steer_completion(request: Completion, context: Given) -> Any:
 )
 async def steer_chat(request: Chat, context: Given) -> Any:
     """Answer a conversation with features added and without; streamed where asked for."""
-    sae, asked_of = steering(request, context)
-    pieces = context.model(sae).steer(asked_of)
-    sides = list(dict.fromkeys(request.types))
-    if request.stream:
-        frames = events(await started(pieces), lambda piece: chat_outputs(request, piece, sides))
-        return StreamingResponse(frames, media_type="text/event-stream")
-    return chat_outputs(request, await last_piece(pieces), sides)
+    return await generated(request, context, partial(chat_outputs, request))
 
 
 class WebSteerFeature(Wire):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Normalisation, feature_norms
-from midiscover.sae.code import LOOKED_AT, Code, DenseCode, Pattern, PreActivations, SparseCode, places_of
+from midiscover.sae.code import Code, DenseCode, Pattern, PreActivations, SparseCode, places_of, some_tokens
 from midiscover.sae.topk import TopKSae
 from midiscover.saeconfig import BatchTopKConfig
 
@@ -78,7 +78,7 @@ def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     product that they come from; among all where the floor was too high.
     """
     flat, count = pre.flatten(), k * len(pre)
-    sample = pre[:: max(1, len(pre) // LOOKED_AT)]
+    sample = some_tokens(pre)
     floor = sample.flatten().topk(min(ROOM * k * len(sample), sample.numel()), sorted=False).values.amin()
     candidates = places_of(pre > floor)
     if len(candidates) < count:

@@ -221,8 +221,7 @@ class PreActivations:
         tokens, d_sae = self.values.shape
         if not self.may_be_sparse:
             return None
-        sample = fires(self.values[:: max(1, tokens // LOOKED_AT)])
-        if int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel():
+        if _too_many(fires(some_tokens(self.values))):
             return None
         return Pattern.of_places(places_of(fires(self.values)), tokens, d_sae)
 
@@ -240,15 +239,24 @@ def product(features: Tensor, decoder: Tensor) -> Tensor:
     gradient = torch.is_grad_enabled() and (features.requires_grad or decoder.requires_grad)
     if gradient or features.device.type not in SPARSE_DEVICES or features.dtype != decoder.dtype:
         return features @ decoder
+    if features.numel() * decoder.shape[1] < SPARSE_FROM or torch.is_autocast_enabled("cpu"):
+        return features @ decoder
     flat = features.detach().flatten(0, -2)
-    tokens, d_sae = flat.shape
-    sample = flat[:: max(1, tokens // LOOKED_AT)]
-    is_dense = int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel()
-    if is_dense or features.numel() * decoder.shape[1] < SPARSE_FROM or torch.is_autocast_enabled("cpu"):
+    if _too_many(some_tokens(flat)):
         return features @ decoder
     places = places_of(flat != 0)
-    found = Pattern.of_places(places, tokens, d_sae).times(flat.flatten()[places], decoder.detach())
+    found = Pattern.of_places(places, *flat.shape).times(flat.flatten()[places], decoder.detach())
     return found.view(*features.shape[:-1], -1)
+
+
+def some_tokens(rows: Tensor) -> Tensor:
+    """About `LOOKED_AT` of rows [tokens, d_sae], evenly spread, or all."""
+    return rows[:: max(1, len(rows) // LOOKED_AT)]
+
+
+def _too_many(sample: Tensor) -> bool:
+    """Whether so much of a sample is not 0 that dense products are faster."""
+    return int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel()
 
 
 def places_of(mask: Tensor) -> Tensor:
