@@ -24,6 +24,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from midiscover import tables
 from midiscover.config import HarvestConfig, TrainConfig
 from midiscover.harvest import Harvester, HarvestJob
+from midiscover.sae.base import Normalisation
 from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.store.blocks import block_plan
 from midiscover.store.storage import open_store
@@ -56,7 +57,7 @@ class DeviceSource:
     """Random activations that lie on the device, so that the steps alone are measured."""
 
     def __init__(self, d_in: int, batch_size: int, steps: int, device: torch.device) -> None:
-        self.mean, self.scale, self.variance = torch.zeros(d_in), 1.0, float(d_in)
+        self.inputs = self.outputs = Normalisation(torch.zeros(d_in), 1.0, float(d_in))
         self.rows_per_epoch, self.batch_size, self.steps = batch_size * steps, batch_size, steps
         self.rows = torch.randn(batch_size, d_in, device=device)
 
@@ -101,9 +102,9 @@ def matrix_rate(device: torch.device, size: int) -> float:
     """FLOP/s of bfloat16 products of random square matrices: the denominator of every share below."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
-        a @ b
+        torch.mm(a, b)
     repeats = 20
-    return 2 * size**3 * repeats / timed(lambda: [a @ b for _ in range(repeats)], device)
+    return 2 * size**3 * repeats / timed(lambda: [torch.mm(a, b) for _ in range(repeats)], device)
 
 
 def model(small: bool, device: torch.device) -> tuple[object, PhiConfig]:
@@ -117,11 +118,12 @@ def model(small: bool, device: torch.device) -> tuple[object, PhiConfig]:
         intermediate_size=256 if small else 10_240,
         num_hidden_layers=26 if small else 32,
         num_attention_heads=4 if small else 32,
-        partial_rotary_factor=0.4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.4},
     )
     config._attn_implementation = "sdpa"
     with torch.device(device):
-        made = PhiForCausalLM(config).to(torch.bfloat16)
+        made = PhiForCausalLM(config)
+    made.bfloat16()
     identity = ModelIdentity(name="random phi-2", digest="0", tokenizer_digest="0")
     return LanguageModel(identity, made, NoTokenizer()), config  # type: ignore[arg-type]  # see NoTokenizer
 

@@ -69,7 +69,7 @@ class Bare:
     def texts(self, count: int, length: int, seed: int) -> list[str]:
         """Random words of about so many tokens; no two alike."""
         chance, made = random.Random(seed), []
-        words = [self.lm.tokenizer.decode([i]) for i in range(2000, 12_000)]
+        words = [str(self.lm.tokenizer.decode([i])) for i in range(2000, 12_000)]
         words = [word for word in words if word.strip().isalpha() and word.startswith(" ")]
         for _ in range(count):
             text = "".join(chance.choices(words, k=length))

@@ -28,7 +28,7 @@ from midiscover import tables
 from midiscover.resolve import make_packs
 from midiscover.store.local import LocalStorage
 from tests.bench.harvest import machine
-from tests.bench.sweep_overhead import NotingBoard, prepare
+from tests.bench.sweep_overhead import NotingBoard, add_pack_flags, prepare
 
 COLUMNS = 60
 
@@ -62,11 +62,7 @@ def into_slots(found: Sequence[Stay], count: int) -> list[list[Stay]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="steps of each pack")
-    parser.add_argument("--d-in", type=int, default=256)
-    parser.add_argument("--expansion-factor", type=float, default=8)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=1, help="of a pack; the cores hold so many at once")
+    add_pack_flags(parser, threads=1)  # the cores hold as many packs at once as this leaves
     args = parser.parse_args(argv)
     print(machine())
     notes = NotingBoard()

@@ -90,11 +90,7 @@ class NotingBoard(Board):
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="steps of each pack")
-    parser.add_argument("--d-in", type=int, default=256)
-    parser.add_argument("--expansion-factor", type=float, default=8)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=cores())
+    add_pack_flags(parser, threads=cores())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:])
     parser.add_argument("--folder", type=Path, help="where the harvest is written; a temporary folder by default")
@@ -122,20 +118,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def add_pack_flags(parser: argparse.ArgumentParser, *, threads: int) -> None:
+    """What `prepare` reads."""
+    parser.add_argument("--steps", type=int, default=150, help="steps of each pack")
+    parser.add_argument("--d-in", type=int, default=256)
+    parser.add_argument("--expansion-factor", type=float, default=8)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=threads, help="of a pack")
+
+
 def prepare(storage: LocalStorage, args: argparse.Namespace) -> PackJob:
     """A harvest of three hooks, and the grid over it as a sweep plans it."""
     config = RunConfig(
         name="bench",
         harvest=HarvestConfig(hooks=HOOKS),
         sae=StandardConfig(expansion_factor=args.expansion_factor),
-        grid={"sae.l1_coefficient": L1},
+        grid=({"sae.l1_coefficient": L1},),
         train=TrainConfig(batch_size=args.batch_size),
         resources=ResourcesConfig(threads=args.threads),
     )
     _write_harvest(storage, config, args)
     points = [(point, ids.sae_id(point, harvest=HARVEST, d_in=args.d_in)) for point in expand_grid(config)]
     saes = tuple(
-        PlannedSae(id=name, point=point, d_in=args.d_in, d_sae=point.sae.width(args.d_in)) for point, name in points
+        PlannedSae(
+            id=name,
+            point=point,
+            d_in=args.d_in,
+            d_sae=point.sae.width(args.d_in),
+            d_out=args.d_in,
+            output_hook=point.hook,
+            harvest_id=HARVEST,
+        )
+        for point, name in points
     )
     evaluation = ids.evaluation_id(config.evaluate)
     table = HookTable(
