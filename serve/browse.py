@@ -142,15 +142,7 @@ async def list_features(
 
 async def one_of(context: Context, run: str, sae: str | None) -> Hosted:
     """The SAE that a path means: itself, or one of a sweep."""
-    hosted = {one.id for one in context.catalog.hosted}
-    if run in hosted and run.startswith(sae or ""):  # asks nothing of a store that may be away
-        return context.hosted(run)
-    try:
-        members = await in_thread(lambda: context.catalog.members(run))
-    except ProblemError as problem:
-        if problem.status != 503:
-            raise
-        members = [context.hosted(run).id]  # the store is away; what is hosted is known
+    members = await in_thread(lambda: context.catalog.members(run))
     if sae is not None:
         members = [name for name in members if name.startswith(sae)]
     if len(members) != 1:

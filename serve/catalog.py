@@ -1,8 +1,8 @@
 """Which SAEs of a store a deployment hosts, and what is known of them. Loads no torch.
 
 A thread looks again every few seconds. Where the store does not answer, what was known goes on being served, and
-/health says since when. Records never change, so they are kept; features are read from the store's parquet when asked
-for.
+/health says since when. Records never change, so they are kept; features are read from the store's parquet when first
+asked for, and again by the thread where they were written anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from midiscover.errors import MiDiscoverError, NotFoundError, StoreError
+from midiscover.errors import MiDiscoverError, NotFoundError, StoreError, StoreFailedError
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.frontier import is_control
 from midiscover.promoted import promoted
@@ -24,11 +24,12 @@ from midiscover.serving import ALL, PROMOTED, ServeConfig
 from midiscover.store import layout
 from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
-from midiscover.targets import find_target
+from midiscover.targets import find_stored, find_target
 
 FEATURES_KEPT = 8
 """SAEs whose feature files are kept in memory."""
 FEATURES_FRESH_SECONDS = 60.0
+"""After which the watch looks whether they were written anew."""
 LISTED = ("index", "count", "firing_rate", "mean", "max", "std", "top_tokens", "pos_tokens")
 log = logging.getLogger("midiscover.serve")
 
@@ -88,6 +89,7 @@ class Catalog:
         self._hosted: dict[str, Hosted] = {}
         self._features: OrderedDict[str, tuple[float, FeatureRecords]] = OrderedDict()
         self._rows: dict[str, tuple[FeatureRecords, list[dict[str, Any]]]] = {}
+        self._sweeps: dict[str, tuple[str, ...]] = {}
         self._lock = threading.Lock()
         self.away_since: float | None = None
         self._ended = threading.Event()
@@ -159,27 +161,26 @@ class Catalog:
         return min(fits, key=lambda one: (not one.is_promoted, (one.record["metrics"] or {}).get("fvu") or 0, one.id))
 
     def members(self, name: str) -> list[str]:
-        """The hosted SAEs of a sweep, or of one SAE, by the beginning of its id."""
+        """The hosted SAEs of a sweep, or of one SAE, by the beginning of its id. NotFoundError where there is none."""
         hosted = {one.id for one in self.hosted}
-        return [sae for sae in find_target(self.storage, name).saes if sae in hosted]
+        if name in hosted:
+            return [name]
+        try:
+            found = self._sweeps[name] = find_stored(self.storage, name).saes
+        except StoreFailedError:  # it is away, and what is hosted is known
+            found = self._sweeps.get(name) or tuple(sae for sae in hosted if sae.startswith(name))
+            if not found:
+                raise
+        return [sae for sae in found if sae in hosted]
 
     def features(self, sae_id: str) -> FeatureRecords:
         """The feature records of an SAE; NotFoundError where they are not written down."""
         with self._lock:
             held = self._features.get(sae_id)
-            if held is not None and time.monotonic() - held[0] < FEATURES_FRESH_SECONDS:
+            if held is not None:
                 self._features.move_to_end(sae_id)
                 return held[1]
-        try:
-            found = open_features(self.storage, sae_id)
-        except NotFoundError:
-            raise
-        except MiDiscoverError:
-            if held is None:
-                raise
-            found = held[1]  # the store is away, and what is known does not change
-        if held is not None and held[1].manifest == found.manifest:
-            found = held[1]  # which has its files open already
+        found = open_features(self.storage, sae_id)
         with self._lock:
             self._features[sae_id] = (time.monotonic(), found)
             self._features.move_to_end(sae_id)
@@ -204,9 +205,26 @@ class Catalog:
         """`rows` where they are in memory and nothing has to be read."""
         with self._lock:
             features, rows = self._features.get(sae_id), self._rows.get(sae_id)
-        if features is None or rows is None or rows[0] is not features[1]:
-            return None
-        return rows[1] if time.monotonic() - features[0] < FEATURES_FRESH_SECONDS else None
+        return rows[1] if features is not None and rows is not None and rows[0] is features[1] else None
+
+    def renew_features(self) -> None:
+        """Look whether features that are in memory were written anew, so that no request has to wait for it."""
+        now = time.monotonic()
+        with self._lock:
+            stale = [(name, held) for name, (at, held) in self._features.items() if now - at > FEATURES_FRESH_SECONDS]
+        for name, held in stale:
+            try:
+                found: FeatureRecords | None = open_features(self.storage, name)
+            except NotFoundError:
+                found = None
+            with self._lock:
+                if name not in self._features:
+                    continue
+                if found is None:
+                    del self._features[name]
+                else:  # an unchanged one has its files open already
+                    kept = held if held.manifest == found.manifest else found
+                    self._features[name] = (now, kept)
 
     def _wanted(self, chosen: Iterable[str]) -> list[str]:
         names: dict[str, None] = {}
@@ -252,6 +270,7 @@ class Catalog:
         while not self._ended.wait(self.config.refresh_seconds):
             try:
                 self.refresh()
+                self.renew_features()
                 self.away_since = None
             except Exception as error:  # a store that is away must not end the thread
                 if self.away_since is None:

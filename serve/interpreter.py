@@ -85,7 +85,7 @@ class Interpreter:
         self.device = _device(config)
         if self.device == "cpu":  # Ray gives an actor as many as it has CPUs
             torch.set_num_threads(config.threads or max(1, cores() // config.replicas))
-        self.storage = open_store(config.store, create=False)
+        self.storage = open_store(config.store, create=False, patient=False)
         self.shelf = SaeShelf(self.storage, self.device, config.sae_bytes)
         self.cache = ActivationCache(config.cache_bytes)
         self._record = record

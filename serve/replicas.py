@@ -148,7 +148,7 @@ class Ingress:
         from serve.web import create_app
 
         config = self._config
-        storage = open_store(config.store, create=False)
+        storage = open_store(config.store, create=False, patient=False)
         tracker = Tracker.for_store(storage)
         catalog, access = Catalog(storage, config), Access(tracker.list_keys)
         for look in (catalog.refresh, access.refresh):
@@ -168,7 +168,7 @@ class Ingress:
 
 def application(config: ServeConfig) -> serve.Application:
     """The deployments for what the store holds now. MiDiscoverErrors for a store or SAE that is not there."""
-    storage = open_store(config.store, create=False)
+    storage = open_store(config.store, create=False, patient=False)
     catalog = Catalog(storage, config)
     catalog.refresh()
     tree = to_tree(config)

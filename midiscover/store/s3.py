@@ -1,8 +1,9 @@
 """A store in an S3 bucket (or a compatible server), through boto3.
 
 Requests are repeated by botocore for about ten seconds, and then here until a server that went away is back, or minutes
-have passed. A body that breaks off while it is read is continued with a Range request. `create` needs a server that
-honours `If-None-Match: *` on PUT, `replace` one that honours `If-Match` (AWS, SeaweedFS, MinIO, Ceph).
+have passed; an impatient client gives up after botocore's, some three seconds. A body that breaks off while it is read
+is continued with a Range request. `create` needs a server that honours `If-None-Match: *` on PUT, `replace` one that
+honours `If-Match` (AWS, SeaweedFS, MinIO, Ceph).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from midiscover.store.storage import Bytes, Entry
 T = TypeVar("T")
 
 _ATTEMPTS = 10  # of botocore per request, and of ours per body: rides out an outage of about 10 s
+_FEW_ATTEMPTS = 3
 _PATIENCE_SECONDS = 300.0
 _LONG = 6  # the number of a `_wait` of up to 5 s
 _CHECK_SECONDS = 2
@@ -55,16 +57,20 @@ class S3Storage:
 
     is_local = False
 
-    def __init__(self, bucket: str, prefix: str = "") -> None:
+    def __init__(self, bucket: str, prefix: str = "", patient: bool = True) -> None:
         """Make the client; nothing is asked of the server yet."""
-        self.bucket, self.prefix = bucket, prefix
+        self.bucket, self.prefix, self.patient = bucket, prefix, patient
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         with self._reached():
-            self._client = _client(attempts=_ATTEMPTS, connect_seconds=5, read_seconds=60)
+            self._client = (
+                _client(attempts=_ATTEMPTS, connect_seconds=5, read_seconds=60)
+                if patient
+                else _client(attempts=_FEW_ATTEMPTS, connect_seconds=2, read_seconds=20)
+            )
 
-    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[S3Storage], tuple[str, str, bool]]:
         """The address alone: clients hold sockets and secrets."""
-        return S3Storage, (self.bucket, self.prefix)
+        return S3Storage, (self.bucket, self.prefix, self.patient)
 
     def check(self) -> None:
         """Ask once whether the bucket is there and lets us in; StoreError within about 2 s where not."""
@@ -248,12 +254,12 @@ class S3Storage:
 
         Errors with an `expected` code pass as ClientError.
         """
-        ends = time.monotonic() + _PATIENCE_SECONDS
+        ends = time.monotonic() + (_PATIENCE_SECONDS if self.patient else 0)
         while True:
             try:
                 return request()
             except (ClientError, BotoCoreError, ValueError) as error:
-                if not _is_away(error) or time.monotonic() > ends:
+                if not _is_away(error) or time.monotonic() >= ends:
                     self._refused(verb, key, error, expected)
             _wait(_LONG)
 

@@ -101,12 +101,15 @@ def store_uri(uri: str | None = None) -> str:
     return uri or os.environ.get("MIDISCOVER_STORE") or DEFAULT_STORE
 
 
-def open_store(uri: str | None = None, *, create: bool = True) -> Storage:
+def open_store(uri: str | None = None, *, create: bool = True, patient: bool = True) -> Storage:
     """Open the store at `uri`, else at $MIDISCOVER_STORE, else at ./midiscover-store.
 
     A bucket is asked once, with one attempt, whether it is there and lets us in. A folder is made where it is absent
     and freed of what killed writers left, unless `create` is False. Raises StoreError with a sentence for every
     address that can't be used.
+
+    patient: whether requests to a bucket wait minutes for a server that went away, as a job's should, or give up after
+    seconds, because somebody waits for an answer.
     """
     address = store_uri(uri)
     scheme, separator, rest = address.partition("://")
@@ -121,7 +124,7 @@ def open_store(uri: str | None = None, *, create: bool = True) -> Storage:
         raise StoreError(f"The store {address!r} names no bucket: give s3://bucket or s3://bucket/prefix.")
     from midiscover.store.s3 import S3Storage  # boto3 takes 0.3 s to import, and most commands need no bucket
 
-    storage = S3Storage(bucket, prefix.strip("/"))
+    storage = S3Storage(bucket, prefix.strip("/"), patient)
     storage.check()
     return storage
 

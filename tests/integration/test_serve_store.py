@@ -93,7 +93,40 @@ class Away(LocalStorage):
         return super().entries(prefix)
 
 
-def test_the_store_away(store: Path) -> None:
+def test_features_written_anew_are_seen(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    with served(copy) as one:
+        catalog, name = one.context.catalog, one.saes[0]
+        held = catalog.features(name)
+        (folder,) = (copy / "saes" / name / "features").iterdir()
+        newer = shutil.copytree(folder, folder.with_name("f.0123456789"))
+        manifest = json.loads((newer / "manifest.json").read_text())
+        manifest |= {"features_id": newer.name, "created": "9" + manifest["created"][1:]}
+        (newer / "manifest.json").write_text(json.dumps(manifest))
+        catalog.renew_features()
+        assert catalog.features(name) is held
+        monkeypatch.setattr("serve.catalog.FEATURES_FRESH_SECONDS", 0.0)
+        catalog.renew_features()
+        assert catalog.features(name).manifest["features_id"] == newer.name
+        renewed = catalog.features(name)
+        catalog.renew_features()
+        assert catalog.features(name) is renewed
+        shutil.rmtree(newer)
+        shutil.rmtree(folder)
+        catalog.renew_features()
+        assert one.get(f"/features/{name}").status_code == 404
+
+
+def test_a_name_in_a_request_opens_no_config(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("midiscover.targets.find_config", opened.append)
+    for name in ("quick", "demo", "run.yaml"):
+        assert api.get(f"/features/{name}").status_code == 404
+    assert opened == []
+
+
+def test_the_store_away(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R15: what is loaded goes on being served, and says so; R20: what is not answers 503 and the rest is unharmed."""
     storage = Away(store)
     with served(storage, refresh_seconds=0.05) as one:
@@ -101,12 +134,19 @@ def test_the_store_away(store: Path) -> None:
         one.context.catalog.watch()
         loaded = {"text": "The river", "sae": one.saes[0]}
         before = one.post("/interpret", loaded).json()
+        (sweep,) = (run["id"] for run in one.get("/runs").json()["runs"])
+        listed = one.get(f"/features/{sweep}", params={"sae": one.saes[0]}).json()
+        monkeypatch.setattr("serve.catalog.FEATURES_FRESH_SECONDS", 0.0)
         storage.told.add("away")
         ends = time.monotonic() + 10
         while one.client.get("/health").json()["status"] == "ok" and time.monotonic() < ends:
             time.sleep(0.05)
         assert "the store does not answer" in one.client.get("/health").json()["reasons"][0]
         assert one.post("/interpret", loaded).json() == before
+        assert one.get(f"/features/{sweep}", params={"sae": one.saes[0]}).json() == listed
+        assert one.get(f"/features/{one.saes[0][:-1]}").json() == listed
+        assert one.get("/features/another-sweep").status_code == 503
+        assert one.get(f"/features/{one.saes[1]}").status_code == 503
         unread = one.post("/interpret", {"text": "The river", "sae": one.saes[1]})
         assert unread.status_code == 503
         feature = one.get(f"/saes/{one.saes[1]}/features/0")
