@@ -28,7 +28,7 @@ from ray.exceptions import RayTaskError
 from jobs.nodes import Node, ask_for, give_back, working_nodes
 from midiscover import lineage
 from midiscover.config import ResourcesConfig
-from midiscover.cores import cores
+from midiscover.cores import cores, packs_at_once
 from midiscover.errors import ConfigError, MiDiscoverError, StageError, TrackingError
 
 LOCAL_LOGICAL_CPUS = 4
@@ -197,10 +197,7 @@ def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:
 
 
 def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slots:
-    """Packs at once. On CPU the number that ends soonest: 3 equal packs on 2 cores run one after another.
-
-    Threads are taken to speed a pack up by their number to the power 0.9.
-    """
+    """Packs at once: on GPUs one for each share, on CPU the number that ends soonest (`packs_at_once`)."""
     workers = resources.workers
     if cluster.gpus:
         count = max(1, min(packs, cluster.fits(1, resources.gpus_per_pack) // workers))
@@ -211,11 +208,7 @@ def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slot
     nodes = len(cluster.nodes)
     most = max(1, cluster.cores // (resources.threads or 1) - (0 if cluster.local else 1))
 
-    def seconds(per_node: int) -> float:
-        threads = resources.threads or cluster.cores // per_node
-        return math.ceil(packs / (per_node * nodes)) / threads**0.9
-
-    per_node = min(range(1, most + 1), key=lambda n: (seconds(n), n))
+    per_node = packs_at_once(packs, cores=cluster.cores, most=most, nodes=nodes, threads=resources.threads)
     threads = resources.threads or max(1, cluster.cores // per_node)
     count = min(packs, per_node * nodes)
     return _checked(

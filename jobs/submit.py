@@ -40,9 +40,9 @@ from midiscover import lineage, tables
 from midiscover.config import RunConfig
 from midiscover.configio import to_yaml
 from midiscover.errors import ConfigError, NotFoundError, StageError
-from midiscover.launch import SubmitArgs, parse_submit, submitted_config
 from midiscover.models import STORED, push_model
 from midiscover.store.storage import store_uri
+from midiscover.submission import SubmitArgs, parse_submit, submitted_config
 from midiscover.texts import is_local, push_text
 
 PACKAGES = ("midiscover", "jobs", "serve")

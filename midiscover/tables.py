@@ -140,7 +140,7 @@ def layer_map(rows: Sequence[Row], metric: str) -> RenderableType:
 def stability_table(pairs: Sequence[Row]) -> RenderableType:
     """Share of matched features and mean best cosine by what two SAEs differ in: mean, least and most of each hook."""
     names = hook_names([str(pair["hook"]) for pair in in_order(pairs)])
-    table = _table(
+    table = empty(
         "differ in", "hook", ">pairs", ">matched", ">least", ">most", ">best cosine", title="Features in common"
     )
     for axis, title in AXES.items():
@@ -158,7 +158,7 @@ def stability_table(pairs: Sequence[Row]) -> RenderableType:
 def quality_box(rows: Sequence[Row], minutes: float | None = None) -> RenderableType:
     """The original project's indicators with pass or fail, beside the measures that say what they cannot."""
     judged = quality(rows, minutes)
-    table = _table("indicator", ">goal", ">best SAE", "", ">SAEs that pass", ">whole sweep", title="Quality box")
+    table = empty("indicator", ">goal", ">best SAE", "", ">SAEs that pass", ">whole sweep", title="Quality box")
     for line in judged.indicators:
         table.add_row(*_quality_cells(line))
     table.add_section()
@@ -171,7 +171,7 @@ def quality_box(rows: Sequence[Row], minutes: float | None = None) -> Renderable
 
 def runs_table(runs: Iterable[Row]) -> RenderableType:
     """Sweeps: `id, name, created_at, done, saes, failed, retired, status, owner` of each."""
-    table = _table("id", "name", "created", ">SAEs", "status", "owner")
+    table = empty("id", "name", "created", ">SAEs", "status", "owner")
     for run in runs:
         gone = "".join(f", {run[name]} {name}" for name in ("failed", "retired") if run.get(name))
         created = str(run.get("created_at") or "-")[:16].replace("T", " ")
@@ -184,7 +184,7 @@ def runs_table(runs: Iterable[Row]) -> RenderableType:
 
 def findings_table(findings: Iterable[Row]) -> RenderableType:
     """What a doctor found: `machine, what, status, told` of each; a machine is named where it changes."""
-    table = _table("machine", "", "looked at", "found")
+    table = empty("machine", "", "looked at", "found")
     before = None
     for found in findings:
         status = Text(found["status"], style={"ok": "green", "fails": "bold red"}.get(found["status"], "dim"))
@@ -196,7 +196,7 @@ def findings_table(findings: Iterable[Row]) -> RenderableType:
 
 def jobs_table(jobs: Iterable[Row], now: float) -> RenderableType:
     """Jobs of a cluster: `id, stage, name, owner, status, started, ended` of each; times in milliseconds."""
-    table = _table("id", "owner", "status", ">minutes", "started")
+    table = empty("id", "owner", "status", ">minutes", "started")
     for job in jobs:
         began, status = job["started"], _text(job["status"])
         status.style = STATUS_STYLES.get(status.plain, "")
@@ -208,7 +208,7 @@ def jobs_table(jobs: Iterable[Row], now: float) -> RenderableType:
 
 def keys_table(keys: Iterable[Row]) -> RenderableType:
     """Keys of deployments: `id, name, scopes, created, by, revoked` of each."""
-    table = _table("id", "name", "may", "made", "by", "revoked")
+    table = empty("id", "name", "may", "made", "by", "revoked")
     for key in keys:
         times = (key["created"][:10], key["by"] or "-", (key["revoked"] or "-")[:10])
         table.add_row(key["id"], _text(key["name"]), ", ".join(key["scopes"]), *map(_text, times))
@@ -217,7 +217,7 @@ def keys_table(keys: Iterable[Row]) -> RenderableType:
 
 def hooks_table(hooks: Iterable[Row]) -> RenderableType:
     """Hook points: `path, d_in, flops_per_token, recommended` of each; bytes are those of one bfloat16 activation."""
-    table = _table("hook", ">d_in", ">bytes per token", ">GFLOP per token", "recommended")
+    table = empty("hook", ">d_in", ">bytes per token", ">GFLOP per token", "recommended")
     for hook in hooks:
         size = hook.get("bytes_per_token") or 2 * hook["d_in"]
         gflop = fixed(hook["flops_per_token"] / 1e9, 3)
@@ -228,7 +228,7 @@ def hooks_table(hooks: Iterable[Row]) -> RenderableType:
 
 def holdings_table(rows: Iterable[Row], now: float) -> RenderableType:
     """A store's parts: `what, kind, bytes, objects, modified, used_by` of each; times in seconds since 1970."""
-    table = _table("what", "kind", ">MB", ">objects", ">days old", ">SAEs made of it")
+    table = empty("what", "kind", ">MB", ">objects", ">days old", ">SAEs made of it")
     for row in rows:
         size, age = fixed(row["bytes"] / 1e6, 1), fixed((now - row["modified"]) / 86400, 1)
         table.add_row(row["what"], row["kind"], size, fixed(row["objects"], 0), age, str(row["used_by"] or ""))
@@ -237,7 +237,7 @@ def holdings_table(rows: Iterable[Row], now: float) -> RenderableType:
 
 def features_made(manifests: Iterable[Row]) -> RenderableType:
     """Feature records: `sae, alive, d_sae, tokens, seconds` of each manifest."""
-    table = _table("SAE", ">features alive", ">of", ">tokens read", ">seconds to write")
+    table = empty("SAE", ">features alive", ">of", ">tokens read", ">seconds to write")
     for made in manifests:
         counts = (f"{made[name]:,}" for name in ("alive", "d_sae", "tokens"))
         table.add_row(made["sae"], *counts, fixed(made["seconds"], 1))
@@ -273,7 +273,7 @@ class _Fitted:
 def _sweep_table(rows: Sequence[Row], short: Mapping[str, str], title: str | None, less: int) -> Table:
     """less: how many of SPARED are left out."""
     shown = [column for column in columns(rows) if column.title not in SPARED[:less]]
-    table = _table(
+    table = empty(
         *(f"{'>' if column.numeric else ''}{column.title}" for column in shown),
         "",
         title=title,
@@ -290,7 +290,7 @@ def _compare_table(rows: Sequence[Row], less: int, *, folds: bool = False) -> Ta
     spared = {title for titles in SPARED_IDS[:less] for title in titles}
     seed = [column for column in columns(rows) if column.key == "seed"]
     shown = [column for column in [*seed, *measure_columns(rows)] if column.title not in {"seconds", *spared}]
-    table = _table("SAE id" if folds else "SAE", *(f">{column.title}" for column in shown), "")
+    table = empty("SAE id" if folds else "SAE", *(f">{column.title}" for column in shown), "")
     for row, mark in zip(rows, _marks(rows), strict=True):
         cells = [str(row["sae_id"]), *(column.text(row) for column in shown)]
         table.add_row(*map(Text, cells), Text(mark, style="bold cyan"), style="" if mark else "dim")
@@ -303,7 +303,7 @@ def _layer_map(
     """apart: the rows of each group, in order."""
     labels = {strength(row): str(row.get("sparsity_label") or "-") for rows in apart for row in rows}
     settings = sorted(labels)
-    table = _table("SAEs", "hook", *(f">{labels[setting]}" for setting in settings), title=title)
+    table = empty("SAEs", "hook", *(f">{labels[setting]}" for setting in settings), title=title)
     for rows, group in zip(apart, groups, strict=True):
         for place, hook in enumerate(dict.fromkeys(str(row["hook"]) for row in rows)):
             cells = []
@@ -337,7 +337,7 @@ def _architecture(row: Row, rows: Sequence[Row]) -> str:
     return f"{row.get('kind')} {fixed(row.get('d_sae'), 0)}" if several else str(row.get("kind"))
 
 
-def _table(*headings: str, title: str | None = None) -> Table:
+def empty(*headings: str, title: str | None = None) -> Table:
     """An empty table; a heading that begins with '>' is of a column of numbers, written in two lines to save width."""
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -392,7 +392,7 @@ def _fill(grid: Table, tables: list[RenderableType], data: Mapping[str, Any], de
 def _listing(title: str, items: Sequence[Mapping[str, Any]]) -> Table:
     keys = list(dict.fromkeys(key for item in items for key in item))
     numeric = {key for key in keys if all(isinstance(item.get(key), (int, float, type(None))) for item in items)}
-    table = _table(*(f">{key}" if key in numeric else key for key in keys), title=title)
+    table = empty(*(f">{key}" if key in numeric else key for key in keys), title=title)
     for item in items:
         table.add_row(*(_text(item.get(key)) for key in keys))
     return table

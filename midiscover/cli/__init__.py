@@ -14,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import concepts, features, figures, models, publish, runs, serve, store, verify
+from midiscover.cli import concepts, features, figures, models, plan, publish, runs, serve, store, verify
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import (
-    STAGES,
     Parser,
     parse_job,
     parse_overrides,
-    parse_submit,
     prepare,
     run_job,
-    run_on_cluster,
-    split_cluster,
-    submitted_config,
 )
 from midiscover.saeconfig import SAE_KINDS
+from midiscover.submission import STAGES, parse_submit, run_on_cluster, split_cluster, submitted_config
 
 HELP = """\
 usage: midiscover VERB ...
@@ -38,6 +34,8 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
 
   inspect MODEL      hook points of a model: d_in, bytes and FLOPs per token, the recommended ones
   config CONFIG      the settings a config resolves to, its ids and paths; runs nothing
+  plan CONFIG        what a sweep will take, here or on N GPUs: time, FLOPs, bytes, the bottleneck; runs nothing
+  calibrate [CONFIG] how fast this machine is, measured in about a minute, for plan
   harvest CONFIG     corpus and activation blocks only
   pipeline CONFIG    sweep, features and publish, one after another
   sweep CONFIG       what is missing of corpus and harvest, then the grid of SAEs, measured, with a report
@@ -60,7 +58,8 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   jobs list | logs ID [-f] | stop ID   jobs on a cluster
   runs list | show ID | compare SWEEP | annotate ID | reindex
 
-harvest, sweep, features, publish, pipeline and doctor run on a cluster with --cluster URL (or MIDISCOVER_CLUSTER).
+With --cluster URL (or MIDISCOVER_CLUSTER) run on a cluster: harvest, sweep, features, publish, pipeline, doctor,
+calibrate.
 TARGET is a CONFIG, or a sweep or an SAE by the beginning of its id.
 CONFIG is a YAML file or the name of one that ships: demo, quick, research, high, kinds,
 phi2_layers_by_l1.
@@ -192,6 +191,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     **features.VERBS,
     **figures.VERBS,
     **models.VERBS,
+    **plan.VERBS,
     **publish.VERBS,
     **runs.VERBS,
     **serve.VERBS,

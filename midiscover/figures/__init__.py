@@ -12,6 +12,7 @@ equal JSON, byte for byte. Knows neither torch nor pandas, and draws nothing tha
     contexts.py     contexts_chart: the texts on which it fires
     cards.py        feature_card, feature_cards: all of that on one card
     concepts.py     concept_chart, concept_map_chart: concepts by features, and by layer and sparsity
+    schedule.py     schedule_chart: what workers do over the time of a plan
     drawing.py      what they have in common
     saving.py       png, svg, pdf, html, csv, save
 """
@@ -39,6 +40,7 @@ from midiscover.figures.saving import (
     svg,
     undrawable,
 )
+from midiscover.figures.schedule import schedule_chart
 from midiscover.figures.tradeoff import foreign_chart, frontier_chart
 from midiscover.figures.training import MEASURES, Measure, curve_chart
 
@@ -73,6 +75,7 @@ __all__ = [
     "save",
     "save_png",
     "save_svg",
+    "schedule_chart",
     "share_chart",
     "stability_chart",
     "svg",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from midiscover.errors import StoreError
 
 MODELS, TEXTS, CORPORA, ACTIVATIONS = "models", "texts", "corpora", "activations"
-SAES, SWEEPS = "saes", "sweeps"
+SAES, SWEEPS, RATES = "saes", "sweeps", "rates"
 """The folders at the top of a store, for `Storage.list`."""
 
 TOKENS = "tokens"
@@ -178,3 +178,8 @@ def pack_folder(sweep_id: str, pack: str) -> str:
 def pack_checkpoint(sweep_id: str, pack: str, step: int) -> str:
     """The state of a pack after `step` steps."""
     return f"{pack_folder(sweep_id, pack)}/step-{step}.safetensors"
+
+
+def rates(device: str) -> str:
+    """How fast a kind of device was measured to be."""
+    return f"{RATES}/{device}.json"

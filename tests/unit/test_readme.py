@@ -9,8 +9,9 @@ import pytest
 
 from midiscover.cli import TRAIN_FLAGS, VERBS
 from midiscover.configio import build_config, expand_grid, find_config, load_config, parse_value, read_yaml
-from midiscover.launch import parse_job, parse_submit
+from midiscover.launch import parse_job
 from midiscover.serving import parse_serve
+from midiscover.submission import parse_submit
 from tests.jobs_cli import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from midiscover import lineage
 from midiscover.config import CorpusConfig, EvaluateConfig, ModelConfig, RunConfig
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, NotFoundError, StageError
-from midiscover.launch import parse_submit, split_cluster
+from midiscover.submission import parse_submit, split_cluster
 from tests.tiny import make_tiny_model
 
 URL = "http://127.0.0.1:8265"

@@ -1,0 +1,229 @@
+"""How fast this device does what a run consists of: a language model's passes, SAE steps, the store. Knows no Ray.
+
+Everything is measured on the code that a run takes, for seconds each: it tells a plan's rates, not a card's peak.
+"""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from midiscover import lineage
+from midiscover.config import CorpusConfig, TrainConfig
+from midiscover.corpus import build_corpus
+from midiscover.evaluate import reconstruction_metrics
+from midiscover.harvest import CPU_BATCH_TOKENS
+from midiscover.lm import LanguageModel
+from midiscover.models import HookTable
+from midiscover.rates import Rates, StepCost
+from midiscover.sae.base import Normalisation
+from midiscover.sae.registry import make_sae
+from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, SaeConfig, StandardConfig, TopKConfig
+from midiscover.store import layout
+from midiscover.store.local import LocalStorage
+from midiscover.store.storage import Storage
+from midiscover.texts import resolve_source
+from midiscover.train import Member, Pair, Progress, train
+
+STILL = 1e-7
+"""Learning rate with which an SAE stays at the L0 that it begins with."""
+BATCHES = (1024, 4096)
+L0S = (60, 240)
+STEPS = 5
+"""Of each training; the first is not counted."""
+CORPUS_TOKENS = 40_000
+LOGITS_WINDOWS = 4
+PROBE_BYTES = 64 << 20
+
+
+class Shape(NamedTuple):
+    """Of the SAEs that are stepped."""
+
+    d_in: int
+    d_sae: int
+
+
+def measure(
+    lm: LanguageModel,
+    table: HookTable,
+    hook: str,
+    storage: Storage,
+    *,
+    shape: Shape,
+    settings: TrainConfig,
+    load_seconds: float,
+    starts: Mapping[str, float],
+) -> Rates:
+    """Rates of the device that `lm` is on.
+
+    hook: to which the model is run; settings: whose precision the steps have; load_seconds: what loading `lm` took;
+    starts: see `Rates`.
+    """
+    device = lm.device
+    name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    model_flops, logits_flops = _passes(lm, table, hook)
+    write, read = _store(storage)
+    return Rates(
+        device=name,
+        measured=lineage.now(),
+        threads=torch.get_num_threads(),
+        model_flops=model_flops,
+        logits_flops=logits_flops,
+        load_bytes=2 * table.parameters / load_seconds,
+        tokenise=_tokenise(lm),
+        steps={kind: step_cost(kind, shape, settings, device) for kind in SAE_KINDS},
+        encode=_encode(shape, device),
+        write=write,
+        read=read,
+        starts=starts,
+        memory=None if device.type == "cpu" else float(torch.cuda.get_device_properties(device).total_memory),
+    )
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`, a GPU's queue emptied before and after."""
+    _settle(device)
+    began = time.perf_counter()
+    work()
+    _settle(device)
+    return time.perf_counter() - began
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _passes(lm: LanguageModel, table: HookTable, hook: str) -> tuple[float, float]:
+    """FLOP/s of a pass to `hook`, and of one to the end with cross-entropy and KL."""
+    vocabulary = min(table.vocab_size, 10_000)
+    ids = torch.randint(vocabulary, (CPU_BATCH_TOKENS // 128, 128), generator=torch.Generator().manual_seed(0))
+    lm.activations(ids[:4], [hook])
+    seconds = timed(lambda: lm.activations(ids, [hook]), lm.device)
+    model = ids.numel() * table.require(hook).flops_per_token / seconds
+    few = ids[:LOGITS_WINDOWS].to(lm.device)
+
+    def to_the_end() -> None:
+        logs = torch.log_softmax(lm.logits(few, replace={hook: lambda value: value})[:, :-1].float(), dim=-1)
+        (logs.exp() * (logs - logs)).sum()
+
+    to_the_end()
+    seconds = statistics.median(timed(to_the_end, lm.device) for _ in range(3))
+    return model, few.numel() * table.flops_per_token / seconds
+
+
+def step_cost(kind: str, shape: Shape, settings: TrainConfig, device: torch.device) -> StepCost:
+    """What a step of a kind costs: three trainings at two batch sizes and two L0s, and the plane through them."""
+    (small, large), (few, many) = BATCHES, L0S
+    rows = 2 * shape.d_in
+    first, second, third = (
+        _step_seconds(_config(kind, shape, l0), shape, replace(settings, batch_size=batch), device) / rows
+        for batch, l0 in ((small, few), (large, few), (large, many))
+    )
+    active = max(0.0, third - second) / (large * (many - few))
+    token = max(0.0, (second - first) / (large - small) - active * few) / shape.d_sae
+    weight = max(0.0, first - small * (token * shape.d_sae + active * few)) / shape.d_sae
+    return StepCost(weight=weight, token=token, active=active)
+
+
+def _config(kind: str, shape: Shape, l0: int) -> SaeConfig:
+    config = SAE_KINDS[kind](d_sae=shape.d_sae)
+    if isinstance(config, TopKConfig):
+        return replace(config, k=min(l0, shape.d_sae // 2))
+    if isinstance(config, PenaltyConfig):
+        return replace(config, initial_density=min(0.5, l0 / shape.d_sae))
+    return config
+
+
+class _Rows:
+    """The same random rows again and again, as `midiscover.train.Source`; notes when each batch is asked for."""
+
+    def __init__(self, d_in: int, batch_size: int, device: torch.device, *, pairs: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(batch_size, d_in, generator=generator).to(device)
+        self.inputs = self.outputs = Normalisation(torch.zeros(d_in), 1.0, float(d_in))
+        self.batch_size, self.rows_per_epoch = batch_size, batch_size * STEPS
+        self.device, self.pairs = device, pairs
+        self.asked: list[float] = []
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def batches(self, start: int) -> Iterator[Tensor | Pair]:
+        """See `Source`."""
+        for _ in range(start, STEPS):
+            _settle(self.device)
+            self.asked.append(time.perf_counter())
+            yield Pair(self.rows, self.rows) if self.pairs else self.rows
+
+
+class _Nobody:
+    """A worker that keeps nothing and tells nobody."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def load_checkpoint(self) -> bytes | None:
+        """None."""
+        return None
+
+    def save_checkpoint(self, step: int, data: bytes) -> None:
+        """Not reached."""
+
+    def report(self, progress: Progress) -> None:
+        """Nobody looks."""
+
+
+def _step_seconds(config: SaeConfig, shape: Shape, settings: TrainConfig, device: torch.device) -> float:
+    still = replace(settings, lr=STILL, epochs=1, report_every=10**6, checkpoint_every=1e9, retire_after=None)
+    source = _Rows(shape.d_in, still.batch_size, device, pairs="transcoder" in config.kind)
+    train([Member(id="probe", config=config, train=still, d_sae=shape.d_sae)], source, _Nobody(device))
+    asked = source.asked
+    return statistics.median(b - a for a, b in zip(asked[1:], asked[2:], strict=False))
+
+
+def _encode(shape: Shape, device: torch.device) -> float:
+    """Seconds for each weight and token of a held-out evaluation."""
+    config = StandardConfig(d_sae=shape.d_sae, initial_density=L0S[0] / shape.d_sae)
+    sae: Any = make_sae(config, shape.d_in, shape.d_sae, shape.d_in)
+    sae.initialise_(0)
+    sae.to(device)
+    rows = torch.randn(BATCHES[-1], shape.d_in, generator=torch.Generator().manual_seed(0)).to(device)
+    sae.calibrate_(rows)
+    mean = torch.zeros(shape.d_in)
+    reconstruction_metrics({"probe": sae}, [rows], mean)
+    seconds = timed(lambda: reconstruction_metrics({"probe": sae}, [rows, rows], mean), device)
+    return seconds / (2 * len(rows) * 2 * shape.d_in * shape.d_sae)
+
+
+def _store(storage: Storage) -> tuple[float, float]:
+    """Bytes/s to and from the store; nothing is left."""
+    key = layout.rates(f"probe-{secrets.token_hex(4)}")
+    data = secrets.token_bytes(PROBE_BYTES)
+    cpu = torch.device("cpu")
+    try:
+        written = timed(lambda: storage.write(key, data), cpu)
+        read = timed(lambda: storage.read(key), cpu)
+    finally:
+        storage.delete(key)
+    return len(data) / written, len(data) / read
+
+
+def _tokenise(lm: LanguageModel) -> float:
+    """Tokens/s in which a corpus is made of the built-in text."""
+    config = CorpusConfig(max_tokens=CORPUS_TOKENS)
+    source = resolve_source(config)
+    with tempfile.TemporaryDirectory(prefix="midiscover-") as folder:
+        storage = LocalStorage(Path(folder))
+        cpu = torch.device("cpu")
+        seconds = timed(lambda: build_corpus(config, source, lm.tokenizer, storage, "c.calibrate", lineage={}), cpu)
+    return CORPUS_TOKENS / seconds

@@ -1,0 +1,133 @@
+"""`midiscover plan` and `calibrate`: what a sweep will take, and the rates that this is reckoned with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from midiscover import plantables, tables
+from midiscover.configio import find_config, load_config
+from midiscover.cores import cores
+from midiscover.errors import ConfigError, NotFoundError
+from midiscover.launch import Parser, parse_calibrate, parse_overrides, prepare, run_job
+from midiscover.plan import Plan, plan_sweep, work_of
+from midiscover.rates import SHEETS, Rates, of_sheet, read_rates
+from midiscover.resolve import Resolved, resolve
+from midiscover.store.storage import Storage, open_store, store_uri
+
+PICTURES = (".png", ".svg", ".pdf", ".html")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="midiscover plan",
+        description="What a sweep will take, stage by stage: time, FLOPs, bytes, and what bounds it. Runs nothing.",
+        epilog=(
+            "The rates of this machine are those that `midiscover calibrate` measured. GPUs that were not measured are "
+            f"reckoned from their data sheets: {', '.join(SHEETS)}. Any setting is a flag by its path."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
+    parser.add_argument("--gpus", type=_counts, metavar="N[,N...]", help="on so many GPUs; several: beside each other")
+    parser.add_argument("--gpu", metavar="NAME", help="which; a name of calibrated rates, or of a data sheet")
+    parser.add_argument("--price", type=float, metavar="US$", help="of a GPU for an hour")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of the store in all; else of each worker only")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the stages over time as png, svg, pdf or html")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--store", metavar="URI", help="where the rates are; else $MIDISCOVER_STORE")
+    return parser
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(int(part) for part in text.split(","))
+    if any(count < 1 for count in counts):
+        raise argparse.ArgumentTypeError("numbers above 0")
+    return counts
+
+
+def _plan(argv: Sequence[str]) -> None:
+    known, rest = _parser().parse_known_args(list(argv))
+    _check(known)
+    resolved = resolve(load_config(find_config(known.config), parse_overrides(rest)), known.store)
+    storage = _store(known.store)
+    rates, work = _rates(storage, known.gpu, bool(known.gpus)), work_of(resolved, storage)
+    bandwidth = None if known.bandwidth is None else 1e9 * known.bandwidth
+    plans = [
+        plan_sweep(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth)
+        for count in known.gpus or (0,)
+    ]
+    if known.out is not None:
+        _draw(resolved, plans[0], known.out)
+    if known.json:
+        print(json.dumps([asdict(plan) | {"seconds": plan.seconds} for plan in plans], indent=1))
+    else:
+        _print(resolved, plans, known.price)
+
+
+def _check(known: argparse.Namespace) -> None:
+    if known.gpu is not None and not known.gpus:
+        raise ConfigError("--gpu says which GPU; say how many with --gpus.")
+    if known.price is not None and not known.gpus:
+        raise ConfigError("--price is that of a GPU; say how many with --gpus.")
+    for name in ("price", "bandwidth"):
+        value = getattr(known, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} is {value:g}; it must be above 0.")
+    if known.out is not None and known.out.suffix not in PICTURES:
+        raise ConfigError(f"--out {known.out} ends in none of {', '.join(PICTURES)}, the kinds of pictures there are.")
+
+
+def _store(uri: str | None) -> Storage | None:
+    """The store, where there is one: a plan needs none."""
+    if uri is None and "://" not in store_uri() and not Path(store_uri()).is_dir():
+        return None
+    return open_store(uri, create=False)
+
+
+def _rates(storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
+    if not on_gpus:
+        if storage is None:
+            raise NotFoundError(
+                f"There is no store at {store_uri()}, so no rates of this machine; `midiscover calibrate` measures "
+                "them in about a minute."
+            )
+        return read_rates(storage, "cpu")
+    name = gpu or "h200"
+    if storage is not None:
+        try:
+            return read_rates(storage, name)
+        except NotFoundError:
+            pass
+    return of_sheet(name)
+
+
+def _print(resolved: Resolved, plans: Sequence[Plan], price: float | None) -> None:
+    first = plans[0]
+    print(f"{resolved.sweep_id}: {plantables.inputs(first)}\n")
+    tables.show(plantables.plan_table(first))
+    if len(plans) > 1 or price is not None:
+        print(f"\nOn {', '.join(str(plan.gpus) for plan in plans)} GPUs:")
+        tables.show(plantables.scaling_table(plans, price))
+    longest = first.bottleneck
+    print(f"\nLongest: {longest.name} ({longest.bound}).")
+
+
+def _draw(resolved: Resolved, plan: Plan, out: Path) -> None:
+    from midiscover import figures
+
+    where = f"{plan.gpus} x {plan.rates.device}" if plan.gpus else plan.rates.device
+    title = f"{resolved.config.name}: {plantables.duration(plan.seconds)} on {where}"
+    subtitle = f"{plan.saes} SAEs, {plan.work.train:,} training tokens; a plan, by rates; pale: starting"
+    figures.save(figures.schedule_chart([span._asdict() for span in plan.spans], title, subtitle), out)
+
+
+def _calibrate(argv: Sequence[str]) -> None:
+    prepare(parse_calibrate(argv, prog="midiscover calibrate")).tracker.close()
+    run_job("calibrate", argv)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"plan": _plan, "calibrate": _calibrate}

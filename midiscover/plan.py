@@ -1,0 +1,328 @@
+"""What a sweep will take before it runs: FLOPs, bytes, seconds, by the rates of a device. Loads no torch.
+
+A model of the scheduler, stage by stage as `jobs.sweep` goes through them: the harvest by as many language models as
+fit, packs in their order on as many slots, then the sites of the evaluation. It says nothing of what is committed
+already: a plan is of the whole sweep.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from midiscover.config import CorpusConfig
+from midiscover.cores import SCALING, packs_at_once
+from midiscover.corpus import find_corpus
+from midiscover.errors import ConfigError
+from midiscover.memory import Sizes, fit_together
+from midiscover.rates import Rates
+from midiscover.resolve import Pack, PlannedSae, Resolved, auto_pack_size, make_packs
+from midiscover.saeconfig import UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig
+from midiscover.store.storage import Storage
+from midiscover.texts import SourceIdentity, documents
+
+CHARACTERS_PER_TOKEN = 4.2
+"""Of a text whose corpus is not made yet."""
+AGAIN_SECONDS = 0.5
+"""From one pack to the next in a slot that has trained one."""
+ROW_BYTES = 2
+"""Of a number in a block: bfloat16."""
+DENSE_SHARE = 0.1
+"""Of the features, on the mean over training, where a kind says nothing of its beginning."""
+
+
+class Work(NamedTuple):
+    """How much text there is."""
+
+    train: int
+    """Tokens."""
+    held_out: int
+    exact: bool
+    """Of a corpus that stands; else by the settings."""
+
+
+class Span(NamedTuple):
+    """One thing that is done, in seconds since the command was given."""
+
+    stage: str
+    what: str
+    lane: str
+    """Which worker does it."""
+    begin: float
+    end: float
+
+
+class Stage(NamedTuple):
+    """One stage of the sweep."""
+
+    name: str
+    seconds: float
+    flops: float
+    bytes: float
+    bound: str
+    """What most of its time goes to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A sweep on a device."""
+
+    rates: Rates
+    gpus: int
+    """0: on the CPU of one machine."""
+    work: Work
+    saes: int
+    packs: int
+    stages: tuple[Stage, ...]
+    spans: tuple[Span, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the command to the report."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def bottleneck(self) -> Stage:
+        """The stage that takes longest."""
+        return max(self.stages, key=lambda stage: stage.seconds)
+
+
+def work_of(resolved: Resolved, storage: Storage | None) -> Work:
+    """Tokens of a run's corpus: of the one that stands, else what its settings let through.
+
+    ConfigError where only reading the whole text would tell.
+    """
+    found = None if storage is None else find_corpus(storage, resolved.corpus_id)
+    if found is not None:
+        return Work(found.tokens["train"], found.tokens["held_out"], exact=True)
+    corpus = resolved.config.corpus
+    tokens = corpus.max_tokens
+    if corpus.max_samples is not None:
+        sampled = _tokens_of(resolved.source, corpus, corpus.max_samples)
+        tokens = sampled if tokens is None else min(tokens, sampled)
+    if tokens is None:
+        raise ConfigError(
+            "How long the text is shows only when it is read; give corpus.max_tokens (or max_samples), or run "
+            "`midiscover harvest` first."
+        )
+    held_out = round(tokens * corpus.held_out)
+    return Work(tokens - held_out, held_out, exact=False)
+
+
+def _tokens_of(source: SourceIdentity, corpus: CorpusConfig, samples: int) -> int:
+    """About how many tokens the first documents have."""
+    texts = itertools.chain.from_iterable(zip(*documents(corpus, source), strict=False))
+    return round(sum(len(text) for text in itertools.islice(texts, samples)) / CHARACTERS_PER_TOKEN)
+
+
+def plan_sweep(
+    resolved: Resolved,
+    work: Work,
+    rates: Rates,
+    *,
+    gpus: int = 0,
+    cores: int = 1,
+    bandwidth: float | None = None,
+) -> Plan:
+    """The stages of a sweep on `gpus` cards of `rates`, or on the cores of a machine.
+
+    bandwidth: bytes/s of the store in all; None: as much as the workers take.
+    """
+    return _Planner(resolved, work, rates, gpus, cores, bandwidth).plan()
+
+
+class _Planner:
+    """Lays one stage after another."""
+
+    def __init__(
+        self, resolved: Resolved, work: Work, rates: Rates, gpus: int, cores: int, bandwidth: float | None
+    ) -> None:
+        self.resolved, self.work, self.rates, self.gpus, self.cores = resolved, work, rates, gpus, cores
+        self.bandwidth = bandwidth or float("inf")
+        self.resources = resolved.config.resources
+        self.now = 0.0
+        self.stages: list[Stage] = []
+        self.spans: list[Span] = []
+        self.notes: list[str] = []
+        self.packs = self._packs()
+
+    def plan(self) -> Plan:
+        """All of it."""
+        self._start()
+        for part in self.resolved.parts():
+            self._harvest(part)
+        self._train()
+        self._evaluate()
+        self._finish()
+        return Plan(
+            rates=self.rates,
+            gpus=self.gpus,
+            work=self.work,
+            saes=len(self.resolved.saes),
+            packs=len(self.packs),
+            stages=tuple(self.stages),
+            spans=tuple(self.spans),
+            notes=tuple(self.notes),
+        )
+
+    def _start(self) -> None:
+        starts, tokens = self.rates.starts, self.work.train + self.work.held_out
+        pieces = [("driver", starts["driver"]), ("corpus", tokens / self.rates.tokenise), ("ray", starts["ray"])]
+        self._one_by_one("start", pieces, bound="starting, reading the text")
+
+    def _harvest(self, part: Resolved) -> None:
+        models = self._models()
+        tokens = self.work.train + self.work.held_out
+        flops = tokens * max(part.table.require(hook).flops_per_token for hook in part.hooks)
+        size = tokens * ROW_BYTES * sum(part.hooks.values())
+        computing = flops / (self.rates.model_flops * models)
+        writing = size / min(self.rates.write * models, self.bandwidth)
+        begin = self.rates.starts["worker"] + self._load()
+        seconds = begin + max(computing, writing)
+        self._lanes("harvest", [[("load", begin), ("harvest", seconds - begin)]] * models)
+        why = "the store" if writing > computing else "the language model"
+        self._add("harvest", seconds, flops, size, why if seconds > 2 * begin else "loading the language model")
+
+    def _train(self) -> None:
+        slots, slower = self._slots()
+        lanes: list[list[tuple[str, float]]] = [[] for _ in range(slots)]
+        flops = size = 0.0
+        for pack in self.packs:
+            lane = min(lanes, key=lambda one: sum(seconds for _, seconds in one))
+            reading = self._epochs(pack) * self.work.train * ROW_BYTES * self._read_width(pack)
+            steps = sum(self._seconds_of(sae) for sae in pack.saes) * slower
+            arriving = reading / min(self.rates.read, self.bandwidth / slots)
+            lane.append(("start", AGAIN_SECONDS if lane else self.rates.starts["trial"]))
+            lane.append((pack.hook, max(steps, arriving)))
+            flops += sum(self._flops_of(sae) for sae in pack.saes)
+            size += reading
+        seconds = self._lanes("train", lanes)
+        training = max(sum(s for what, s in lane if what != "start") for lane in lanes)
+        arriving = size / min(self.rates.read * slots, self.bandwidth)
+        why = "the store" if arriving > 0.9 * training else "the SAEs' steps"
+        self._add("train", seconds, flops, size, why if training > seconds / 2 else "starting trials")
+
+    def _evaluate(self) -> None:
+        settings, sites = self.resolved.config.evaluate, self._sites()
+        lanes: list[list[tuple[str, float]]] = [[] for _ in range(min(len(sites), self._models()))]
+        held = min(self.work.held_out, settings.max_tokens)
+        spliced = min(self.work.held_out, settings.ce_tokens)
+        foreign = settings.foreign_tokens if self.resolved.foreign is not None else 0
+        flops = loading = 0.0
+        for saes in sites:
+            lane = min(lanes, key=lambda one: sum(seconds for _, seconds in one))
+            weights = sum((sae.d_in + sae.d_out) * sae.d_sae for sae in saes)
+            encoding = (held + foreign + spliced) * weights * self.rates.encode
+            passes = 2 + len(saes) if spliced else 0
+            to_the_end = passes * spliced * self.resolved.table.flops_per_token
+            to_the_hook = foreign * self.resolved.table.require(saes[0].output_hook).flops_per_token
+            computing = to_the_end / self.rates.logits_flops + to_the_hook / self.rates.model_flops
+            starting = self._load() + (0 if lane else self.rates.starts["worker"])
+            loading = max(loading, starting)
+            lane += [("load", starting), (saes[0].point.hook, encoding + computing)]
+            flops += to_the_end + to_the_hook + 2 * (held + foreign + spliced) * weights
+        seconds = self._lanes("evaluate", lanes)
+        why = "the spliced language model" if spliced else "encoding"
+        self._add("evaluate", seconds, flops, 0.0, why if loading < seconds / 2 else "loading the language model")
+
+    def _finish(self) -> None:
+        by_hook = [list(saes) for saes in self._sites()]
+        # Neighbours on the grid, about one for each SAE: every decoder row of one with every one of the other.
+        pairs = sum(sae.d_sae**2 * sae.d_out for saes in by_hook for sae in saes[1:])
+        pieces = [("figures", self.rates.starts["figures"]), ("in common", pairs * self.rates.encode)]
+        self._one_by_one("report", pieces, bound="drawing the report", flops=2.0 * pairs)
+
+    # What the device does at once, and how long pieces take
+
+    def _models(self) -> int:
+        """Language models at once."""
+        if not self.gpus:
+            return self.resources.harvest_actors or 1
+        share = max(self.resources.gpus_per_model, self.resources.gpus_per_actor)
+        return self.resources.harvest_actors or max(1, int(self.gpus / share))
+
+    def _slots(self) -> tuple[int, float]:
+        """Packs at once, and how many times slower each is than one alone on the whole machine."""
+        if self.gpus:
+            return max(1, min(len(self.packs), int(self.gpus / self.resources.gpus_per_pack))), 1.0
+        threads = self.resources.threads
+        most = max(1, self.cores // (threads or 1))
+        count = packs_at_once(len(self.packs), cores=self.cores, most=most, threads=threads)
+        each = threads or max(1, self.cores // count)
+        return min(count, len(self.packs)), (self.rates.threads / each) ** SCALING
+
+    def _packs(self) -> list[Pack]:
+        saes = self.resolved.saes
+        slots = max(1, int(self.gpus / self.resources.gpus_per_pack) // self.resources.workers) if self.gpus else 1
+        packs = make_packs(saes, self.resources.pack_size or auto_pack_size(saes, slots), {sae.id for sae in saes})
+        if self.gpus and self.rates.memory:
+            limit = int(0.95 * self.rates.memory * min(1.0, self.resources.gpus_per_pack))
+            for pack in packs:
+                sizes = [Sizes(s.d_in, s.d_sae, s.d_out, s.point.train.batch_size) for s in pack.saes]
+                parts = len(fit_together(sizes, limit))
+                if parts > 1:
+                    self.notes.append(f"{len(pack.saes)} SAEs of {pack.hook} are {parts} times what a card holds")
+        return packs
+
+    def _sites(self) -> list[tuple[PlannedSae, ...]]:
+        sites: dict[tuple[str, str, str], list[PlannedSae]] = {}
+        for sae in self.resolved.saes:
+            sites.setdefault((sae.harvest_id, sae.point.hook, sae.output_hook), []).append(sae)
+        return [tuple(saes) for saes in sites.values()]
+
+    def _load(self) -> float:
+        return ROW_BYTES * self.resolved.table.parameters / self.rates.load_bytes
+
+    def _steps(self, sae: PlannedSae) -> int:
+        unstepped = sae.point.sae.control in UNSTEPPED_CONTROLS
+        train = sae.point.train
+        return 0 if unstepped else train.epochs * self.work.train // train.batch_size
+
+    def _seconds_of(self, sae: PlannedSae) -> float:
+        cost, train = self.rates.step(sae.point.sae.kind), sae.point.train
+        rows = sae.d_in + sae.d_out
+        return self._steps(sae) * cost.seconds(rows=rows, d_sae=sae.d_sae, tokens=train.batch_size, l0=active(sae))
+
+    def _flops_of(self, sae: PlannedSae) -> float:
+        """Of dense training: five products of W_enc's or W_dec's size for each token."""
+        return 5.0 * (sae.d_in + sae.d_out) * sae.d_sae * self._steps(sae) * sae.point.train.batch_size
+
+    def _epochs(self, pack: Pack) -> int:
+        return pack.saes[0].point.train.epochs
+
+    def _read_width(self, pack: Pack) -> int:
+        first = pack.saes[0]
+        return first.d_in + (first.d_out if first.output_hook != first.point.hook else 0)
+
+    # The clock
+
+    def _one_by_one(self, stage: str, pieces: Iterable[tuple[str, float]], *, bound: str, flops: float = 0.0) -> None:
+        pieces = list(pieces)
+        self._add(stage, self._lanes(stage, [pieces]), flops, 0.0, bound)
+
+    def _lanes(self, stage: str, lanes: Sequence[Sequence[tuple[str, float]]]) -> float:
+        """Note what each worker does, from now on; returns the seconds of the longest."""
+        longest = 0.0
+        for number, lane in enumerate(lanes, start=1):
+            at = 0.0
+            for what, seconds in lane:
+                self.spans.append(Span(stage, what, f"{stage} {number}", self.now + at, self.now + at + seconds))
+                at += seconds
+            longest = max(longest, at)
+        return longest
+
+    def _add(self, name: str, seconds: float, flops: float, size: float, bound: str) -> None:
+        self.stages.append(Stage(name, seconds, flops, size, bound))
+        self.now += seconds
+
+
+def active(sae: PlannedSae) -> float:
+    """Features per token, on the mean over training."""
+    config = sae.point.sae
+    if isinstance(config, TopKConfig):
+        return float(config.k)
+    density = config.initial_density if isinstance(config, PenaltyConfig) else None
+    return (DENSE_SHARE if density is None else density) * sae.d_sae

@@ -1,0 +1,166 @@
+"""How fast a device does what a run consists of: measured by `midiscover calibrate`, or reckoned from a data sheet.
+
+Standard library only. Measured rates lie in the store, one file for each kind of device.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from midiscover.errors import ConfigError, NotFoundError
+from midiscover.saeconfig import SAE_KINDS
+from midiscover.store import layout
+from midiscover.store.documents import dump
+from midiscover.store.storage import Storage
+
+VERSION = 1
+
+
+class StepCost(NamedTuple):
+    """Seconds of a training step by what they grow with. A row is d_in + d_out numbers: one of W_enc, one of W_dec."""
+
+    weight: float
+    """For each weight: the optimizer, norms, clip."""
+    token: float
+    """For each weight and token: dense products."""
+    active: float = 0.0
+    """For each number of the rows of a token's active features, where products are sparse."""
+
+    def seconds(self, *, rows: int, d_sae: int, tokens: int, l0: float) -> float:
+        """Of one step; rows: d_in + d_out."""
+        return rows * (self.weight * d_sae + tokens * (self.token * d_sae + self.active * l0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Of one device."""
+
+    device: str
+    """`CPU`, or the name of a GPU."""
+    measured: str | None
+    """When; None: reckoned from a data sheet, with shares that are stated where they are used."""
+    threads: int = 1
+    model_flops: float
+    """FLOP/s of a language model's forward pass, as a harvest runs it."""
+    logits_flops: float
+    """The same of a pass to the end, with a reconstruction spliced in and cross-entropy measured."""
+    load_bytes: float
+    """Bytes/s in which a model's weights come from this machine's disk to its place."""
+    tokenise: float
+    """Tokens/s in which a corpus is made."""
+    steps: Mapping[str, StepCost]
+    """By kind of SAE."""
+    encode: float
+    """Seconds for each weight and token when an SAE is evaluated."""
+    write: float
+    """Bytes/s to the store, of one worker."""
+    read: float
+    starts: Mapping[str, float]
+    """Seconds until something works: driver, ray, worker, trial, figures."""
+    memory: float | None = None
+    """Bytes of a GPU."""
+
+    def step(self, kind: str) -> StepCost:
+        """Of a kind of SAE. ConfigError where these rates know none."""
+        if kind not in self.steps:
+            raise ConfigError(
+                f"The rates of {self.device} know no sae.kind {kind}; they were measured by an older miDiscover. "
+                "`midiscover calibrate` measures them anew."
+            )
+        return self.steps[kind]
+
+
+class Sheet(NamedTuple):
+    """What a maker says of a GPU."""
+
+    name: str
+    flops: float
+    """bfloat16, dense, per second."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    memory: float
+
+
+SHEETS = {
+    "h200": Sheet("NVIDIA H200", 989e12, 4.8e12, 141e9),
+    "h100": Sheet("NVIDIA H100 SXM", 989e12, 3.35e12, 80e9),
+    "a100": Sheet("NVIDIA A100 80GB SXM", 312e12, 2.04e12, 80e9),
+    "l40s": Sheet("NVIDIA L40S", 362e12, 0.864e12, 48e9),
+    "l4": Sheet("NVIDIA L4", 121e12, 0.3e12, 24e9),
+    "a10": Sheet("NVIDIA A10", 125e12, 0.6e12, 24e9),
+}
+MODEL_SHARE, STEP_SHARE = 0.4, 0.45
+"""Of a sheet's FLOP/s: what a harvest and the products of an SAE's step are taken to reach."""
+BANDWIDTH_SHARE = 0.9
+STEP_BYTES = 69
+"""Of memory traffic for each weight and step: casts, Adam, clip, norms."""
+CODE_BYTES = 20
+"""Of memory traffic for each feature and token."""
+SINK = 1e9
+"""Bytes/s of a store, to or from one worker."""
+STARTS = {"driver": 8.0, "ray": 2.0, "worker": 10.0, "trial": 12.0, "figures": 5.0}
+"""Seconds; those of a cluster that stands."""
+
+
+def of_sheet(name: str) -> Rates:
+    """Rates reckoned from a data sheet. ConfigError for an unknown GPU."""
+    if name not in SHEETS:
+        raise ConfigError(f"--gpu {name} is not known; known are {', '.join(SHEETS)}, and what the store has rates of.")
+    sheet = SHEETS[name]
+    bandwidth, flops = BANDWIDTH_SHARE * sheet.bandwidth, STEP_SHARE * sheet.flops
+    # A step makes five products of 2 FLOPs for each of the weights of one matrix: 5 for each weight of both. A code's
+    # traffic is by the feature; a row has at least 512 numbers.
+    step = StepCost(weight=STEP_BYTES / bandwidth, token=5 / flops + CODE_BYTES / 2048 / bandwidth)
+    return Rates(
+        device=sheet.name,
+        measured=None,
+        model_flops=MODEL_SHARE * sheet.flops,
+        logits_flops=MODEL_SHARE * sheet.flops,
+        load_bytes=SINK,
+        tokenise=400_000,
+        steps=dict.fromkeys(SAE_KINDS, step),
+        encode=2 / flops,
+        write=SINK,
+        read=SINK,
+        starts=STARTS,
+        memory=sheet.memory,
+    )
+
+
+def write_rates(storage: Storage, rates: Rates) -> str:
+    """Keep measured rates in the place of older ones of that device; returns their key."""
+    key = layout.rates(slug(rates.device))
+    steps = {kind: cost._asdict() for kind, cost in rates.steps.items()}
+    storage.write(key, dump({"v": VERSION} | asdict(rates) | {"steps": steps}))
+    return key
+
+
+def read_rates(storage: Storage, device: str | None) -> Rates:
+    """Measured rates of a device whose name holds `device` (None: the only one). NotFoundError where there are none."""
+    known = {key.rpartition("/")[2].removesuffix(".json"): key for key in storage.list(layout.RATES)}
+    fits = [name for name in known if device is None or slug(device) in name]
+    if device is not None and slug(device) in known:
+        fits = [slug(device)]
+    if len(fits) != 1:
+        have = f"it has those of {', '.join(sorted(known))}" if known else "it has none"
+        raise NotFoundError(
+            f"The store {storage.uri} has no rates of {device or 'one device alone'}; {have}. `midiscover calibrate` "
+            "measures those of this machine in about a minute."
+        )
+    return _from_tree(json.loads(storage.read(known[fits[0]])), known[fits[0]])
+
+
+def _from_tree(tree: dict[str, Any], key: str) -> Rates:
+    if tree.pop("v", None) != VERSION:
+        raise ConfigError(f"{key} is of another version of miDiscover; `midiscover calibrate` measures it anew.")
+    steps = {kind: StepCost(**cost) for kind, cost in tree.pop("steps").items()}
+    return Rates(**tree, steps=steps)
+
+
+def slug(device: str) -> str:
+    """A device's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.casefold()).strip("-")

@@ -1,0 +1,175 @@
+"""A plan against arithmetic by hand, its scheduler against its own spans, and what `midiscover plan` says and refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from midiscover.cli import main
+from midiscover.configio import load_config
+from midiscover.errors import ConfigError
+from midiscover.plan import Plan, Work, plan_sweep, work_of
+from midiscover.rates import Rates, StepCost, of_sheet, read_rates, write_rates
+from midiscover.resolve import Resolved, resolve
+from midiscover.saeconfig import SAE_KINDS
+from midiscover.store.local import LocalStorage
+from tests.runs import write_run
+
+RATES = Rates(
+    device="CPU",
+    measured="2026-11-26T00:00:00+00:00",
+    model_flops=1e9,
+    logits_flops=5e8,
+    load_bytes=1e6,
+    tokenise=1e4,
+    steps=dict.fromkeys(SAE_KINDS, StepCost(1e-8, 1e-10, 1e-9)),
+    encode=1e-10,
+    write=1e6,
+    read=1e9,
+    starts={"driver": 1.0, "ray": 2.0, "worker": 3.0, "trial": 4.0, "figures": 5.0},
+)
+WORK = Work(20_000, 4_000, exact=True)
+
+
+def resolved(folder: Path, **changes: object) -> Resolved:
+    return resolve(load_config(write_run(folder, **changes)))
+
+
+def stage_seconds(plan: Plan) -> dict[str, float]:
+    return {stage.name: stage.seconds for stage in plan.stages}
+
+
+def test_every_stage_is_the_sum_of_its_parts(tmp_path: Path) -> None:
+    """Two hooks of width 24, two SAEs of 96 features on each, one core."""
+    run = resolved(tmp_path)
+    to_hook = run.table.hooks["model.layers.1.mlp.down_proj"].flops_per_token
+    load = 2 * run.table.parameters / 1e6
+    found = stage_seconds(plan_sweep(run, WORK, RATES))
+    assert found["start"] == pytest.approx(1 + 24_000 / 1e4 + 2)
+    assert found["harvest"] == pytest.approx(3 + load + max(24_000 * to_hook / 1e9, 24_000 * 2 * 2 * 24 / 1e6))
+    step = 48 * (1e-8 * 96 + 128 * (1e-10 * 96 + 1e-9 * 0.02 * 96))
+    pack = 2 * (2 * 20_000 // 128) * step
+    assert found["train"] == pytest.approx(4 + pack + 0.5 + pack)
+    encoding = (4_000 + 256) * 2 * 48 * 96 * 1e-10
+    spliced = 4 * 256 * run.table.flops_per_token / 5e8
+    assert found["evaluate"] == pytest.approx(3 + 2 * (load + encoding + spliced))
+    assert found["report"] == pytest.approx(5 + 2 * 96**2 * 24 * 1e-10)
+
+
+def test_a_slow_store_is_named_as_what_bounds_the_harvest(tmp_path: Path) -> None:
+    run = resolved(tmp_path)
+    slow = plan_sweep(run, WORK, replace(RATES, write=1e4))
+    (harvest,) = (stage for stage in slow.stages if stage.name == "harvest")
+    assert harvest.bound == "the store"
+    assert harvest.bytes == 24_000 * 2 * 2 * 24
+    assert slow.bottleneck is harvest
+    limited = plan_sweep(run, WORK, RATES, bandwidth=1e4)
+    assert stage_seconds(limited)["harvest"] == pytest.approx(harvest.seconds)
+
+
+def test_gpus_share_models_packs_and_sites(tmp_path: Path) -> None:
+    run = resolved(tmp_path, grid={"train.seed": [0, 1]})  # four packs of one SAE
+    one, two, eight = (plan_sweep(run, WORK, replace(RATES, device="GPU"), gpus=count) for count in (1, 2, 8))
+    assert (one.packs, two.packs) == (4, 4)
+    first, second = stage_seconds(one), stage_seconds(two)
+    pack = (first["train"] - 4 - 3 * 0.5) / 4
+    assert second["train"] == pytest.approx(4 + 0.5 + 2 * pack)
+    assert stage_seconds(eight)["train"] == pytest.approx(4 + pack)
+    load = 3 + 2 * run.table.parameters / 1e6
+    assert second["harvest"] - load == pytest.approx((first["harvest"] - load) / 2)
+    assert first["evaluate"] - 3 == pytest.approx(2 * (second["evaluate"] - 3))
+
+
+def test_no_worker_does_two_things_at_once_and_no_stage_ends_before_its_spans(tmp_path: Path) -> None:
+    run = resolved(tmp_path, grid={"train.seed": [0, 1, 2], "sae.control": ["none", "random_model"]})
+    plan = plan_sweep(run, WORK, RATES, gpus=3)
+    assert [stage.name for stage in plan.stages] == ["start", "harvest", "harvest", "train", "evaluate", "report"]
+    for _, spans in groupby(sorted(plan.spans, key=lambda one: (one.lane, one.begin)), lambda one: one.lane):
+        ends = 0.0
+        for span in spans:
+            assert span.begin >= ends - 1e-9
+            ends = span.end
+    assert max(span.end for span in plan.spans) == pytest.approx(plan.seconds)
+
+
+def test_an_unstepped_control_takes_no_time_to_train(tmp_path: Path) -> None:
+    trained, both = (
+        plan_sweep(resolved(tmp_path, grid={"sae.control": controls}), WORK, RATES)
+        for controls in (["none"], ["none", "untrained"])
+    )
+    assert stage_seconds(trained)["train"] == pytest.approx(stage_seconds(both)["train"])
+
+
+def test_more_than_a_card_holds_is_said(tmp_path: Path) -> None:
+    tight = replace(RATES, memory=1.2e9)
+    plan = plan_sweep(resolved(tmp_path, sae={"d_sae": 20_000}), WORK, tight, gpus=1)
+    assert "2 SAEs of model.layers.0.mlp.down_proj are 2 times what a card holds" in plan.notes[0]
+
+
+def test_the_text_is_counted_by_its_limits(tmp_path: Path) -> None:
+    run = resolved(tmp_path)
+    assert work_of(run, None) == Work(21_600, 2_400, exact=False)
+    source = {"source": str(tmp_path / "text.jsonl"), "context_size": 32}
+    few = work_of(resolved(tmp_path, corpus=source | {"max_samples": 10}), None)
+    many = work_of(resolved(tmp_path, corpus=source | {"max_samples": 20}), None)
+    assert 1.8 < many.train / few.train < 2.2
+    with pytest.raises(ConfigError, match="give corpus.max_tokens"):
+        work_of(resolved(tmp_path, corpus=source), None)
+
+
+def test_rates_come_back_as_they_were_kept(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    gpu = replace(RATES, device="NVIDIA H200", memory=1e11)
+    assert write_rates(storage, RATES) == "rates/cpu.json"
+    write_rates(storage, gpu)
+    assert read_rates(storage, "cpu") == RATES
+    assert read_rates(storage, "h200") == gpu
+
+
+def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, store, picture = write_run(tmp_path), tmp_path / "store", tmp_path / "plan.svg"
+    store.mkdir()
+    write_rates(LocalStorage(store), RATES)
+    assert main(["plan", str(config), "--store", str(store), "--out", str(picture)]) == 0
+    told = capsys.readouterr().out
+    assert "4 SAEs in 2 packs, about 21,600 training and 2,400 held-out tokens; rates of CPU" in told
+    assert "Longest: " in told
+    assert "harvest 1" in picture.read_text()
+    assert main(["plan", str(config), "--store", str(store), "--gpus", "1,4", "--price", "2", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["gpus"] for plan in plans] == [1, 4]
+    assert main(["plan", str(config), "--store", str(store), "--gpus", "1,4", "--price", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "rates of NVIDIA H200, reckoned from its data sheet, not measured" in told
+    assert "US$" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "has no rates of cpu; it has none. `midiscover calibrate`"),
+        (("--gpus", "0"), "numbers above 0"),
+        (("--gpus", "2", "--gpu", "abacus"), "--gpu abacus is not known; known are h200"),
+        (("--gpu", "h200"), "say how many with --gpus"),
+        (("--price", "3"), "say how many with --gpus"),
+        (("--gpus", "1", "--price", "0"), "--price is 0; it must be above 0"),
+        (("--out", "plan.txt"), "--out plan.txt ends in none of .png"),
+        (("--sea.kind", "topk"), "did you mean"),
+    ],
+)
+def test_what_makes_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+) -> None:
+    (tmp_path / "store").mkdir()
+    assert main(["plan", str(write_run(tmp_path)), "--store", str(tmp_path / "store"), *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_rates_of_an_older_midiscover_are_refused() -> None:
+    old = replace(of_sheet("h100"), steps={})
+    with pytest.raises(ConfigError, match="know no sae.kind gated"):
+        old.step("gated")
