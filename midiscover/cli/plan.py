@@ -21,7 +21,8 @@ from midiscover.store.storage import Storage, open_store, store_uri
 PICTURES = (".png", ".svg", ".pdf", ".html")
 
 
-def _parser() -> Parser:
+def plan_parser() -> Parser:
+    """The arguments of `midiscover plan`."""
     parser = Parser(
         prog="midiscover plan",
         description="What a sweep will take, stage by stage: time, FLOPs, bytes, and what bounds it. Runs nothing.",
@@ -50,7 +51,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _plan(argv: Sequence[str]) -> None:
-    known, rest = _parser().parse_known_args(list(argv))
+    known, rest = plan_parser().parse_known_args(list(argv))
     _check(known)
     resolved = resolve(load_config(find_config(known.config), parse_overrides(rest)), known.store)
     storage = _store(known.store)
@@ -63,7 +64,7 @@ def _plan(argv: Sequence[str]) -> None:
     if known.out is not None:
         _draw(resolved, plans[0], known.out)
     if known.json:
-        print(json.dumps([asdict(plan) | {"seconds": plan.seconds} for plan in plans], indent=1))
+        print(json.dumps([_tree(plan) for plan in plans], indent=1))
     else:
         _print(resolved, plans, known.price)
 
@@ -103,6 +104,18 @@ def _rates(storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
         except NotFoundError:
             pass
     return of_sheet(name)
+
+
+def _tree(plan: Plan) -> dict[str, object]:
+    """For JSON: named tuples by their names."""
+    steps = {kind: cost._asdict() for kind, cost in plan.rates.steps.items()}
+    return asdict(plan) | {
+        "seconds": plan.seconds,
+        "rates": asdict(plan.rates) | {"steps": steps},
+        "work": plan.work._asdict(),
+        "stages": [stage._asdict() for stage in plan.stages],
+        "spans": [span._asdict() for span in plan.spans],
+    }
 
 
 def _print(resolved: Resolved, plans: Sequence[Plan], price: float | None) -> None:

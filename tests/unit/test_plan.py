@@ -1,4 +1,4 @@
-"""A plan against arithmetic by hand, its scheduler against its own spans, and what `midiscover plan` says and refuses."""
+"""A plan against arithmetic by hand, its scheduler against its own spans; what `midiscover plan` says and refuses."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ import shlex
 import pytest
 
 from midiscover.cli import TRAIN_FLAGS, VERBS
+from midiscover.cli.plan import plan_parser
 from midiscover.configio import build_config, expand_grid, find_config, load_config, parse_value, read_yaml
-from midiscover.launch import parse_job
+from midiscover.launch import parse_calibrate, parse_job
 from midiscover.serving import parse_serve
 from midiscover.submission import parse_submit
 from tests.jobs_cli import ROOT
@@ -53,6 +54,12 @@ def test_every_command_is_understood(line: str) -> None:
             flags = [word for word in arguments if word.startswith("--")]
             assert set(flags) <= set(TRAIN_FLAGS)
             assert "--hook" in flags
+        case ["midiscover", "plan", *arguments]:
+            known, rest = plan_parser().parse_known_args(arguments)
+            assert find_config(known.config)
+            assert rest == []
+        case ["midiscover", "calibrate", *arguments]:
+            parse_calibrate(arguments)
         case ["midiscover", "serve", *arguments]:
             parse_serve(arguments)
         case ["serve", "deploy", path]:
