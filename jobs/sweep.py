@@ -21,13 +21,12 @@ from jobs.packs import PackJob, run_packs
 from jobs.progress import Bars
 from jobs.recorder import Recorder
 from jobs.runtime import Cluster, model_slots, pack_slots, ray_session, run_main
-from midiscover import figures, lineage, tables, upkeep
+from midiscover import lineage, tables, upkeep
 from midiscover.config import UNTIL_DONE, days_of
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError, MiDiscoverError
 from midiscover.launch import Prepared, parse_job, prepare
-from midiscover.report import write_report
 from midiscover.resolve import PlannedSae, auto_pack_size, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
@@ -237,6 +236,9 @@ class SweepRun:
         return pairs
 
     def _report(self, sweep: dict[str, Any], results: Results, minutes: float) -> None:
+        from midiscover import figures  # Altair takes half a second to import, and the first step should not wait
+        from midiscover.report import write_report
+
         stability = self._stability(results)
         page = write_report(
             results.rows,
