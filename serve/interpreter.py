@@ -44,6 +44,8 @@ from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerReques
 from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
 
 Result = TypeVar("Result")
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers write for bytes that are no whole character yet."""
 LOADERS = 4
 log = logging.getLogger("midiscover.serve")
 
@@ -182,6 +184,8 @@ class Interpreter:
                 self.done["generated_tokens"] += made - counted
                 counted = made
                 texts = {side: self._text(made) for side, made in piece.token_ids.items()}
+                if not piece.done:  # the beginning of a character would be another one in the next piece
+                    texts = {side: text.rstrip(UNFINISHED) for side, text in texts.items()}
                 yield SteerPiece(texts, piece.done, prompt)
         except MiDiscoverError as error:
             yield problem_of(error)

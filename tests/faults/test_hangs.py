@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.faults.slow import SLOW
-from tests.faults.test_kills import checkpoints, finish, kill, ray_worker, start, wait_for
+from tests.faults.test_kills import checkpoints, finish, kill, kill_driver, ray_worker, start, wait_for
 from tests.runs import weights, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
@@ -51,19 +51,23 @@ def test_a_pack_that_hangs_each_time_is_given_up_and_named(tmp_path: Path, undis
     )
     stopped: set[int] = set()
     victim = ""
-    while driver.poll() is None:
-        # Whichever pack comes first has a checkpoint first, and it alone is stopped each time it trains.
-        found = [path.parent.name for path in checkpoints(store)]
-        victim = victim or (found[0] if found else "")
-        if victim and victim in found and len(stopped) < 2:
-            try:
-                worker = ray_worker(driver, TITLES)
-            except AssertionError:  # one has ended, and the next has not begun
-                continue
-            if worker.pid not in stopped and worker.status() != psutil.STATUS_STOPPED:
-                worker.send_signal(signal.SIGSTOP)
-                stopped.add(worker.pid)
-                wait_for(lambda: not psutil.pid_exists(worker.pid), driver, "its end", 120)  # noqa: B023 - awaited here
+    try:
+        while driver.poll() is None:
+            # Whichever pack comes first has a checkpoint first, and it alone is stopped each time it trains.
+            found = [path.parent.name for path in checkpoints(store)]
+            victim = victim or (found[0] if found else "")
+            if victim and victim in found and len(stopped) < 2:
+                try:
+                    worker = ray_worker(driver, TITLES)
+                except AssertionError:  # one has ended, and the next has not begun
+                    continue
+                if worker.pid not in stopped and worker.status() != psutil.STATUS_STOPPED:
+                    worker.send_signal(signal.SIGSTOP)
+                    stopped.add(worker.pid)
+                    wait_for(lambda: not psutil.pid_exists(worker.pid), driver, "its end", 120)  # noqa: B023 - awaited here
+    finally:
+        if driver.poll() is None:
+            kill_driver(driver)
     assert driver.wait() == 1, said(store)[-2000:]
     assert len(stopped) == 2
     (failures,) = store.glob("sweeps/*/failures.json")

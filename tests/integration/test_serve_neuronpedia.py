@@ -114,6 +114,18 @@ def test_a_chat_is_steered_as_the_text_that_its_template_makes(api: Served) -> N
 
 
 @pytest.mark.usefixtures("with_template")
+def test_a_streamed_chat_grows_to_the_whole_answer(api: Served) -> None:
+    streamed = chat(api, stream=True)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    frames = [json.loads(line.removeprefix("data: ")) for line in streamed.text.splitlines() if line]
+    assert len(frames) > 2
+    assert frames[-1] == chat(api).json()
+    for before, after in zip(frames, frames[1:], strict=False):
+        for one, next_one in zip(before["outputs"], after["outputs"], strict=True):
+            assert next_one["raw"].startswith(one["raw"]), "each frame holds the whole text so far"
+
+
+@pytest.mark.usefixtures("with_template")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_neuronpedias_own_client_steers_a_chat(api: Served) -> None:
     neuronpedia = pytest.importorskip("neuronpedia")
