@@ -25,7 +25,7 @@ from midiscover import tables
 from tests.bench.harvest import machine
 from tests.jobs_cli import midiscover
 
-CONFIGS = ("quick", "demo", "kinds")
+CONFIGS = ("quick", "demo", str(Path(__file__).with_name("plan_kinds.yaml")))
 GOAL = 0.25
 HOUR = 3600.0
 
