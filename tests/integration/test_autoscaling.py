@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.clusters import local_cluster
+from tests.faults.slow import SLOW
 from tests.jobs_cli import command, environment
 from tests.postgres import fresh_database
 from tests.runs import weights, write_run
@@ -31,7 +32,9 @@ NODES = 3
 
 def test_a_sweep_gets_the_nodes_that_it_asks_for(tmp_path: Path, postgres_url: str) -> None:
     with s3_server() as server, fresh_database(postgres_url) as database:
-        config = write_run(tmp_path, resources={"threads": 1, "nodes": NODES, "pack_size": 1})
+        # Work enough that it is not done before the last node has come.
+        slow = SLOW | {"train": SLOW["train"] | {"epochs": 6}}
+        config = write_run(tmp_path, **slow, resources={"threads": 1, "nodes": NODES, "pack_size": 1})
         nodes = {**server.environment, "MIDISCOVER_DATABASE_URL": database}
         with local_cluster(tmp_path, 0, nodes, most=NODES) as cluster, pytest.MonkeyPatch.context() as patch:
             assert cluster.alive() == 1, "the head alone"
