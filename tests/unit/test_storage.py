@@ -340,6 +340,9 @@ def test_s3_endpoint_that_refuses_hangs_or_is_no_url(bare_environment: pytest.Mo
     bare_environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert s3._CHECK_SECONDS <= 2
     bare_environment.setattr(s3, "_CHECK_SECONDS", 0.3)
+    # The first client of a process reads botocore's description of S3, which takes a second on a slow machine.
+    bare_environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3._client(attempts=1, connect_seconds=1, read_seconds=1).close()
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound but not listening: refuses
         for endpoint in (_url(closed), _url(silent), "no url"):
