@@ -166,7 +166,7 @@ class _Rows:
             yield Pair(self.rows, self.rows) if self.pairs else self.rows
 
 
-class _Nobody:
+class Nobody:
     """A worker that keeps nothing and tells nobody."""
 
     def __init__(self, device: torch.device) -> None:
@@ -186,7 +186,7 @@ class _Nobody:
 def _step_seconds(config: SaeConfig, shape: Shape, settings: TrainConfig, device: torch.device) -> float:
     still = replace(settings, lr=STILL, epochs=1, report_every=10**6, checkpoint_every=1e9, retire_after=None)
     source = _Rows(shape.d_in, still.batch_size, device, pairs="transcoder" in config.kind)
-    train([Member(id="probe", config=config, train=still, d_sae=shape.d_sae)], source, _Nobody(device))
+    train([Member(id="probe", config=config, train=still, d_sae=shape.d_sae)], source, Nobody(device))
     asked = source.asked
     return statistics.median(b - a for a, b in zip(asked[1:], asked[2:], strict=False))
 

@@ -8,7 +8,7 @@ already: a plan is of the whole sweep.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -229,9 +229,8 @@ class _Planner:
         self._add("evaluate", seconds, flops, 0.0, why if loading < seconds / 2 else "loading the language model")
 
     def _finish(self) -> None:
-        by_hook = [list(saes) for saes in self._sites()]
         # Neighbours on the grid, about one for each SAE: every decoder row of one with every one of the other.
-        pairs = sum(sae.d_sae**2 * sae.d_out for saes in by_hook for sae in saes[1:])
+        pairs = sum(sae.d_sae**2 * sae.d_out for saes in self._sites() for sae in saes[1:])
         pieces = [("figures", self.rates.starts["figures"]), ("in common", pairs * self.rates.encode)]
         self._one_by_one("report", pieces, bound="drawing the report", flops=2.0 * pairs)
 
@@ -299,8 +298,7 @@ class _Planner:
 
     # The clock
 
-    def _one_by_one(self, stage: str, pieces: Iterable[tuple[str, float]], *, bound: str, flops: float = 0.0) -> None:
-        pieces = list(pieces)
+    def _one_by_one(self, stage: str, pieces: Sequence[tuple[str, float]], *, bound: str, flops: float = 0.0) -> None:
         self._add(stage, self._lanes(stage, [pieces]), flops, 0.0, bound)
 
     def _lanes(self, stage: str, lanes: Sequence[Sequence[tuple[str, float]]]) -> float:

@@ -64,6 +64,10 @@ class Rates:
     memory: float | None = None
     """Bytes of a GPU."""
 
+    def tree(self) -> dict[str, Any]:
+        """As JSON has it: costs by their names."""
+        return asdict(self) | {"steps": {kind: cost._asdict() for kind, cost in self.steps.items()}}
+
     def step(self, kind: str) -> StepCost:
         """Of a kind of SAE. ConfigError where these rates know none."""
         if kind not in self.steps:
@@ -100,6 +104,8 @@ STEP_BYTES = 69
 """Of memory traffic for each weight and step: casts, Adam, clip, norms."""
 CODE_BYTES = 20
 """Of memory traffic for each feature and token."""
+ROW = 2048
+"""d_in + d_out by which a code's traffic is shared out over the weights; smaller ones wait longer than is reckoned."""
 SINK = 1e9
 """Bytes/s of a store, to or from one worker."""
 STARTS = {"driver": 8.0, "ray": 2.0, "worker": 10.0, "trial": 12.0, "figures": 5.0}
@@ -112,9 +118,8 @@ def of_sheet(name: str) -> Rates:
         raise ConfigError(f"--gpu {name} is not known; known are {', '.join(SHEETS)}, and what the store has rates of.")
     sheet = SHEETS[name]
     bandwidth, flops = BANDWIDTH_SHARE * sheet.bandwidth, STEP_SHARE * sheet.flops
-    # A step makes five products of 2 FLOPs for each of the weights of one matrix: 5 for each weight of both. A code's
-    # traffic is by the feature; a row has at least 512 numbers.
-    step = StepCost(weight=STEP_BYTES / bandwidth, token=5 / flops + CODE_BYTES / 2048 / bandwidth)
+    # A step makes five products of 2 FLOPs for each of the weights of one matrix: 5 for each weight of both.
+    step = StepCost(weight=STEP_BYTES / bandwidth, token=5 / flops + CODE_BYTES / ROW / bandwidth)
     return Rates(
         device=sheet.name,
         measured=None,
@@ -134,21 +139,19 @@ def of_sheet(name: str) -> Rates:
 def write_rates(storage: Storage, rates: Rates) -> str:
     """Keep measured rates in the place of older ones of that device; returns their key."""
     key = layout.rates(slug(rates.device))
-    steps = {kind: cost._asdict() for kind, cost in rates.steps.items()}
-    storage.write(key, dump({"v": VERSION} | asdict(rates) | {"steps": steps}))
+    storage.write(key, dump({"v": VERSION} | rates.tree()))
     return key
 
 
-def read_rates(storage: Storage, device: str | None) -> Rates:
-    """Measured rates of a device whose name holds `device` (None: the only one). NotFoundError where there are none."""
+def read_rates(storage: Storage, device: str) -> Rates:
+    """Measured rates of the one device whose name is, or holds, `device`. NotFoundError where there are none."""
     known = {key.rpartition("/")[2].removesuffix(".json"): key for key in storage.list(layout.RATES)}
-    fits = [name for name in known if device is None or slug(device) in name]
-    if device is not None and slug(device) in known:
-        fits = [slug(device)]
+    wanted = slug(device)
+    fits = [wanted] if wanted in known else [name for name in known if wanted in name]
     if len(fits) != 1:
         have = f"it has those of {', '.join(sorted(known))}" if known else "it has none"
         raise NotFoundError(
-            f"The store {storage.uri} has no rates of {device or 'one device alone'}; {have}. `midiscover calibrate` "
+            f"The store {storage.uri} has no rates of {device}; {have}. `midiscover calibrate` "
             "measures those of this machine in about a minute."
         )
     return _from_tree(json.loads(storage.read(known[fits[0]])), known[fits[0]])

@@ -17,13 +17,7 @@ import midiscover
 from midiscover.cli import concepts, features, figures, models, plan, publish, runs, serve, store, verify
 from midiscover.configio import build_config, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
-from midiscover.launch import (
-    Parser,
-    parse_job,
-    parse_overrides,
-    prepare,
-    run_job,
-)
+from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.submission import STAGES, parse_submit, run_on_cluster, split_cluster, submitted_config
 

@@ -108,10 +108,9 @@ def _rates(storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
 
 def _tree(plan: Plan) -> dict[str, object]:
     """For JSON: named tuples by their names."""
-    steps = {kind: cost._asdict() for kind, cost in plan.rates.steps.items()}
     return asdict(plan) | {
         "seconds": plan.seconds,
-        "rates": asdict(plan.rates) | {"steps": steps},
+        "rates": plan.rates.tree(),
         "work": plan.work._asdict(),
         "stages": [stage._asdict() for stage in plan.stages],
         "spans": [span._asdict() for span in plan.spans],

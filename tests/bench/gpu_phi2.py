@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,14 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 from midiscover import tables
+from midiscover.calibrate import Nobody, timed
 from midiscover.config import HarvestConfig, TrainConfig
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.sae.base import Normalisation
 from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.store.blocks import block_plan
 from midiscover.store.storage import open_store
-from midiscover.train import Member, Progress, train
+from midiscover.train import Member, train
 
 LAYERS = (8, 12, 16, 20, 24)
 
@@ -68,34 +68,6 @@ class DeviceSource:
         """The same rows again and again."""
         for _ in range(start, self.steps):
             yield self.rows
-
-
-class Worker:
-    """Keeps nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def load_checkpoint(self) -> bytes | None:
-        """No checkpoint."""
-        return None
-
-    def save_checkpoint(self, step: int, data: bytes) -> None:
-        """Not reached: the interval is longer than the run."""
-
-    def report(self, progress: Progress) -> None:
-        """Nobody looks."""
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of `work`, the device's queue emptied before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def matrix_rate(device: torch.device, size: int) -> float:
@@ -162,7 +134,7 @@ def pack_row(kind: str, small: bool, steps: int, device: torch.device, peak: flo
     member = Member(id=kind, config=config, train=settings, d_sae=d_sae)
 
     def run(count: int) -> None:
-        train([member], DeviceSource(d_in, batch, count, device), Worker(device))
+        train([member], DeviceSource(d_in, batch, count, device), Nobody(device))
 
     run(3)
     # Two lengths: making the SAE and folding it at the end cost the same in both and fall out.
