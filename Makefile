@@ -53,13 +53,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Triton is not pinned: each of torch's CUDA builds asks for one of its own.
 upgrade:
 	rm -rf $(VENV)/upgrade
 	$(PYTHON) -m venv $(VENV)/upgrade
 	$(VENV)/upgrade/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/upgrade/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/upgrade/bin/python -m pip install --quiet '.[dev]'
-	$(VENV)/upgrade/bin/python -m pip freeze --exclude midiscover | sed 's/+cpu$$//' | grep -v '@ file' > constraints.txt
+	$(VENV)/upgrade/bin/python -m pip freeze --exclude midiscover | sed 's/+cpu$$//' | grep -v -e '@ file' -e '^triton==' > constraints.txt
 	$(VENV)/upgrade/bin/python -m pip install --quiet uv
 	(echo "$$(head -1 cluster/requirements.lock)"; $(VENV)/upgrade/bin/uv pip compile pyproject.toml -c constraints.txt \
 	    --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \

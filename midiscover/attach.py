@@ -54,6 +54,20 @@ def be_quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def fuse_gelu(model: nn.Module) -> None:
+    """Put PyTorch's own tanh GELU in the place of the one that transformers writes out, the same function.
+
+    Written out it takes eight passes over the widest tensor of the model, a sixth of phi-2's forward pass on a GPU,
+    and in bfloat16 rounds after each of them.
+    """
+    from transformers.activations import NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
 def first_line(error: Exception) -> str:
     """What an error says, without the lines after the first."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

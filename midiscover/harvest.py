@@ -6,6 +6,7 @@ whatever is committed already is not computed again.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,7 +93,9 @@ class Harvester:
 
     def run(self, todo: Sequence[tuple[BlockSpan, Sequence[str]]]) -> Iterator[tuple[BlockSpan, dict[str, BlockRow]]]:
         """Commit the blocks of each (span, hooks still missing there); yields a span once its blocks stand."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-writer") as writer:
+        # A GPU outruns one writer, which hashes 25 kB a token of phi-2; a CPU has no core to spare for more.
+        writers = OPEN_SPANS if self.model.device.type == "cuda" else 1
+        with ThreadPoolExecutor(max_workers=writers, thread_name_prefix="block-writer") as writer:
             waiting: deque[tuple[BlockSpan, Future[dict[str, BlockRow]]]] = deque()
             for span, hooks in todo:
                 computed = self._compute(span, hooks)
@@ -104,21 +107,21 @@ class Harvester:
                 yield done, future.result()
 
     def _compute(self, span: BlockSpan, hooks: Sequence[str]) -> _Computed:
+        """The activations of a span, on the model's device, which may still be at work on them."""
         ids_np, doc_np = self.corpus.windows(span.start_window, span.stop_window)
         ids, doc = torch.from_numpy(np.ascontiguousarray(ids_np)), torch.from_numpy(np.ascontiguousarray(doc_np))
-        rows = ids.numel()
-        pinned = self.model.device.type == "cuda"
-        acts = {
-            hook: torch.empty(rows, self.job.hooks[hook], dtype=torch.bfloat16, pin_memory=pinned) for hook in hooks
-        }
-        norms = {hook: torch.empty(rows, dtype=torch.float32, pin_memory=pinned) for hook in hooks}
+        rows, device = ids.numel(), self.model.device
+        acts = {hook: torch.empty(rows, self.job.hooks[hook], dtype=torch.bfloat16, device=device) for hook in hooks}
+        norms = {hook: torch.empty(rows, dtype=torch.float32, device=device) for hook in hooks}
         start = 0
         while start < len(ids):
             start = self._forward(ids, doc, start, acts, norms)
-        if pinned:
-            torch.cuda.synchronize(self.model.device)
         codes = position_mask(ids, doc, self.special, mask_first=self.job.config.mask_first).flatten()
-        return _Computed(ids, codes, acts, norms)
+        ready = None
+        if device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(device))
+        return _Computed(ids, codes, acts, norms, ready)
 
     def _forward(self, ids: Tensor, doc: Tensor, start: int, acts: dict[str, Tensor], norms: dict[str, Tensor]) -> int:
         """One pass over the windows from `start`; returns where the next begins. Halves the batch when memory ends."""
@@ -137,25 +140,33 @@ class Harvester:
         rows = slice(start * self.context_size, stop * self.context_size)
         for hook, value in out.items():
             flat = value.flatten(0, 1)
-            acts[hook][rows].copy_(flat, non_blocking=True)
-            norms[hook][rows].copy_(flat.float().norm(dim=-1), non_blocking=True)
+            acts[hook][rows].copy_(flat)
+            norms[hook][rows].copy_(flat.float().norm(dim=-1))
         self.on_tokens(batch.numel())
         return stop
 
     def _write(self, span: BlockSpan, computed: _Computed) -> dict[str, BlockRow]:
         if not self.storage.exists(layout.block_marker(self.job.harvest_id, layout.TOKENS, span.index)):
             commit_tokens(self.storage, self.job.harvest_id, span, computed.ids)
-        # A GPU outruns one thread that hashes and writes; a CPU has no core to spare for more.
         threads = min(len(computed.acts), MAX_WRITERS) if self.model.device.type == "cuda" else 1
         with ThreadPoolExecutor(threads) as pool:
             rows = pool.map(lambda hook: self._write_hook(span, hook, computed), computed.acts)
             return dict(zip(computed.acts, rows, strict=True))
 
     def _write_hook(self, span: BlockSpan, hook: str, computed: _Computed) -> BlockRow:
-        norm = computed.norms[hook]
-        mask = row_mask(computed.codes, norm, self.job.config.outlier_norm)
-        self._refuse_nonfinite(hook, span, mask)
-        return commit_block(self.storage, self.job.harvest_id, hook, span, computed.acts[hook], norm, mask)
+        with self._beside(computed.ready):
+            norm = computed.norms[hook].cpu()
+            mask = row_mask(computed.codes, norm, self.job.config.outlier_norm)
+            self._refuse_nonfinite(hook, span, mask)
+            return commit_block(self.storage, self.job.harvest_id, hook, span, computed.acts[hook], norm, mask)
+
+    def _beside(self, ready: torch.cuda.Event | None) -> contextlib.AbstractContextManager[object]:
+        """In the body a GPU's work, from this event on, goes on beside the model's, not after all of it."""
+        if ready is None:
+            return contextlib.nullcontext()
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_event(ready)
+        return torch.cuda.stream(stream)
 
     def _refuse_nonfinite(self, hook: str, span: BlockSpan, mask: Tensor) -> None:
         bad = (mask == Mask.NONFINITE).nonzero().flatten()
@@ -182,6 +193,8 @@ class _Computed(NamedTuple):
     codes: Tensor
     acts: dict[str, Tensor]
     norms: dict[str, Tensor]
+    ready: torch.cuda.Event | None
+    """After it both are what they say; None on a CPU, where they are at once."""
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

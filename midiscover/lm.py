@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from midiscover.attach import Edit, attach, be_quiet, embedding_rows, first_line
+from midiscover.attach import Edit, attach, be_quiet, embedding_rows, first_line, fuse_gelu
 from midiscover.config import Dtype
 from midiscover.errors import ModelError
 from midiscover.hookfacts import hook_facts
@@ -47,6 +47,8 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = model.device
+        if self.device.type == "cuda":
+            fuse_gelu(model)
         self.vocab_size = embedding_rows(model)
         """Embedding rows; may be more than the tokenizer has ids (phi-2: 51,200)."""
 

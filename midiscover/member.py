@@ -7,20 +7,22 @@ shares its pack.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from midiscover.config import TrainConfig
 from midiscover.sae.base import Normalisation, Sae, StepContext
 from midiscover.sae.l0control import CoefficientControl, L0Control, ThresholdControl
 from midiscover.sae.registry import make_sae
+from midiscover.sae.replay import Replayed
 from midiscover.sae.resample import resample_
 from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
+from midiscover.sae.update import HalvedUpdate, make_update
 from midiscover.saeconfig import UNSTEPPED_CONTROLS, JumpReluConfig, PenaltyConfig, SaeConfig
 
 
@@ -137,11 +139,17 @@ class Slot:
         sae.W_dec.requires_grad_(config.control != "frozen_decoder")
         self.sae = sae.to(device)
         self.lr = peak_lr(train, d_sae=member.d_sae, steps=steps)
-        learned = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(learned, lr=self.lr, betas=train.betas, fused=True)
+        halved = train.dtype == "bfloat16" and group is None
+        self.update = make_update(sae, lr=self.lr, betas=train.betas, halved=halved)
+        self.weight = torch.zeros((), device=device)
+        self.replayed: Replayed | None = None
+        if isinstance(self.update, HalvedUpdate) and device.type == "cuda":
+            me = weakref.proxy(self)  # no circle that would keep a card's memory until a garbage collection
+            self.replayed = Replayed(lambda x, y=None: me._take(x, x if y is None else y, me.weight, None))
         self.window = dead_window(train, rows_per_epoch)
         self.aux_window = aux_window(train, self.window, rows_per_epoch)
         self.since_fired = torch.zeros(member.d_sae, dtype=torch.int64, device=device)
+        self.none_dead_before = 0
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
         self.seconds = 0.0
         self.diverged: int | None = None
@@ -166,37 +174,37 @@ class Slot:
         """One step of Adam on a normalised batch: x [tokens, d_in], y [tokens, d_out]."""
         config, sae = self.member.train, self.sae
         if step in self.resample_steps:
-            resample_(sae, self.optimizer, self.since_fired, x, y, window=self.window, seed=config.seed + step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_scale(step, self.steps, config)
+            optimizer = self.update.optimizer
+            if resample_(sae, optimizer, self.since_fired, x, y, window=self.window, seed=config.seed + step):
+                self.update.changed()
         weight = self.coefficient() * l1_scale(step, self.steps, config)
-        context = StepContext(sparsity=weight, dead=self._dead(), mean=self._mean if self.group else None)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        self.update.prepare(self.lr * lr_scale(step, self.steps, config))
+        dead = self._dead(step, len(x))
+        if self.replayed is None or dead is not None:
+            point = self._take(x, y, weight, dead)
+        else:
+            self.weight.copy_(weight) if isinstance(weight, Tensor) else self.weight.fill_(weight)
+            point = Point(*self.replayed(x) if y is x else self.replayed(x, y))
+        if self.control is not None:
+            self.control.observe(sae, point.l0, step)
+        return point
+
+    def _take(self, x: Tensor, y: Tensor, weight: float | Tensor, dead: Tensor | None) -> Point:
+        """A step on the device, which does not wait for it unless features are dead."""
+        config, sae = self.member.train, self.sae
+        context = StepContext(sparsity=weight, dead=dead, mean=self._mean if self.group else None)
+        halves = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+        with self.update.computing(), halves:
             losses = sae.loss(self._share(x), self._share(y), context)
-        self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         fired = losses.code.fired()
         point = Point(losses.total.detach(), losses.mse.detach(), losses.sparsity.detach(), losses.code.l0())
         if self.group is not None:
             point, fired = Point(*(value.float().clone() for value in point)), self.group.any(fired)
-            self.group.mean_([*point, *(p.grad for p in sae.parameters() if p.grad is not None)])
-        if config.clip:
-            self._clip(config.clip)
-        sae.before_step()
-        self.optimizer.step()
-        sae.after_step()
-        if self.control is not None:
-            self.control.observe(sae, point.l0, step)
-        self.since_fired = torch.where(fired, 0, self.since_fired + len(x))
+            self.group.mean_([*point, *self.update.gradients()])
+        self.update.step(config.clip)
+        self.since_fired.add_(len(x)).masked_fill_(fired, 0)
         return point
-
-    def _clip(self, most: float) -> None:
-        """Bring the gradients' norm to `most` where it is above."""
-        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        # On a CPU nothing waits for the comparison, and a factor of 1 would be a pass over all of them.
-        if norm.device.type != "cpu" or float(norm) > most:
-            clip_grads_with_norm_(self.sae.parameters(), most, norm)
 
     def _share(self, rows: Tensor) -> Tensor:
         """This process's rows of a batch."""
@@ -212,11 +220,15 @@ class Slot:
         self.group.mean_([value])
         return value
 
-    def _dead(self) -> Tensor | None:
-        if not self.sae.uses_dead:
+    def _dead(self, step: int, batch_size: int) -> Tensor | None:
+        if not self.sae.uses_dead or step < self.none_dead_before:
             return None
-        dead = self.since_fired >= self.aux_window
-        return dead if bool(dead.any()) else None
+        longest = int(self.since_fired.max())
+        if longest >= self.aux_window:
+            return self.since_fired >= self.aux_window
+        # Until the longest silent feature can be dead no step has to ask the device.
+        self.none_dead_before = step - (longest - self.aux_window) // batch_size
+        return None
 
     def record(self, point: Point, step: int, batch_size: int) -> None:
         """A point of the loss curve; where the loss is not finite, the end of this SAE."""
@@ -229,7 +241,7 @@ class Slot:
             "sparsity": float(point.sparsity),
             "l0": float(point.l0),
             "fvu": mse / (self.outputs.scale**2 * self.outputs.variance),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.update.lr,
             "coefficient": float(self.coefficient()),
         }
         if not math.isfinite(values["loss"]):
@@ -243,7 +255,7 @@ class Slot:
         tensors = {"since_fired": self.since_fired}
         tensors |= {f"sae/{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
-            tensors |= {f"adam/{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors |= {f"adam/{name}/{key}": value for key, value in self.update.optimizer.state[parameter].items()}
         if self.control is not None:
             tensors["control"] = self.control.state
         ended = {"diverged": self.diverged, "retired": self.retired}
@@ -259,9 +271,10 @@ class Slot:
         self.sae.load_state_dict({k.removeprefix("sae/"): v for k, v in tensors.items() if k.startswith("sae/")})
         for name, parameter in self.sae.named_parameters():
             prefix = f"adam/{name}/"
-            held = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+            held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if held:
-                self.optimizer.state[parameter] = held
+                self.update.optimizer.state[parameter] = {k: _as(parameter, v) for k, v in held.items()}
+        self.update.changed()
         if self.control is not None:
             self.control.state = tensors["control"].to(device)
 
@@ -285,3 +298,10 @@ class Slot:
             lr=self.lr,
             coefficient=float(self.coefficient()),
         )
+
+
+def _as(parameter: Tensor, value: Tensor) -> Tensor:
+    """On the parameter's device, and where it has its shape, in its order in memory."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -185,6 +185,11 @@ class Sae(nn.Module, ABC):
         """Restore constraints on the weights after the optimiser's step."""
         if self.unit_decoder and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
+        self.constrain_()
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Restore what an architecture asks of its parameters besides unit rows; nothing by default."""
 
     @torch.no_grad()
     def make_rarer_(self, shift: Tensor) -> None:

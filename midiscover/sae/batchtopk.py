@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Normalisation, feature_norms
-from midiscover.sae.code import Code, DenseCode, Pattern, PreActivations, SparseCode, places_of, some_tokens
+from midiscover.sae.code import Code, DenseCode, PreActivations, SparseCode, some_tokens
+from midiscover.sae.pattern import Pattern, places_of
 from midiscover.sae.topk import TopKSae
 from midiscover.saeconfig import BatchTopKConfig
 
@@ -26,6 +27,7 @@ class BatchTopKSae(TopKSae):
 
     kind = "batchtopk"
     saelens_architecture = "jumprelu"
+    sparse_on_gpu = True
     threshold: Tensor
     """Scalar, at least 0."""
 
@@ -46,7 +48,7 @@ class BatchTopKSae(TopKSae):
         return torch.where(pre > self.threshold, pre, 0)
 
     def select(self, pre: PreActivations) -> Code:
-        code, smallest = top_of_batch(pre, self.config.k)
+        code, smallest = top_of_batch(pre, self.config.k, sparse=self.sparse_on_gpu)
         with torch.no_grad():
             moved = self.threshold.lerp(smallest.to(self.threshold), 1 - self.decay)
             self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
@@ -61,14 +63,27 @@ class BatchTopKSae(TopKSae):
         return {}
 
 
-def top_of_batch(pre: PreActivations, k: int) -> tuple[Code, Tensor]:
-    """What `keep_top_of_batch` gives, of pre-activations in training."""
+def top_of_batch(pre: PreActivations, k: int, *, sparse: bool = True) -> tuple[Code, Tensor]:
+    """What `keep_top_of_batch` gives, of pre-activations in training; `sparse`: whether a GPU's code may be."""
+    if pre.kernels:
+        return _by_kernels(pre, k, sparse=sparse and pre.prefers_sparse(k))
     if not pre.prefers_sparse(k):
         features, smallest = keep_top_of_batch(pre.whole(), k)
         return DenseCode(features), smallest
     values, places = largest(pre.values, k)
     pattern = Pattern.of_places(places.sort().values, *pre.values.shape)
     return SparseCode(torch.relu(pre.at(pattern)), pattern), smallest_kept(values)
+
+
+def _by_kernels(pre: PreActivations, k: int, *, sparse: bool) -> tuple[Code, Tensor]:
+    pattern = pre.top_of_batch(min(k, pre.values.shape[1]))
+    found = pre.at(pattern)
+    smallest = smallest_kept(found.detach())
+    if sparse:
+        return SparseCode(torch.relu(found), pattern), smallest
+    kept = torch.zeros_like(pre.values, dtype=torch.bool)
+    kept.view(-1).scatter_(0, pattern.token * pattern.d_sae + pattern.feature, True)
+    return DenseCode(torch.where(kept, torch.relu(pre.whole()), 0)), smallest
 
 
 def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

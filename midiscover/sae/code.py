@@ -10,26 +10,24 @@ To autograd the entries are a plain tensor [n], so a loss is written once, which
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # once a process, on stderr
+from midiscover.sae.pattern import Pattern, kernels_of, places_of
+from midiscover.sae.products import Decoded, EncodedJump, EncodedRelu, Product
 
 SPARSE_BELOW = 0.12
 """Share of entries that fire below which a sparse code is made. By measurement: tests/bench/step.py."""
+SPARSE_BELOW_ON_GPU = 0.004
+"""The same where kernels gather the entries. By measurement: tests/bench/gpu_step.py."""
 SPARSE_FROM = 2**25
 """Multiply-adds of x @ W_enc from which a sparse code is made; below, its many small calls take what they save."""
 LOOKED_AT = 64
 """Tokens by which the share is estimated: it needs no pass over the whole, and depends on the batch alone."""
-SPARSE_DEVICES = ("cpu",)
 
 
 class Code(ABC):
@@ -89,6 +87,26 @@ class DenseCode(Code):
         return self.features.detach()
 
 
+class CountedCode(DenseCode):
+    """As one tensor, with sums over its tokens that a kernel made on the way."""
+
+    def __init__(self, features: Tensor, counts: Tensor, sums: Tensor | None = None) -> None:
+        """counts, sums: [d_sae] of each feature, where it is above 0 and of its values; `sums` with a gradient."""
+        super().__init__(features)
+        self.counts, self.sums = counts, sums
+
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        if self.sums is None:
+            return super().total(weights)
+        return (self.sums if weights is None else self.sums * weights).sum() / self.tokens
+
+    def fired(self) -> Tensor:
+        return self.counts > 0
+
+    def l0(self) -> Tensor:
+        return self.counts.sum().float() / self.tokens
+
+
 class SparseCode(Code):
     """As values [n] at the places of a pattern; none is negative, some may be 0."""
 
@@ -98,93 +116,24 @@ class SparseCode(Code):
 
     def decode(self, decoder: Tensor, first: int = 0) -> Tensor:
         if len(decoder) == self.d_sae:
-            return _Decoded.apply(self.values, decoder, self.pattern)
+            return Decoded.apply(self.values, decoder, self.pattern)
         kept, pattern = self.pattern.part(first, len(decoder))
-        return _Decoded.apply(self.values[kept], decoder, pattern)
+        return Decoded.apply(self.values[kept], decoder, pattern)
 
     def total(self, weights: Tensor | None = None) -> Tensor:
         values = self.values if weights is None else self.values * self.pattern.spread(weights)
         return values.sum() / self.tokens
 
     def fired(self) -> Tensor:
-        found = torch.zeros(self.d_sae, dtype=torch.bool, device=self.values.device)
-        found[self.pattern.feature[self.values > 0]] = True
-        return found
+        # Counted, for which no GPU has to be waited for; whole numbers add up to the same in any order.
+        counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.values.device)
+        return counts.index_add_(0, self.pattern.feature, (self.values.detach() > 0).int()) > 0
 
     def l0(self) -> Tensor:
         return (self.values.detach() > 0).count_nonzero().float() / self.tokens
 
     def dense(self) -> Tensor:
         return self.pattern.matrix(self.values.detach()).to_dense()
-
-
-class Pattern:
-    """Places in [tokens, d_sae], by token: those of token t are `starts[t]` to `starts[t + 1]`."""
-
-    def __init__(self, token: Tensor, feature: Tensor, tokens: int, d_sae: int) -> None:
-        """token, feature: [n] int64 of each place, tokens rising."""
-        self.token, self.feature, self.tokens, self.d_sae = token, feature, tokens, d_sae
-
-    @classmethod
-    def of_places(cls, places: Tensor, tokens: int, d_sae: int) -> Pattern:
-        """From [n] token * d_sae + feature, rising."""
-        token = places // d_sae
-        return cls(token, places - token * d_sae, tokens, d_sae)
-
-    @classmethod
-    def of_rows(cls, features: Tensor, d_sae: int) -> Pattern:
-        """From the features [tokens, k] of each token."""
-        tokens, k = features.shape
-        return cls(torch.arange(tokens).repeat_interleave(k), features.flatten(), tokens, d_sae)
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """[tokens + 1]."""
-        return torch.searchsorted(self.token, torch.arange(self.tokens + 1))
-
-    @cached_property
-    def by_feature(self) -> tuple[Tensor, Tensor]:
-        """[n] the places' numbers by feature, and [d_sae + 1] where each feature's begin."""
-        order = self.feature.argsort(stable=True)
-        return order, torch.searchsorted(self.feature[order], torch.arange(self.d_sae + 1))
-
-    def times(self, values: Tensor, rows: Tensor) -> Tensor:
-        """S @ rows: [tokens, d] from rows [d_sae, d]."""
-        return _sums_of_rows(self.feature, self.starts, values, rows)
-
-    def transposed_times(self, values: Tensor, rows: Tensor) -> Tensor:
-        """S.T @ rows: [d_sae, d] from rows [tokens, d]."""
-        order, starts = self.by_feature
-        return _sums_of_rows(self.token[order], starts, values[order], rows)
-
-    def dots(self, left: Tensor, right: Tensor) -> Tensor:
-        """[n] dot products of left [tokens, d] with right [d_sae, d] at each place."""
-        return torch.sparse.sampled_addmm(
-            self.matrix(left.new_zeros(len(self.token))), left, right.T, beta=0.0
-        ).values()
-
-    def sums(self, values: Tensor) -> Tensor:
-        """[d_sae] sums of values [n] by feature."""
-        return values.new_zeros(self.d_sae).index_add_(0, self.feature, values)
-
-    def spread(self, each: Tensor) -> Tensor:
-        """[n] for each place what is its feature's of `each` [d_sae]."""
-        return _Spread.apply(each, self)
-
-    def part(self, first: int, count: int) -> tuple[Tensor, Pattern]:
-        """Numbers of the places in some features, and these places as a pattern of their own."""
-        kept = ((self.feature >= first) & (self.feature < first + count)).nonzero()[:, 0]
-        return kept, Pattern(self.token[kept], self.feature[kept] - first, self.tokens, count)
-
-    def matrix(self, values: Tensor) -> Tensor:
-        """S as PyTorch's compressed rows."""
-        size = (self.tokens, self.d_sae)
-        return torch.sparse_csr_tensor(self.starts, self.feature, values, size=size, check_invariants=False)
-
-
-def _sums_of_rows(which: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """[len(starts) - 1, d]: weighted sums of rows[which[starts[i] : starts[i + 1]]]."""
-    return embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 class PreActivations:
@@ -196,38 +145,85 @@ class PreActivations:
 
     def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, b_dec: Tensor | None) -> None:
         self.x, self.encoder, self.bias, self.b_dec = x, encoder, bias, b_dec
-        # Not where products run in half the precision, which the sparse kernels do not know.
-        known = x.device.type in SPARSE_DEVICES and not torch.is_autocast_enabled(x.device.type)
-        self.may_be_sparse = known and x.numel() * encoder.shape[1] >= SPARSE_FROM
-        with torch.set_grad_enabled(not self.may_be_sparse and torch.is_grad_enabled()):
-            # Written so, b_dec's gradient needs no product of [tokens, d_sae] with [d_sae, d_in], a sixth of a step,
-            # and the bias no pass of its own. On raw activations, whose mean is far from 0, the two terms would cancel.
-            self._computed = torch.addmm(bias if b_dec is None else bias - b_dec @ encoder, x, encoder)
+        # A W_enc in bfloat16 is the copy that `sae.update` keeps on a GPU.
+        self.kernels = kernels_of(x.device) if encoder.dtype == torch.bfloat16 else None
+        # Not where a CPU's products run in half the precision, which its sparse ones do not know.
+        known = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        self.may_be_sparse = bool(known or self.kernels) and x.numel() * encoder.shape[1] >= SPARSE_FROM
+        self.apart = self.may_be_sparse or self.kernels is not None
+        with torch.set_grad_enabled(not self.apart and torch.is_grad_enabled()):
+            if self.kernels:
+                centred = x if b_dec is None else x - b_dec
+                self.rows = centred.to(encoder.dtype)  # centred first: bfloat16 has 8 bits
+                self._computed = torch.addmm(bias.to(encoder.dtype), self.rows, encoder)
+            else:
+                # Written so, b_dec's gradient needs no product of [tokens, d_sae] with [d_sae, d_in], a sixth of a
+                # step, and the bias no pass of its own. On raw activations, whose mean is far from 0, the two terms
+                # would cancel.
+                self.rows = x
+                self._computed = torch.addmm(bias if b_dec is None else bias - b_dec @ encoder, x, encoder)
         self.values = self._computed.detach()
 
     def whole(self) -> Tensor:
         """[tokens, d_sae]."""
-        if not self.may_be_sparse:
+        if not self.apart:
             return self._computed
-        return _Product.apply(self.x, self.encoder, self.bias, self.b_dec, self.values, None)
+        return Product.apply(self.rows, self.encoder, self.bias, self.b_dec, self.values, None)
 
     def at(self, pattern: Pattern) -> Tensor:
-        """[n] at the places of a pattern."""
+        """[n] at the places of a pattern; float32 where kernels are used."""
         found = self.values.view(-1)[pattern.token * pattern.d_sae + pattern.feature]
-        return _Product.apply(self.x, self.encoder, self.bias, self.b_dec, found, pattern)
+        found = found.float() if self.kernels else found
+        return Product.apply(self.rows, self.encoder, self.bias, self.b_dec, found, pattern)
+
+    def relu(self) -> Code:
+        """relu of `whole`; where kernels are used, `values` is not to be read any more."""
+        if not self.kernels:
+            return DenseCode(torch.relu(self.whole()))
+        sums, counts = self.kernels.relu_with_sums_(self.values)
+        features, sums = EncodedRelu.apply(self.rows, self.encoder, self.bias, self.b_dec, self.values, sums)
+        return CountedCode(features, counts, sums)
+
+    def jump(self, threshold: Tensor, bandwidth: float) -> tuple[Code, Tensor]:
+        """`whole` where it is above threshold [d_sae], and the mean count, as `JumpReluStep`; by a kernel."""
+        assert self.kernels is not None, "elsewhere the step is JumpReluStep's"
+        features, counts = self.kernels.jump(self.values, threshold.detach())
+        count = counts.sum().float() / len(self.values)
+        rest = (threshold, bandwidth, self.values, features, count)
+        features, count = EncodedJump.apply(self.rows, self.encoder, self.bias, self.b_dec, *rest)
+        return CountedCode(features, counts), count
+
+    def top(self, k: int) -> Pattern:
+        """The places of the k largest of each token."""
+        tokens, d_sae = self.values.shape
+        if self.kernels and d_sae <= self.kernels.WIDEST:
+            token, feature, starts = self.kernels.top_of_tokens(self.values, k)
+            return Pattern(token, feature, tokens, d_sae, starts)
+        return Pattern.of_rows(self.values.topk(k, dim=-1, sorted=False).indices, d_sae)
+
+    def top_of_batch(self, k: int) -> Pattern:
+        """The places of the k * tokens largest of the batch, by a kernel."""
+        assert self.kernels is not None, "on a CPU they are selected with their values"
+        tokens, d_sae = self.values.shape
+        token, feature, starts = self.kernels.top_of_batch(self.values, k * tokens)
+        return Pattern(token, feature, tokens, d_sae, starts)
 
     def pattern(self, fires: Callable[[Tensor], Tensor]) -> Pattern | None:
-        """The places where `fires`, bool of values [some tokens, d_sae], holds; None where a dense code is faster."""
+        """The places where `fires`, bool of values [some tokens, d_sae], holds; None where a dense code is faster.
+
+        None on a GPU as well: their number is not known before, and a step that waits for it costs what it saves.
+        """
         tokens, d_sae = self.values.shape
-        if not self.may_be_sparse:
+        if not self.may_be_sparse or self.kernels:
             return None
-        if _too_many(fires(some_tokens(self.values))):
+        if _too_many(fires(some_tokens(self.values)), SPARSE_BELOW):
             return None
         return Pattern.of_places(places_of(fires(self.values)), tokens, d_sae)
 
     def prefers_sparse(self, k: int) -> bool:
         """Whether a code of k features a token should be sparse."""
-        return self.may_be_sparse and k <= SPARSE_BELOW * self.values.shape[1]
+        below = SPARSE_BELOW_ON_GPU if self.kernels else SPARSE_BELOW
+        return self.may_be_sparse and k <= below * self.values.shape[1]
 
     def columns(self, features: Tensor) -> PreActivations:
         """Those of some features, by index [m]."""
@@ -237,12 +233,12 @@ class PreActivations:
 def product(features: Tensor, decoder: Tensor) -> Tensor:
     """features [..., d_sae] @ decoder [d_sae, d_out]; with no gradient to come, of what is not 0 where that pays."""
     gradient = torch.is_grad_enabled() and (features.requires_grad or decoder.requires_grad)
-    if gradient or features.device.type not in SPARSE_DEVICES or features.dtype != decoder.dtype:
+    if gradient or features.device.type != "cpu" or features.dtype != decoder.dtype:
         return features @ decoder
     if features.numel() * decoder.shape[1] < SPARSE_FROM or torch.is_autocast_enabled("cpu"):
         return features @ decoder
     flat = features.detach().flatten(0, -2)
-    if _too_many(some_tokens(flat)):
+    if _too_many(some_tokens(flat), SPARSE_BELOW):
         return features @ decoder
     places = places_of(flat != 0)
     found = Pattern.of_places(places, *flat.shape).times(flat.flatten()[places], decoder.detach())
@@ -254,35 +250,15 @@ def some_tokens(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // LOOKED_AT)]
 
 
-def _too_many(sample: Tensor) -> bool:
+def _too_many(sample: Tensor, below: float) -> bool:
     """Whether so much of a sample is not 0 that dense products are faster."""
-    return int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel()
-
-
-def places_of(mask: Tensor) -> Tensor:
-    """[n] token * d_sae + feature of what holds in [tokens, d_sae], rising."""
-    if mask.device.type == "cpu":  # torch's own takes twice as long
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero()[:, 0]
+    return int(sample.count_nonzero()) > below * sample.numel()
 
 
 def relu_code(pre: PreActivations) -> Code:
     """relu of pre-activations."""
     pattern = pre.pattern(lambda values: values > 0)
-    return DenseCode(torch.relu(pre.whole())) if pattern is None else SparseCode(pre.at(pattern), pattern)
-
-
-class _Spread(torch.autograd.Function):
-    """each[feature]; autograd's own backward pass adds up in any order where there are several threads."""
-
-    @staticmethod
-    def forward(ctx: Any, each: Tensor, pattern: Pattern) -> Tensor:
-        ctx.pattern = pattern
-        return each[pattern.feature]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.pattern.sums(grads[0]), None
+    return pre.relu() if pattern is None else SparseCode(pre.at(pattern), pattern)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -293,54 +269,13 @@ def row_norms(rows: Tensor) -> Tensor:
 class _RowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        norms = rows.norm(dim=1)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
         ctx.save_for_backward(rows, norms)
         return norms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         rows, norms = ctx.saved_tensors
-        return rows * torch.where(norms > 0, grads[0] / norms, 0)[:, None]
-
-
-class _Decoded(torch.autograd.Function):
-    """(values [n], decoder [d_sae, d_out], pattern) -> S @ decoder [tokens, d_out]."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern) -> Tensor:
-        ctx.save_for_backward(values, decoder)
-        ctx.pattern = pattern
-        return pattern.times(values, decoder)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values, decoder = ctx.saved_tensors
-        by_values = ctx.pattern.dots(grads[0], decoder) if ctx.needs_input_grad[0] else None
-        by_decoder = ctx.pattern.transposed_times(values, grads[0]) if ctx.needs_input_grad[1] else None
-        return by_values, by_decoder, None
-
-
-class _Product(torch.autograd.Function):
-    """(x, W_enc, bias, b_dec, (x - b_dec) @ W_enc + bias, None), or its entries [n] and their pattern -> the fifth."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        encoder: Tensor,
-        bias: Tensor,  # noqa: ARG004
-        b_dec: Tensor | None,
-        found: Tensor,
-        pattern: Pattern | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, encoder, b_dec)
-        ctx.pattern = pattern
-        return found.view_as(found)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (x, encoder, b_dec) = grads, ctx.saved_tensors
-        by_bias = grad.sum(0) if ctx.pattern is None else ctx.pattern.sums(grad)
-        centred = x if b_dec is None else x - b_dec
-        by_encoder = centred.T @ grad if ctx.pattern is None else ctx.pattern.transposed_times(grad, centred).T
-        return None, by_encoder.contiguous(), by_bias, None if b_dec is None else -(encoder @ by_bias), None, None
+        factors = torch.where(norms > 0, grads[0] / norms, 0)
+        kernels = kernels_of(rows.device) if rows.dtype == torch.bfloat16 else None
+        return kernels.scaled_rows(rows, factors) if kernels else rows * factors[:, None]

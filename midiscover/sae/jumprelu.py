@@ -72,6 +72,8 @@ class JumpReluSae(Sae):
     def code(self, pre: PreActivations) -> tuple[Code, Tensor]:
         """The features, and how many of them fire, mean over tokens."""
         width = self.config.bandwidth
+        if pre.kernels:
+            return pre.jump(self.threshold, width)
         # What is near the threshold moves it, whether or not it fires.
         pattern = pre.pattern(lambda values: values > self.threshold - width / 2)
         if pattern is None:
@@ -90,8 +92,7 @@ class JumpReluSae(Sae):
         self.threshold[dead] = self.threshold[alive].mean()
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def constrain_(self) -> None:
         self.threshold.clamp_(min=0)
 
     @classmethod

@@ -23,6 +23,7 @@ class MatryoshkaSae(BatchTopKSae):
     """
 
     kind = "matryoshka_batchtopk"
+    sparse_on_gpu = False  # finding the entries of each prefix costs more than the prefixes' dense products
 
     def __init__(self, config: MatryoshkaConfig, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__(config, d_in, d_sae, d_out)

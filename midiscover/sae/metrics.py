@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midiscover.sae.code import places_of
+from midiscover.sae.pattern import places_of
 
 DENSITY_EDGES = [round(-6 + 0.25 * i, 2) for i in range(25)]
 """Edges of the histogram of log10 firing rates: 10^-6 to 1."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Losses, Sae, StepContext, squared_error
-from midiscover.sae.code import Code, DenseCode, Pattern, PreActivations, SparseCode
+from midiscover.sae.code import Code, DenseCode, PreActivations, SparseCode
 from midiscover.saeconfig import TopKConfig
 
 
@@ -86,7 +86,7 @@ def top_code(pre: PreActivations, k: int) -> Code:
     """relu of the k largest pre-activations of each token."""
     if not pre.prefers_sparse(k):
         return DenseCode(keep_top(pre.whole(), k))
-    pattern = Pattern.of_rows(pre.values.topk(k, dim=-1, sorted=False).indices, pre.values.shape[1])
+    pattern = pre.top(k)
     return SparseCode(torch.relu(pre.at(pattern)), pattern)
 
 

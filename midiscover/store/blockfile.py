@@ -57,11 +57,16 @@ def header(specs: Mapping[str, Spec]) -> bytes:
     return len(text).to_bytes(_LENGTH, "little") + text
 
 
-def encode(tensors: Mapping[str, Tensor]) -> bytearray:
-    """The file that holds `tensors`, from any device; each is copied once."""
+def encode(tensors: Mapping[str, Tensor]) -> bytearray | memoryview:
+    """The file that holds `tensors`, from any device; each is copied once, from a GPU into memory it can write to."""
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     head = header(specs)
-    data = bytearray(len(head) + sum(spec.bytes for spec in specs.values()))
+    size = len(head) + sum(spec.bytes for spec in specs.values())
+    data: bytearray | memoryview = bytearray()
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        data = byte_view(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+    else:
+        data = bytearray(size)
     data[: len(head)] = head
     start = len(head)
     for name in ordered(specs):
@@ -93,5 +98,5 @@ def byte_view(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().reshape(-1).data
 
 
-def _view(data: bytearray, start: int, spec: Spec) -> Tensor:
+def _view(data: bytearray | memoryview, start: int, spec: Spec) -> Tensor:
     return torch.frombuffer(data, dtype=spec.dtype, count=math.prod(spec.shape), offset=start).view(spec.shape)

@@ -215,10 +215,14 @@ class S3Storage:
 
     def _put(self, key: str, data: Bytes, **condition: str) -> None:
         request = {"Bucket": self.bucket, "Key": self._name(key), "ChecksumAlgorithm": "SHA256", **condition}
+
+        def body() -> bytes | bytearray | io.BytesIO:
+            return io.BytesIO(data) if isinstance(data, memoryview) else data
+
         self._ask(
             "write",
             key,
-            lambda: self._client.put_object(Body=data, **request),
+            lambda: self._client.put_object(Body=body(), **request),
             expected=_STANDS | _CONTENDED if condition else frozenset(),
         )
 

@@ -16,7 +16,7 @@ from midiscover.errors import StoreError
 DEFAULT_STORE = "midiscover-store"
 """Folder below the working directory that is the store where nothing else is said."""
 
-Bytes = bytes | bytearray
+Bytes = bytes | bytearray | memoryview
 
 
 class Entry(NamedTuple):

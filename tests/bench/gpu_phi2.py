@@ -29,6 +29,7 @@ from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.store.blocks import block_plan
 from midiscover.store.storage import open_store
 from midiscover.train import Member, train
+from tests.bench.step_sides import matrix_rate
 
 LAYERS = (8, 12, 16, 20, 24)
 
@@ -68,15 +69,6 @@ class DeviceSource:
         """The same rows again and again."""
         for _ in range(start, self.steps):
             yield self.rows
-
-
-def matrix_rate(device: torch.device, size: int) -> float:
-    """FLOP/s of bfloat16 products of random square matrices: the denominator of every share below."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        torch.mm(a, b)
-    repeats = 20
-    return 2 * size**3 * repeats / timed(lambda: [torch.mm(a, b) for _ in range(repeats)], device)
 
 
 def model(small: bool, device: torch.device) -> tuple[object, PhiConfig]:

@@ -23,43 +23,17 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.table import Table
-from safetensors.torch import save_file
 
 from midiscover import tables
 from tests.bench.frontier import RUNNERS, Side, environment, python_of
 from tests.bench.frontier_report import OURS
 from tests.bench.harvest import machine
+from tests.bench.step_sides import PEERS, STILL, planted
 from tests.venvs import checked
 
 D_IN, D_SAE = 576, 4608
-STILL = 1e-7
-"""Learning rate with which ours stays at the L0 that it begins with."""
 DENSE = f"{OURS}, dense"
 KINDS = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
-PEERS = {
-    ("SAELens", "standard"): ("tutorial", 3e-4, 5.0),
-    ("SAELens", "topk"): ("step", 3e-4, None),
-    ("dictionary_learning", "standard"): ("AprilUpdate", 3e-4, 5.0),
-    ("dictionary_learning", "topk"): ("step", 3e-4, None),
-    ("sparsify", "topk"): ("signum", 5e-3, None),
-}
-"""Trainer, learning rate and L1 coefficient; None: k."""
-
-
-def planted(folder: Path, steps: int, batch: int, l0: float) -> None:
-    """Rows of a random dictionary, `l0` of whose atoms are in each, in the files that the runners read."""
-    generator = torch.Generator().manual_seed(0)
-    atoms = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
-
-    def rows(count: int) -> torch.Tensor:
-        made = []
-        for part in torch.arange(count).split(4096):
-            chance = torch.rand(len(part), D_SAE, generator=generator)
-            made.append(torch.where(chance < l0 / D_SAE, torch.rand(chance.shape, generator=generator), 0) @ atoms)
-        return torch.cat(made).bfloat16()
-
-    save_file({"rows": rows(steps * batch)}, folder / "train.safetensors")
-    save_file({"rows": rows(2048)}, folder / "held_out.safetensors")
 
 
 def seconds_a_step(side: str, kind: str, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
@@ -127,7 +101,7 @@ def _table(kind: str, sides: Sequence[str], args: argparse.Namespace) -> None:
     l0: dict[str, float] = {}
     products = []
     with tempfile.TemporaryDirectory(prefix="midiscover-step-") as folder:
-        planted(Path(folder), args.steps, args.batch_size, args.l0)
+        planted(Path(folder), steps=args.steps, batch=args.batch_size, d_in=D_IN, d_sae=D_SAE, l0=args.l0)
         for _ in range(args.repeats):
             products.append(product_seconds(args.batch_size))
             for side in sides:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PhiConfig
 
 from midiscover import hookfacts
+from midiscover.attach import fuse_gelu
 from midiscover.config import ModelConfig
 from midiscover.errors import ModelError
 from midiscover.lm import LanguageModel, compute_dtype, hook_facts, load_tokenizer
@@ -301,6 +302,18 @@ def test_bfloat16_in_and_out(phi: Path) -> None:
     clean = lm.logits(ids)
     assert clean.dtype == torch.bfloat16
     assert_identical(lm.logits(ids, replace={hook: lambda x: x.float()}), clean)
+
+
+def test_the_gelu_of_phi_may_be_pytorchs_own(phi: Path) -> None:
+    """As on a GPU: the same activations to rounding, and hooks on the activation function stay."""
+    hook = "model.layers.0.mlp.activation_fn"
+    one, two = load(phi), load(phi)
+    fuse_gelu(two.model)
+    assert isinstance(two.model.get_submodule(hook), torch.nn.GELU)
+    assert not isinstance(one.model.get_submodule(hook), torch.nn.GELU)
+    ids = torch.arange(12)[None]
+    assert torch.allclose(one.activations(ids, [hook])[hook], two.activations(ids, [hook])[hook], atol=1e-6)
+    assert torch.allclose(one.logits(ids), two.logits(ids), atol=1e-5)
 
 
 def test_vocabulary_and_tokenizer_of_a_model_with_spare_rows(phi: Path) -> None:

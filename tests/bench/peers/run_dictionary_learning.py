@@ -60,21 +60,26 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         "warmup_steps": warmup,
         "decay_start": round(0.8 * job.steps),
         "seed": job.seed,
-        "device": "cpu",
+        "device": job.device,
     }
     if job.kind == "standard":
         config |= {"l1_penalty": job.sparsity, "sparsity_warmup_steps": warmup}
     else:
         config |= {"k": round(job.sparsity)}
     with tempfile.TemporaryDirectory() as folder:
-        trainSAE(batches, [config], job.steps, save_dir=folder, normalize_activations=True, device="cpu")
-        state = torch.load(Path(folder) / "trainer_0" / "ae.pt", weights_only=True)
+        precision = getattr(torch, job.precision)
+        trainSAE(
+            batches, [config], job.steps,
+            save_dir=folder, normalize_activations=True, device=job.device, autocast_dtype=precision,
+        )  # fmt: skip
+        state = torch.load(Path(folder) / "trainer_0" / "ae.pt", weights_only=True, map_location=job.device)
     if job.kind == "standard":
         ae, bias, cfg = AutoEncoder(d_in, job.d_sae), "bias", {"architecture": "standard"}
     else:
         k = round(job.sparsity)
         ae, bias, cfg = AutoEncoderTopK(d_in, job.d_sae, k), "b_dec", {"architecture": "topk", "k": k}
     ae.load_state_dict(state)
+    ae.to(job.device)
     weights = {
         "W_enc": state["encoder.weight"].T,
         "b_enc": state["encoder.bias"],

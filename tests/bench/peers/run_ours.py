@@ -11,6 +11,7 @@ from runner import Batches, Job, Made, main, measured
 from torch import Tensor
 
 import midiscover.sae.code
+import midiscover.sae.pattern
 from midiscover.config import TrainConfig
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import ARCHITECTURES, folded_sae
@@ -24,7 +25,7 @@ from tests.workers import SilentWorker
 def normalisation(batches: Batches) -> Normalisation:
     """Of the training rows; a harvest's manifest holds it, so that it is not part of a training."""
     count, d_in = batches.rows.shape
-    mean = sum((batch.double().sum(0) for batch in batches), torch.zeros(d_in)) / count
+    mean = sum((batch.double().sum(0) for batch in batches), torch.zeros(d_in, device=batches.rows.device)) / count
     norms = squares = 0.0
     for batch in batches:
         squared = (batch.double() - mean).pow(2).sum(1)
@@ -50,20 +51,29 @@ class RowSource:
 def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
     config = SAE_KINDS[job.kind]
     if job.variant == "dense":
-        midiscover.sae.code.SPARSE_BELOW = 0
+        midiscover.sae.code.SPARSE_BELOW = midiscover.sae.code.SPARSE_BELOW_ON_GPU = 0
+    if job.variant == "plain":
+        midiscover.sae.pattern.KERNEL_DEVICES = ()
     if issubclass(config, TopKConfig):
         sae = config(d_sae=job.d_sae, k=round(job.sparsity))
-    elif job.variant in ("sparse", "dense"):  # a step's time at this L0
+    elif job.variant in ("sparse", "dense", "plain"):  # a step's time at this L0
         sae = config(d_sae=job.d_sae, initial_density=job.sparsity / job.d_sae)
     elif job.variant == "target_l0":
         sae = config(d_sae=job.d_sae, target_l0=job.sparsity)
     else:
         sae = config(d_sae=job.d_sae, l1_coefficient=job.sparsity)
     settings = TrainConfig(
-        batch_size=job.batch_size, seed=job.seed, lr=job.lr or None, checkpoint_every=1e9, report_every=50
+        batch_size=job.batch_size,
+        seed=job.seed,
+        lr=job.lr or None,
+        dtype="bfloat16" if job.precision == "bfloat16" else "float32",
+        checkpoint_every=1e9,
+        report_every=50,
     )
+    worker = SilentWorker()
+    worker.device = torch.device(job.device)
     member = Member(id=job.name, config=sae, train=settings, d_sae=job.d_sae)
-    (trained,) = train_members([member], RowSource(batches), SilentWorker())
+    (trained,) = train_members([member], RowSource(batches), worker)
     if not isinstance(trained, Trained):
         nan = torch.full((held_out.shape[1], job.d_sae), float("nan"))
         weights = {"W_enc": nan, "b_enc": nan[0], "W_dec": nan.T, "b_dec": nan[:, 0]}
@@ -72,6 +82,7 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
     shape = {"d_in": module.d_in, "d_sae": module.d_sae}
     cfg = {"architecture": ARCHITECTURES[job.kind].saelens_architecture, **module.saelens_fields()}
     loaded = folded_sae(cfg | shape, trained.weights)
+    loaded.to(job.device)
     return Made(cfg, trained.weights, measured(loaded.encode, loaded.decode, held_out))
 
 

@@ -20,7 +20,7 @@ from sae_lens import (
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
-from sae_lens.config import SAETrainerConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, no_grad
 
@@ -29,6 +29,7 @@ NORM_BATCHES = 100
 
 def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
     common = {"d_in": held_out.shape[1], "d_sae": job.d_sae, "normalize_activations": "expected_average_only_in"}
+    common |= {"device": job.device}
     if job.kind == "standard":
         warmup = job.steps // 20
         sae = StandardTrainingSAE(
@@ -44,13 +45,16 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         lr_decay_steps=job.steps // 5,
         dead_feature_window=1000 if job.variant == "step" else max(1, job.steps // 30),
         n_batches_for_norm_estimate=min(NORM_BATCHES, job.steps),
+        device=job.device,
+        autocast=job.precision == "bfloat16",
+        logger=LoggingConfig(log_to_wandb=False),
     )
     # The norm is estimated on batches that their loop takes from the stream; training then begins at the first.
     trainer = SAETrainer(cfg, sae, chain(islice(batches, cfg.n_batches_for_norm_estimate), batches))
     trainer.fit()
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
-        saved = SAE.load_from_disk(folder)
+        saved = SAE.load_from_disk(folder, device=job.device)
     weights = {name: value.detach().clone() for name, value in saved.state_dict().items()}
     cfg_fields = {"architecture": saved.cfg.architecture(), "k": getattr(saved.cfg, "k", None)}
     return Made(cfg_fields, weights, own_numbers(trainer, saved, held_out))

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import midiscover.sae.code
 from midiscover.sae.base import StepContext
-from midiscover.sae.code import DenseCode, Pattern, PreActivations, SparseCode, places_of, product, relu_code
+from midiscover.sae.code import DenseCode, PreActivations, SparseCode, product, relu_code
+from midiscover.sae.pattern import Pattern, places_of
 from midiscover.sae.registry import ARCHITECTURES, make_sae
 from tests.unit.sae.naive import CONFIGS, rows
 

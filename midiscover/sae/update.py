@@ -1,0 +1,150 @@
+"""From an SAE's gradients to its next weights: clip, the constraints, Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+
+from midiscover.sae.base import Sae
+from midiscover.sae.pattern import kernels_of
+
+MATRICES = ("W_enc", "W_dec")
+
+
+class Update:
+    """Adam on an SAE's parameters, by PyTorch's operators."""
+
+    def __init__(self, sae: Sae, *, lr: float, betas: tuple[float, float]) -> None:
+        self.sae = sae
+        self.learned = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.learned, lr=lr, betas=betas, fused=True)
+
+    @property
+    def lr(self) -> float:
+        """Of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """While a loss is computed; gradients of the step before are gone."""
+        self.optimizer.zero_grad(set_to_none=True)
+        yield
+
+    def gradients(self) -> list[Tensor]:
+        """Of what the loss depends on."""
+        return [p.grad for p in self.sae.parameters() if p.grad is not None]
+
+    def prepare(self, lr: float) -> None:
+        """Before the loss of the next step is computed: its learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, clip: float) -> None:
+        """Take the step, gradients clipped to the norm `clip` before it; 0: as they are."""
+        if clip:
+            self._clip(clip)
+        self.sae.before_step()
+        self.optimizer.step()
+        self.sae.after_step()
+
+    def changed(self) -> None:
+        """To be told where weights or moments were changed from outside."""
+
+    def _clip(self, most: float) -> None:
+        norm = gradient_norm(self.gradients())
+        # On a CPU nothing waits for the comparison, and a factor of 1 would be a pass over all of them.
+        if norm.device.type != "cpu" or float(norm) > most:
+            clip_grads_with_norm_(self.sae.parameters(), most, norm)
+
+
+class HalvedUpdate(Update):
+    """On a GPU: losses see bfloat16 copies of both matrices, and one kernel takes each parameter through its step.
+
+    A step that casts the weights, clips, projects, runs Adam and divides the rows by operators of their own passes
+    over them ten times; here gradient, weight and moments are read once and weight, moments and copy written once.
+    Both matrices lie in memory by feature, so that what belongs to one feature is one row. The weights themselves and
+    the moments stay float32. What changes from step to step lies in tensors, so that a CUDA graph can hold the step.
+    """
+
+    def __init__(self, sae: Sae, *, lr: float, betas: tuple[float, float]) -> None:
+        kernels = kernels_of(sae.W_enc.device)
+        assert kernels is not None, "`make_update` asks first"
+        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+        super().__init__(sae, lr=lr, betas=betas)
+        self.kernels, self.betas = kernels, betas
+        self.masters = {name: sae.get_parameter(name) for name in MATRICES}
+        self.halves = {
+            name: nn.Parameter(master.detach().bfloat16(), requires_grad=master.requires_grad)
+            for name, master in self.masters.items()
+        }
+        self.taken = 0
+        self.knobs = torch.zeros(2, device=sae.W_enc.device)
+        for parameter in self.learned:  # PyTorch's names, by which checkpoints and resampling know them
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        for half in self.halves.values():
+            half.grad = None
+        with super().computing():
+            self.sae._parameters.update(self.halves)
+            try:
+                yield
+            finally:
+                self.sae._parameters.update(self.masters)
+
+    def gradients(self) -> list[Tensor]:
+        return [*super().gradients(), *(half.grad for half in self.halves.values() if half.grad is not None)]
+
+    def prepare(self, lr: float) -> None:
+        super().prepare(lr)
+        self.taken += 1
+        for parameter in self.learned:
+            self.optimizer.state[parameter]["step"].fill_(self.taken)
+        beta1, beta2 = self.betas
+        self.knobs[0].fill_(lr / (1 - beta1**self.taken))
+        self.knobs[1].fill_((1 - beta2**self.taken) ** -0.5)
+
+    @torch.no_grad()
+    def step(self, clip: float) -> None:
+        scale = torch.ones((), device=self.knobs.device)
+        if clip:  # as PyTorch's
+            scale = (clip / (gradient_norm(self.gradients()) + 1e-6)).clamp(max=1.0)
+        for name, parameter in self.sae.named_parameters():
+            half, state = self.halves.get(name), self.optimizer.state.get(parameter)
+            grad = parameter.grad if half is None else half.grad
+            if grad is None or not state:
+                continue
+            tensors = [parameter.data, grad, state["exp_avg"], state["exp_avg_sq"]]
+            if name == "W_enc":
+                tensors, half = [tensor.T for tensor in tensors], self.halves[name].T
+            assert all(tensor.is_contiguous() for tensor in tensors), f"{name} lies in memory by feature"
+            unit = name == "W_dec" and self.sae.unit_decoder
+            self.kernels.adam_(*tensors, half=half, scale=scale, knobs=self.knobs, betas=self.betas, unit=unit)
+        self.sae.constrain_()
+        for parameter in (*self.learned, *self.halves.values()):
+            parameter.grad = None  # a graph's next step may lie in the same memory
+
+    @torch.no_grad()
+    def changed(self) -> None:
+        self.taken = int(self.optimizer.state[self.learned[0]]["step"])
+        for name, half in self.halves.items():
+            half.copy_(self.masters[name])
+
+
+def make_update(sae: Sae, *, lr: float, betas: tuple[float, float], halved: bool) -> Update:
+    """How an SAE takes its steps; `halved`: where its losses may be computed from bfloat16 copies of its matrices."""
+    kind = HalvedUpdate if halved and kernels_of(sae.W_enc.device) is not None else Update
+    return kind(sae, lr=lr, betas=betas)
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, a scalar summed up in float32."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
