@@ -1,5 +1,5 @@
 # make demo    the whole job on a small real model and real text: about a quarter of an hour on two quiet cores
-# make test    all tests but those of make test-long, which take a quarter of an hour by themselves
+# make test    all tests but those of make test-long, which take three quarters of an hour by themselves
 # make cluster a Ray head, two workers, SeaweedFS and PostgreSQL on this machine; make cluster-down ends them
 # make check   format, lint, types, import rules
 # make upgrade the newest versions that pyproject.toml allows into constraints.txt and the images' lock; then `make test`

@@ -8,7 +8,7 @@ the records. What is measured already under the same settings is not measured ag
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
@@ -25,7 +25,7 @@ from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_met
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.packing import Windows
-from midiscover.resolve import PlannedSae, Resolved
+from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import FOREIGN, MetricSums
 from midiscover.saes import SPARSITY, load_trained
@@ -50,29 +50,7 @@ NO_SPLICE = (
 )
 
 
-class Site(NamedTuple):
-    """Where an SAE sits; SAEs of one site are measured together, with one pass of the language model for all."""
-
-    harvest_id: str
-    hook: str
-    output_hook: str
-
-
 Groups = Mapping[Site, Sequence[PlannedSae]]
-
-
-def by_site(saes: Iterable[PlannedSae]) -> dict[Site, list[PlannedSae]]:
-    """SAEs grouped as they are measured."""
-    groups: dict[Site, list[PlannedSae]] = {}
-    for sae in saes:
-        groups.setdefault(Site(sae.harvest_id, sae.point.hook, sae.output_hook), []).append(sae)
-    return groups
-
-
-def is_spliced(sae: PlannedSae) -> bool:
-    """Whether its reconstruction is put back into the model. Not that of `random_model`: the language model that it was
-    trained on predicts noise, so that its cross-entropy says nothing, and in the real model it has no meaning."""
-    return sae.point.sae.control != "random_model"
 
 
 @ray.remote(max_retries=-1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation import by_site, measure
+from jobs.evaluation import measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.progress import Bars
 from jobs.runtime import model_slots, ray_session, run_main
@@ -29,7 +29,7 @@ from midiscover.member import HISTORY, Member, Trained
 from midiscover.models import config_folder, hook_table, resolve_model
 from midiscover.publish.importers import Foreign, read_saelens, read_seed
 from midiscover.publish.sourcehooks import find_hook
-from midiscover.resolve import Resolved, resolve
+from midiscover.resolve import Resolved, by_site, resolve
 from midiscover.sae.registry import folded_sae
 from midiscover.saeconfig import TranscoderConfig
 from midiscover.saes import commit_record, write_trained

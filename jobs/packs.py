@@ -24,7 +24,7 @@ from jobs.group import TorchGroup
 from jobs.leases import hangs_key, here
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
-from midiscover.memory import Sizes, fit_together
+from midiscover.memory import fit_together
 from midiscover.resolve import Pack, PlannedSae, Resolved
 from midiscover.saes import has_ended, write_trained
 from midiscover.source import open_source
@@ -191,16 +191,7 @@ def _parts(job: PackJob, pack: Pack) -> list[Pack]:
         return [pack]
     free, total = torch.cuda.mem_get_info()
     limit = int(0.95 * min(free, total * min(1.0, job.slots.gpus)))
-    sizes = [
-        Sizes(
-            job.resolved.hooks[planned.point.hook],
-            planned.d_sae,
-            job.resolved.hooks[planned.output_hook],
-            planned.point.train.batch_size,
-        )
-        for planned in pack.saes
-    ]
-    parts = fit_together(sizes, limit)
+    parts = fit_together([planned.sizes for planned in pack.saes], limit)
     return [pack] if len(parts) < 2 else [pack.part([pack.saes[i] for i in part]) for part in parts]
 
 

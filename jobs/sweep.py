@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jobs.board import Event, watched
-from jobs.evaluation import by_site, measure
+from jobs.evaluation import measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.leases import Leases
 from jobs.packs import PackJob, run_packs
@@ -27,7 +27,7 @@ from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError, MiDiscoverError
 from midiscover.launch import Prepared, parse_job, prepare
-from midiscover.resolve import PlannedSae, auto_pack_size, make_packs
+from midiscover.resolve import PlannedSae, auto_pack_size, by_site, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
 from midiscover.store import layout

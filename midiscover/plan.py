@@ -16,9 +16,9 @@ from midiscover.config import CorpusConfig
 from midiscover.cores import SCALING, packs_at_once
 from midiscover.corpus import find_corpus
 from midiscover.errors import ConfigError
-from midiscover.memory import Sizes, fit_together
+from midiscover.memory import fit_together
 from midiscover.rates import Rates
-from midiscover.resolve import Pack, PlannedSae, Resolved, auto_pack_size, make_packs
+from midiscover.resolve import Pack, PlannedSae, Resolved, auto_pack_size, by_site, is_spliced, make_packs
 from midiscover.saeconfig import UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig
 from midiscover.store.storage import Storage
 from midiscover.texts import SourceIdentity, documents
@@ -206,7 +206,7 @@ class _Planner:
         self._add("train", seconds, flops, size, why if training > seconds / 2 else "starting trials")
 
     def _evaluate(self) -> None:
-        settings, sites = self.resolved.config.evaluate, self._sites()
+        settings, sites = self.resolved.config.evaluate, list(by_site(self.resolved.saes).values())
         lanes: list[list[tuple[str, float]]] = [[] for _ in range(min(len(sites), self._models()))]
         held = min(self.work.held_out, settings.max_tokens)
         spliced = min(self.work.held_out, settings.ce_tokens)
@@ -216,7 +216,8 @@ class _Planner:
             lane = min(lanes, key=lambda one: sum(seconds for _, seconds in one))
             weights = sum((sae.d_in + sae.d_out) * sae.d_sae for sae in saes)
             encoding = (held + foreign + spliced) * weights * self.rates.encode
-            passes = 2 + len(saes) if spliced else 0
+            through = sum(map(is_spliced, saes)) if spliced else 0
+            passes = 2 + through if through else 0
             to_the_end = passes * spliced * self.resolved.table.flops_per_token
             to_the_hook = foreign * self.resolved.table.require(saes[0].output_hook).flops_per_token
             computing = to_the_end / self.rates.logits_flops + to_the_hook / self.rates.model_flops
@@ -230,7 +231,7 @@ class _Planner:
 
     def _finish(self) -> None:
         # Neighbours on the grid, about one for each SAE: every decoder row of one with every one of the other.
-        pairs = sum(sae.d_sae**2 * sae.d_out for saes in self._sites() for sae in saes[1:])
+        pairs = sum(sae.d_sae**2 * sae.d_out for saes in by_site(self.resolved.saes).values() for sae in saes[1:])
         pieces = [("figures", self.rates.starts["figures"]), ("in common", pairs * self.rates.encode)]
         self._one_by_one("report", pieces, bound="drawing the report", flops=2.0 * pairs)
 
@@ -260,17 +261,10 @@ class _Planner:
         if self.gpus and self.rates.memory:
             limit = int(0.95 * self.rates.memory * min(1.0, self.resources.gpus_per_pack))
             for pack in packs:
-                sizes = [Sizes(s.d_in, s.d_sae, s.d_out, s.point.train.batch_size) for s in pack.saes]
-                parts = len(fit_together(sizes, limit))
+                parts = len(fit_together([sae.sizes for sae in pack.saes], limit))
                 if parts > 1:
                     self.notes.append(f"{len(pack.saes)} SAEs of {pack.hook} are {parts} times what a card holds")
         return packs
-
-    def _sites(self) -> list[tuple[PlannedSae, ...]]:
-        sites: dict[tuple[str, str, str], list[PlannedSae]] = {}
-        for sae in self.resolved.saes:
-            sites.setdefault((sae.harvest_id, sae.point.hook, sae.output_hook), []).append(sae)
-        return [tuple(saes) for saes in sites.values()]
 
     def _load(self) -> float:
         return ROW_BYTES * self.resolved.table.parameters / self.rates.load_bytes

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from midiscover import ids
 from midiscover.config import RunConfig, SaePoint
 from midiscover.configio import expand_grid
 from midiscover.errors import ConfigError
+from midiscover.memory import Sizes
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
 from midiscover.saeconfig import SHARES_NO_BATCH, UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig, TranscoderConfig
 from midiscover.texts import SourceIdentity, resolve_foreign, resolve_source
@@ -34,6 +35,11 @@ class PlannedSae:
     harvest_id: str
     """Where its activations lie; another one than the sweep's for `control: random_model`."""
 
+    @property
+    def sizes(self) -> Sizes:
+        """By which its training's memory is reckoned."""
+        return Sizes(self.d_in, self.d_sae, self.d_out, self.point.train.batch_size)
+
     def row(self) -> dict[str, object]:
         """The plain-table entries that need no training."""
         sae = self.point.sae
@@ -48,6 +54,28 @@ class PlannedSae:
             "d_sae": self.d_sae,
             "seed": self.point.train.seed,
         }
+
+
+class Site(NamedTuple):
+    """Where an SAE sits; SAEs of one site are measured together, with one pass of the language model for all."""
+
+    harvest_id: str
+    hook: str
+    output_hook: str
+
+
+def by_site(saes: Iterable[PlannedSae]) -> dict[Site, list[PlannedSae]]:
+    """SAEs grouped as they are measured."""
+    groups: dict[Site, list[PlannedSae]] = {}
+    for sae in saes:
+        groups.setdefault(Site(sae.harvest_id, sae.point.hook, sae.output_hook), []).append(sae)
+    return groups
+
+
+def is_spliced(sae: PlannedSae) -> bool:
+    """Whether its reconstruction is put back into the model. Not that of `random_model`: the language model that it was
+    trained on predicts noise, so that its cross-entropy says nothing, and in the real model it has no meaning."""
+    return sae.point.sae.control != "random_model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,8 +22,8 @@ from midiscover.sae.products import Decoded, EncodedJump, EncodedRelu, Product
 
 SPARSE_BELOW = 0.12
 """Share of entries that fire below which a sparse code is made. By measurement: tests/bench/step.py."""
-SPARSE_BELOW_ON_GPU = 0.004
-"""The same where kernels gather the entries. By measurement: tests/bench/gpu_step.py."""
+SPARSE_BELOW_ON_GPU = 0.008
+"""The same where kernels gather the entries. By measurement: tests/bench/gpu_kinds.py."""
 SPARSE_FROM = 2**25
 """Multiply-adds of x @ W_enc from which a sparse code is made; below, its many small calls take what they save."""
 LOOKED_AT = 64

@@ -36,6 +36,7 @@ from midiscover.saeconfig import (
 from tests.bench.step_sides import STILL, matrix_rate
 
 WARM = 6
+BELOW = midiscover.sae.code.SPARSE_BELOW_ON_GPU
 
 
 def rows(batch: int, d_in: int, d_sae: int, l0: float, device: torch.device) -> list[Tensor]:
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, way in ways.items():
             if label == "dense" and config.kind not in ("topk", "batchtopk"):
                 continue
-            sparse = patch.object(midiscover.sae.code, "SPARSE_BELOW_ON_GPU", way.get("sparse", 0.004))
+            sparse = patch.object(midiscover.sae.code, "SPARSE_BELOW_ON_GPU", way.get("sparse", BELOW))
             devices = patch.object(midiscover.sae.pattern, "KERNEL_DEVICES", way.get("devices", ("cuda",)))
             with sparse, devices:
                 seconds, l0, graph = step_seconds(config, batches, args.steps)

@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(
         "config", "", *(f"{name}, s" for name in Times._fields), "in all, s", "plan / run", box=box.SIMPLE_HEAD
     )
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="midiscover-bench-", dir=args.folder) as folder:
         for config in args.configs:
             store = Path(folder) / Path(config).stem

@@ -70,6 +70,7 @@ def test_another_grid_reuses_what_is_there(folder: Path, store: Path) -> None:
     assert "starting the language model" not in done.err  # no forward pass for the harvest
 
 
+@pytest.mark.long
 def test_packs_of_one_and_a_ray_train_worker_give_the_same_weights(folder: Path, store: Path) -> None:
     want = weights(str(store))
     for name, flags in {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.evaluation import FOREIGN, NO_SPLICE, Site, _foreign_text, by_site, measure_site, splice_passes
+from jobs.evaluation import FOREIGN, NO_SPLICE, _foreign_text, measure_site, splice_passes
 from jobs.harvest import ModelPlace, commit_manifests, model_place, plan_of
 from jobs.runtime import Slots
 from midiscover.configio import load_config
@@ -17,7 +17,7 @@ from midiscover.errors import CorpusError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
-from midiscover.resolve import PlannedSae, Resolved, resolve
+from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
 from midiscover.saes import load_trained, write_trained
 from midiscover.source import open_source
 from midiscover.store import layout
