@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -184,7 +184,7 @@ def runs_table(runs: Iterable[Row]) -> RenderableType:
 
 def findings_table(findings: Iterable[Row]) -> RenderableType:
     """What a doctor found: `machine, what, status, told` of each; a machine is named where it changes."""
-    table = empty("machine", "", "looked at", "found")
+    table = empty("machine", "", "looked at", "found", vertical="top")
     before = None
     for found in findings:
         status = Text(found["status"], style={"ok": "green", "fails": "bold red"}.get(found["status"], "dim"))
@@ -337,7 +337,7 @@ def _architecture(row: Row, rows: Sequence[Row]) -> str:
     return f"{row.get('kind')} {fixed(row.get('d_sae'), 0)}" if several else str(row.get("kind"))
 
 
-def empty(*headings: str, title: str | None = None) -> Table:
+def empty(*headings: str, title: str | None = None, vertical: Literal["top", "bottom"] = "bottom") -> Table:
     """An empty table; a heading that begins with '>' is of a column of numbers, written in two lines to save width."""
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -351,7 +351,7 @@ def empty(*headings: str, title: str | None = None) -> Table:
         if heading.startswith(">"):
             table.add_column(heading[1:].replace(" ", "\n", 1), justify="right", no_wrap=True, vertical="bottom")
         else:
-            table.add_column(heading, overflow="fold", vertical="bottom", no_wrap=heading in UNBROKEN)
+            table.add_column(heading, overflow="fold", vertical=vertical, no_wrap=heading in UNBROKEN)
     return table
 
 

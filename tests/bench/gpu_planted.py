@@ -113,7 +113,9 @@ def main() -> None:
     )  # fmt: skip
     configs: list[SaeConfig] = [StandardConfig(l1_coefficient=l1) for l1 in known.l1]
     for config in [*configs, TopKConfig(k=shape.l0), BatchTopKConfig(k=shape.l0)]:
-        table.add_row(*row(config, shape, source, train_config))
+        cells = row(config, shape, source, train_config)
+        print(*cells, flush=True)  # a run that is cut off has told what it knew
+        table.add_row(*cells)
     tables.show(table)
 
 
