@@ -19,8 +19,11 @@ KERNEL_DEVICES = ("cuda",)
 
 
 def kernels_of(device: torch.device) -> ModuleType | None:
-    """`midiscover.sae.kernels` where it is to be used: on a GPU with Triton, which PyTorch's CUDA builds bring."""
-    if device.type not in KERNEL_DEVICES or not _triton_is_there():
+    """`midiscover.sae.kernels` where it is to be used, else None.
+
+    On a GPU that knows bfloat16 (Ampere or later), with Triton, which PyTorch's CUDA builds bring.
+    """
+    if device.type not in KERNEL_DEVICES or not _usable(device):
         return None
     from midiscover.sae import kernels
 
@@ -28,8 +31,10 @@ def kernels_of(device: torch.device) -> ModuleType | None:
 
 
 @cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
+def _usable(device: torch.device) -> bool:
+    return find_spec("triton") is not None and (
+        device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 class Pattern:
