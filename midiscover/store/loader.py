@@ -31,7 +31,7 @@ _LOCAL_READERS = min(4, os.cpu_count() or 1)  # a first read is bound by sha256,
 _NORMALISATION_ROWS = 65_536
 
 
-class Normalisation(NamedTuple):
+class MeanAndScale(NamedTuple):
     """Centre and scale of the inputs of an SAE: x' = (x - mean) * scale has mean norm sqrt(d_in)."""
 
     mean: Tensor
@@ -237,7 +237,7 @@ def iterate_rows(
             rest = rows[full:]
 
 
-def normalisation(storage: Storage, manifest: HookManifest, *, sample_rows: int = _NORMALISATION_ROWS) -> Normalisation:
+def normalisation(storage: Storage, manifest: HookManifest, *, sample_rows: int = _NORMALISATION_ROWS) -> MeanAndScale:
     """The mean of the manifest, and the scale from the first `sample_rows` usable training rows.
 
     StageError where the sampled rows are all equal.
@@ -249,7 +249,7 @@ def normalisation(storage: Storage, manifest: HookManifest, *, sample_rows: int 
         count += len(rows)
     if not total > 0:
         raise StageError(f"All activations of {manifest.hook} are equal: there is nothing to learn from this hook.")
-    return Normalisation(mean, math.sqrt(manifest.d_in) * count / total)
+    return MeanAndScale(mean, math.sqrt(manifest.d_in) * count / total)
 
 
 def iterate_blocks(storage: Storage, manifest: HookManifest, split: Split) -> Generator[Block, None, None]:

@@ -215,6 +215,7 @@ def test_one_is_killed_of_two_processes_that_share_a_pack(
         assert both["metrics"]["l0"] == pytest.approx(one["metrics"]["l0"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_driver_that_is_killed_in_the_harvest_and_in_the_training(
     folder: Path, undisturbed: Path, moment: random.Random
 ) -> None:
