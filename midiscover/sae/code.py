@@ -216,7 +216,7 @@ class PreActivations:
         tokens, d_sae = self.values.shape
         if not self.may_be_sparse or self.kernels:
             return None
-        if _too_many(fires(some_tokens(self.values)), SPARSE_BELOW):
+        if _too_many(fires(some_tokens(self.values))):
             return None
         return Pattern.of_places(places_of(fires(self.values)), tokens, d_sae)
 
@@ -238,7 +238,7 @@ def product(features: Tensor, decoder: Tensor) -> Tensor:
     if features.numel() * decoder.shape[1] < SPARSE_FROM or torch.is_autocast_enabled("cpu"):
         return features @ decoder
     flat = features.detach().flatten(0, -2)
-    if _too_many(some_tokens(flat), SPARSE_BELOW):
+    if _too_many(some_tokens(flat)):
         return features @ decoder
     places = places_of(flat != 0)
     found = Pattern.of_places(places, *flat.shape).times(flat.flatten()[places], decoder.detach())
@@ -250,9 +250,9 @@ def some_tokens(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // LOOKED_AT)]
 
 
-def _too_many(sample: Tensor, below: float) -> bool:
+def _too_many(sample: Tensor) -> bool:
     """Whether so much of a sample is not 0 that dense products are faster."""
-    return int(sample.count_nonzero()) > below * sample.numel()
+    return int(sample.count_nonzero()) > SPARSE_BELOW * sample.numel()
 
 
 def relu_code(pre: PreActivations) -> Code:

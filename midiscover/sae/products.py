@@ -55,13 +55,11 @@ class Product(torch.autograd.Function):
             by_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
         else:
             by_bias = pattern.sums(grad)
-        halved = encoder.dtype == torch.bfloat16
-        centred = x if b_dec is None or halved else x - b_dec
-        if pattern is not None:
-            by_encoder = pattern.transposed_times(grad, centred).T
-        else:
-            by_encoder = (grad.T @ centred).T if halved else centred.T @ grad
-        by_encoder = by_encoder if halved else by_encoder.contiguous()
+        if pattern is None and _halved(encoder):
+            return *_of_halves(x, encoder, b_dec, grad, by_bias), None, None
+        centred = x if b_dec is None or _halved(encoder) else x - b_dec
+        by_encoder = centred.T @ grad if pattern is None else pattern.transposed_times(grad, centred).T
+        by_encoder = by_encoder if _halved(encoder) else by_encoder.contiguous()
         return None, by_encoder, by_bias, _by_b_dec(encoder, b_dec, by_bias), None, None
 
 
@@ -91,7 +89,7 @@ class EncodedRelu(torch.autograd.Function):
         kernels = kernels_of(x.device)
         assert kernels is not None, "they made the sums"
         grad, by_bias = kernels.relu_backward(grads[0], grads[1], features)
-        return None, (grad.T @ x).T, by_bias, _by_b_dec(encoder, b_dec, by_bias), None, None
+        return *_of_halves(x, encoder, b_dec, grad, by_bias), None, None
 
 
 class EncodedJump(torch.autograd.Function):
@@ -124,8 +122,19 @@ class EncodedJump(torch.autograd.Function):
         assert kernels is not None, "they made the features"
         grad, by_bias, near_grads, nears = kernels.jump_backward(grads[0], pre, threshold, ctx.bandwidth)
         by_threshold = -(threshold * near_grads + nears * (grads[1] / len(x))) / ctx.bandwidth
-        by_b_dec = _by_b_dec(encoder, b_dec, by_bias)
-        return None, (grad.T @ x).T, by_bias, by_b_dec, by_threshold, None, None, None, None
+        return *_of_halves(x, encoder, b_dec, grad, by_bias), by_threshold, None, None, None, None
+
+
+def _halved(encoder: Tensor) -> bool:
+    """Whether W_enc is the copy of `sae.update`, which lies in memory by feature; rows are centred then."""
+    return encoder.dtype == torch.bfloat16
+
+
+def _of_halves(
+    x: Tensor, encoder: Tensor, b_dec: Tensor | None, grad: Tensor, by_bias: Tensor
+) -> tuple[None, Tensor, Tensor, Tensor | None]:
+    """Gradients of (x, W_enc, bias, b_dec) from a whole code's `grad` [tokens, d_sae] and its sums over the tokens."""
+    return None, (grad.T @ x).T, by_bias, _by_b_dec(encoder, b_dec, by_bias)
 
 
 def _by_b_dec(encoder: Tensor, b_dec: Tensor | None, by_bias: Tensor) -> Tensor | None:

@@ -1,34 +1,30 @@
-"""phi-2 at its real shape with random weights: harvest of five hooks in one pass, then one SAE of 20,480 features.
+"""phi-2 at its real shape with random weights: harvest of five hooks in one pass.
 
     python -m tests.bench.gpu_phi2                 # on a GPU
     python -m tests.bench.gpu_phi2 --small         # the same program on a CPU, in seconds, to see that it runs
 
 Plain torch, no Ray, nothing downloaded. Prints tokens/s and the share of the bfloat16 matrix rate that this very device
-reaches in the same run; the harvest writes to a folder in memory (/dev/shm) where there is one.
+reaches in the same run; the harvest writes to a folder in memory (/dev/shm) where there is one. What SAEs' steps take
+there is `tests.bench.gpu_kinds`' matter.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 from midiscover import tables
-from midiscover.calibrate import Nobody, timed
-from midiscover.config import HarvestConfig, TrainConfig
+from midiscover.calibrate import timed
+from midiscover.config import HarvestConfig
 from midiscover.harvest import Harvester, HarvestJob
-from midiscover.sae.base import Normalisation
-from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.store.blocks import block_plan
 from midiscover.store.storage import open_store
-from midiscover.train import Member, train
 from tests.bench.step_sides import matrix_rate
 
 LAYERS = (8, 12, 16, 20, 24)
@@ -52,23 +48,6 @@ class RandomCorpus:
         """Ids and document numbers [windows, context_size]."""
         ids = self.ids[start:stop]
         return ids, np.zeros_like(ids)
-
-
-class DeviceSource:
-    """Random activations that lie on the device, so that the steps alone are measured."""
-
-    def __init__(self, d_in: int, batch_size: int, steps: int, device: torch.device) -> None:
-        self.inputs = self.outputs = Normalisation(torch.zeros(d_in), 1.0, float(d_in))
-        self.rows_per_epoch, self.batch_size, self.steps = batch_size * steps, batch_size, steps
-        self.rows = torch.randn(batch_size, d_in, device=device)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def batches(self, start: int) -> Iterator[Tensor]:
-        """The same rows again and again."""
-        for _ in range(start, self.steps):
-            yield self.rows
 
 
 def model(small: bool, device: torch.device) -> tuple[object, PhiConfig]:
@@ -118,40 +97,19 @@ def harvest_row(small: bool, tokens: int, context_size: int, device: torch.devic
     return "harvest, 5 hooks, written", f"{rate:,.0f}", f"{100 * share:.0f} %", "goal 50 %"
 
 
-def pack_row(kind: str, small: bool, steps: int, device: torch.device, peak: float) -> tuple[str, ...]:
-    """Tokens/s of one SAE's whole steps: forward, backward, clip, Adam."""
-    d_in, d_sae, batch = (64, 512, 256) if small else (2560, 20_480, 4096)
-    config = StandardConfig(d_sae=d_sae) if kind == "standard" else TopKConfig(d_sae=d_sae, k=64)
-    settings = TrainConfig(batch_size=batch, dtype="bfloat16", report_every=10**6, checkpoint_every=1e9)
-    member = Member(id=kind, config=config, train=settings, d_sae=d_sae)
-
-    def run(count: int) -> None:
-        train([member], DeviceSource(d_in, batch, count, device), Nobody(device))
-
-    run(3)
-    # Two lengths: making the SAE and folding it at the end cost the same in both and fall out.
-    seconds = timed(lambda: run(steps + 5), device) - timed(lambda: run(5), device)
-    rate = steps * batch / seconds
-    share = rate * 10 * d_in * d_sae / peak
-    return f"{kind} {d_sae:,} features, batch {batch:,}", f"{rate:,.0f}", f"{100 * share:.0f} %", "dense: 10 d_in d_sae"
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy shape, for a CPU")
     parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--context-size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=50)
     known = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokens, context, steps = (20_000, 128, 10) if known.small else (known.tokens, known.context_size, known.steps)
+    tokens, context = (20_000, 128) if known.small else (known.tokens, known.context_size)
     peak = matrix_rate(device, 512 if known.small else 8192)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     table = Table("", "tokens/s", "share of measured peak", "", title=f"{name}: {peak / 1e12:.2f} TFLOP/s bfloat16")
     table.add_row(*harvest_row(known.small, tokens, context, device, peak))
-    for kind in ("standard", "topk"):
-        table.add_row(*pack_row(kind, known.small, steps, device, peak))
     tables.show(table)
 
 

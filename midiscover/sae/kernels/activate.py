@@ -1,7 +1,7 @@
 """Activation functions and their gradients, with the sums over tokens that a loss asks for, in one pass."""
 
 # Triton's own typing does not know how kernels are launched, nor its ranges.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 from __future__ import annotations
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 TILE_ROWS, TILE_COLUMNS, TILES = 8, 256, 16
 """A program reads TILES times a tile of the code."""
+_LAUNCH = {"R": TILE_ROWS, "C": TILE_COLUMNS, "TILES": TILES, "num_warps": 4}
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def relu_with_sums_(pre: Tensor) -> tuple[Tensor, Tensor]:
     blocks, grid = _grid(pre)
     sums = torch.empty(blocks, pre.shape[1], dtype=torch.float32, device=pre.device)
     counts = torch.empty(blocks, pre.shape[1], dtype=torch.int32, device=pre.device)
-    _relu[grid](pre, pre, sums, counts, *pre.shape, R=TILE_ROWS, C=TILE_COLUMNS, TILES=TILES, num_warps=4)
+    _relu[grid](pre, pre, sums, counts, *pre.shape, **_LAUNCH)
     return sums.sum(0), counts.sum(0)
 
 
@@ -65,10 +66,7 @@ def relu_backward(grad: Tensor, column_grad: Tensor, features: Tensor) -> tuple[
     blocks, grid = _grid(features)
     out = torch.empty_like(features)
     sums = torch.empty(blocks, features.shape[1], dtype=torch.float32, device=features.device)
-    _relu_backward[grid](
-        grad.contiguous(), column_grad, features, out, sums, *features.shape,
-        R=TILE_ROWS, C=TILE_COLUMNS, TILES=TILES, num_warps=4,
-    )  # fmt: skip
+    _relu_backward[grid](grad.contiguous(), column_grad, features, out, sums, *features.shape, **_LAUNCH)
     return out, sums.sum(0)
 
 
@@ -94,7 +92,7 @@ def jump(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     blocks, grid = _grid(pre)
     features = torch.empty_like(pre)
     counts = torch.empty(blocks, pre.shape[1], dtype=torch.int32, device=pre.device)
-    _jump[grid](pre, threshold, features, counts, *pre.shape, R=TILE_ROWS, C=TILE_COLUMNS, TILES=TILES, num_warps=4)
+    _jump[grid](pre, threshold, features, counts, *pre.shape, **_LAUNCH)
     return features, counts.sum(0)
 
 
@@ -135,10 +133,8 @@ def jump_backward(
     out = torch.empty_like(pre)
     sums, near_grads = (torch.empty(blocks, pre.shape[1], device=pre.device) for _ in range(2))
     nears = torch.empty(blocks, pre.shape[1], dtype=torch.int32, device=pre.device)
-    _jump_backward[grid](
-        grad.contiguous(), pre, threshold, bandwidth / 2, out, sums, near_grads, nears, *pre.shape,
-        R=TILE_ROWS, C=TILE_COLUMNS, TILES=TILES, num_warps=4,
-    )  # fmt: skip
+    given = (grad.contiguous(), pre, threshold, bandwidth / 2)
+    _jump_backward[grid](*given, out, sums, near_grads, nears, *pre.shape, **_LAUNCH)
     return out, sums.sum(0), near_grads.sum(0), nears.sum(0)
 
 
