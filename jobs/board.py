@@ -35,7 +35,10 @@ class Event(NamedTuple):
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class BoardActor:
-    """A queue of events. Lost events cost a line of progress, never a result."""
+    """A queue of events. Lost events cost a line of progress, never a result.
+
+    What events are made of must not import torch: this process would do so while everything else starts.
+    """
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     prepared = prepare(args)
     prepared.tracker.close()
-    subprocess.run([sys.executable, "-c", "import jobs.sweep"], check=True)
+    subprocess.run([sys.executable, "-c", "import jobs.sweeprun"], check=True)
     starts = {"driver": time.monotonic() - began}
     began = time.monotonic()
     with ray_session(prepared.resolved.config.resources.nodes, lambda line: print(line, file=sys.stderr)) as cluster:

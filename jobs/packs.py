@@ -25,6 +25,7 @@ from jobs.leases import hangs_key, here
 from jobs.runtime import Slots, last_line, own_error
 from midiscover.errors import StageError, UserError
 from midiscover.memory import fit_together
+from midiscover.progress import Progress
 from midiscover.resolve import Pack, PlannedSae, Resolved
 from midiscover.saes import has_ended, write_trained
 from midiscover.source import open_source
@@ -32,7 +33,7 @@ from midiscover.store import layout
 from midiscover.store.documents import dump
 from midiscover.store.storage import Storage
 from midiscover.tracking.sweepfiles import retired_reason
-from midiscover.train import Diverged, Member, Progress, Retired, Trained, train
+from midiscover.train import Diverged, Member, Retired, Trained, train
 
 MAX_DEATHS = 10
 """Deaths of a pack's process in a row, without a newer checkpoint, after which the pack counts as failed."""

@@ -20,11 +20,11 @@ from jobs.mirror import Mirror
 from jobs.progress import Bars
 from midiscover.errors import TrackingError
 from midiscover.ids import hook_label, sparsity_label
+from midiscover.progress import Progress
 from midiscover.resolve import Pack
 from midiscover.store import layout
 from midiscover.store.storage import Storage
 from midiscover.tracking import Tracker
-from midiscover.train import Progress
 
 FLUSH_SECONDS = 5.0
 AGAIN_SECONDS = 5.0

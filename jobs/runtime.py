@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import gc
+import importlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -109,6 +110,37 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
                     give_back()
     finally:
         ray.shutdown()
+
+
+class RayLater:
+    """A `ray_session` for a driver that may not need one: begun when `cluster` is first asked for, or before.
+
+    Leaving the body ends what was begun in it.
+    """
+
+    def __init__(self, nodes: int | None, say: Callable[[str], None]) -> None:
+        self._stack, self._cluster, self._given = ExitStack(), None, (nodes, say)
+
+    def __enter__(self) -> RayLater:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.end()
+
+    def begin_while_importing(self, module: str) -> None:
+        """Begin now. Each takes seconds, and Ray mostly waits for its servers."""
+        threading.Thread(target=importlib.import_module, args=(module,), name=f"import {module}", daemon=True).start()
+        self.cluster()
+
+    def cluster(self) -> Cluster:
+        """The cluster that this driver works on."""
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(ray_session(*self._given))
+        return self._cluster
+
+    def end(self) -> None:
+        """The stage is over; nothing is left to do where none was begun."""
+        self._stack.close()
 
 
 def _cluster(nodes: tuple[Node, ...], *, local: bool) -> Cluster:

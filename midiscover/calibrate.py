@@ -25,6 +25,7 @@ from midiscover.evaluate import reconstruction_metrics
 from midiscover.harvest import CPU_BATCH_TOKENS
 from midiscover.lm import LanguageModel
 from midiscover.models import HookTable
+from midiscover.progress import Progress
 from midiscover.rates import Rates, StepCost
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import make_sae
@@ -33,7 +34,7 @@ from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage
 from midiscover.texts import resolve_source
-from midiscover.train import Member, Pair, Progress, train
+from midiscover.train import Member, Pair, train
 
 STILL = 1e-7
 """Learning rate with which an SAE stays at the L0 that it begins with."""

@@ -174,8 +174,8 @@ class Slot:
         """One step of Adam on a normalised batch: x [tokens, d_in], y [tokens, d_out]."""
         config, sae = self.member.train, self.sae
         if step in self.resample_steps:
-            optimizer = self.update.optimizer
-            if resample_(sae, optimizer, self.since_fired, x, y, window=self.window, seed=config.seed + step):
+            moments = self.update.moments
+            if resample_(sae, moments, self.since_fired, x, y, window=self.window, seed=config.seed + step):
                 self.update.changed()
         weight = self.coefficient() * l1_scale(step, self.steps, config)
         self.update.prepare(self.lr * lr_scale(step, self.steps, config))
@@ -255,7 +255,7 @@ class Slot:
         tensors = {"since_fired": self.since_fired}
         tensors |= {f"sae/{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
-            tensors |= {f"adam/{name}/{key}": value for key, value in self.update.optimizer.state[parameter].items()}
+            tensors |= {f"adam/{name}/{key}": value for key, value in self.update.moments.get(parameter, {}).items()}
         if self.control is not None:
             tensors["control"] = self.control.state
         ended = {"diverged": self.diverged, "retired": self.retired}
@@ -273,7 +273,7 @@ class Slot:
             prefix = f"adam/{name}/"
             held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if held:
-                self.update.optimizer.state[parameter] = {k: _as(parameter, v) for k, v in held.items()}
+                self.update.moments[parameter] = {k: _as(parameter, v) for k, v in held.items()}
         self.update.changed()
         if self.control is not None:
             self.control.state = tensors["control"].to(device)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from altair.utils.schemapi import debug_mode
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
@@ -66,6 +67,8 @@ def write_report(
         retired: SAE id -> why its training was ended early.
     """
     rows, failures, retired = in_order(rows), failures or {}, retired or {}
+    with debug_mode(False):  # Altair holds each part of a chart against its schema, which takes seconds
+        charts = _charts(rows, curves, densities, stability)
     page = _environment().get_template("report.html.j2")
     html = page.render(
         sweep=sweep,
@@ -75,7 +78,7 @@ def write_report(
         hooks=hook_names([str(row.get("hook")) for row in rows]),
         quality=quality(rows, minutes),
         cannot_tell=INDICATORS_CANNOT_TELL,
-        charts=_charts(rows, curves, densities, stability),
+        charts=charts,
         controls=CONTROLS_NEED if any(map(is_control, rows)) else None,
         several_kinds=len({row.get("kind") for row in rows}) > 1,
         failures=failures,

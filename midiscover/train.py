@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from midiscover.member import HISTORY, Diverged, Group, Member, Retired, Slot, Trained
+from midiscover.progress import Progress
 from midiscover.retirement import dominated
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 
-__all__ = ["Diverged", "Group", "Member", "Progress", "Retired", "Source", "Trained", "Worker", "train"]
+__all__ = ["Diverged", "Group", "Member", "Retired", "Source", "Trained", "Worker", "train"]
 
 
 class Pair(NamedTuple):
@@ -65,16 +66,6 @@ class Worker(Protocol):
     def report(self, progress: Progress) -> None:
         """Show progress; called every few steps."""
         ...
-
-
-class Progress(NamedTuple):
-    """What a pack says of itself while it trains."""
-
-    step: int
-    steps: int
-    tokens_per_second: float
-    latest: dict[str, dict[str, float]]
-    """SAE id -> the newest point of its history."""
 
 
 def train(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from midiscover.train import Progress
+from midiscover.progress import Progress
 
 
 class SilentWorker:

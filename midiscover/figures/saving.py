@@ -6,15 +6,20 @@ import csv as csv_module
 import html as html_module
 import io
 import json
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import vl_convert
 
+from midiscover.digests import cache_dir
 from midiscover.errors import UserError
 from midiscover.figures.drawing import Chart
 from midiscover.palette import FONT_MONO
@@ -167,7 +172,23 @@ def _drawn(character: str) -> bytes:
 
 
 def javascript() -> str:
-    """Vega, Vega-Lite and vega-embed in the versions of these charts, as one script that sets `vegaEmbed`."""
+    """Vega, Vega-Lite and vega-embed in the versions of these charts, as one script that sets `vegaEmbed`.
+
+    Bundling takes seconds, so the script is kept in the user's cache folder, if there is one to write to.
+    """
+    with suppress(OSError, RuntimeError):  # RuntimeError: no home folder
+        kept = cache_dir() / f"vega-{version('vl-convert-python')}-{_VEGA_LITE}.js"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=kept.parent, delete=False) as file:
+                file.write(_bundled())
+            os.replace(file.name, kept)
+        return kept.read_text(encoding="utf-8")
+    return _bundled()
+
+
+@cache
+def _bundled() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VEGA_LITE)
 
 

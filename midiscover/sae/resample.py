@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -12,7 +14,7 @@ from midiscover.sae.base import Sae
 @torch.no_grad()
 def resample_(
     sae: Sae,
-    optimizer: torch.optim.Optimizer,
+    moments: Mapping[Tensor, Mapping[str, Tensor]],
     since_fired: Tensor,
     x: Tensor,
     y: Tensor,
@@ -49,7 +51,7 @@ def resample_(
     sae.restart_(dead, alive)
     forgotten = [(sae.W_dec, 0), (sae.W_enc, 1)] + [(sae.get_parameter(name), 0) for name in sae.per_feature]
     for parameter, dim in forgotten:
-        for value in optimizer.state.get(parameter, {}).values():
+        for value in moments.get(parameter, {}).values():
             if value.shape == parameter.shape:  # the moments, not the count of steps
                 value.index_fill_(dim, dead, 0)
     since_fired[dead] = 0

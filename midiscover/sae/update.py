@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
+from torch.optim.adam import adam
 
 from midiscover.sae.base import Sae
 from midiscover.sae.pattern import kernels_of
@@ -15,23 +16,23 @@ from midiscover.sae.pattern import kernels_of
 MATRICES = ("W_enc", "W_dec")
 
 
+Moments = dict[Tensor, dict[str, Tensor]]
+"""What Adam knows of each parameter that has taken a step, by PyTorch's names: step, exp_avg, exp_avg_sq."""
+
+
 class Update:
-    """Adam on an SAE's parameters, by PyTorch's operators."""
+    """Adam on an SAE's parameters, by PyTorch's function: its class loads torch._dynamo, which takes seconds."""
 
     def __init__(self, sae: Sae, *, lr: float, betas: tuple[float, float]) -> None:
-        self.sae = sae
+        self.sae, self.lr, self.betas = sae, lr, betas
         self.learned = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(self.learned, lr=lr, betas=betas, fused=True)
-
-    @property
-    def lr(self) -> float:
-        """Of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
+        self.moments: Moments = {}
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """While a loss is computed; gradients of the step before are gone."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.learned:
+            parameter.grad = None
         yield
 
     def gradients(self) -> list[Tensor]:
@@ -40,8 +41,7 @@ class Update:
 
     def prepare(self, lr: float) -> None:
         """Before the loss of the next step is computed: its learning rate."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.lr = lr
 
     @torch.no_grad()
     def step(self, clip: float) -> None:
@@ -49,11 +49,34 @@ class Update:
         if clip:
             self._clip(clip)
         self.sae.before_step()
-        self.optimizer.step()
+        self._adam()
         self.sae.after_step()
 
     def changed(self) -> None:
         """To be told where weights or moments were changed from outside."""
+
+    def _adam(self) -> None:
+        moved = [(parameter, parameter.grad) for parameter in self.learned if parameter.grad is not None]
+        for parameter, _ in moved:
+            if parameter not in self.moments:
+                self.moments[parameter] = _none_yet(parameter)
+        held = [self.moments[parameter] for parameter, _ in moved]
+        adam(
+            [parameter for parameter, _ in moved],
+            [grad for _, grad in moved],
+            [state["exp_avg"] for state in held],
+            [state["exp_avg_sq"] for state in held],
+            [],
+            [state["step"] for state in held],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=self.lr,
+            weight_decay=0,
+            eps=1e-8,
+            maximize=False,
+        )
 
     def _clip(self, most: float) -> None:
         norm = gradient_norm(self.gradients())
@@ -76,7 +99,7 @@ class HalvedUpdate(Update):
         assert kernels is not None, "`make_update` asks first"
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         super().__init__(sae, lr=lr, betas=betas)
-        self.kernels, self.betas = kernels, betas
+        self.kernels = kernels
         self.masters = {name: sae.get_parameter(name) for name in MATRICES}
         self.halves = {
             name: nn.Parameter(master.detach().bfloat16(), requires_grad=master.requires_grad)
@@ -84,9 +107,7 @@ class HalvedUpdate(Update):
         }
         self.taken = 0
         self.knobs = torch.zeros(2, device=sae.W_enc.device)
-        for parameter in self.learned:  # PyTorch's names, by which checkpoints and resampling know them
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+        self.moments = {parameter: _none_yet(parameter) for parameter in self.learned}
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -106,7 +127,7 @@ class HalvedUpdate(Update):
         super().prepare(lr)
         self.taken += 1
         for parameter in self.learned:
-            self.optimizer.state[parameter]["step"].fill_(self.taken)
+            self.moments[parameter]["step"].fill_(self.taken)
         beta1, beta2 = self.betas
         self.knobs[0].fill_(lr / (1 - beta1**self.taken))
         self.knobs[1].fill_((1 - beta2**self.taken) ** -0.5)
@@ -117,7 +138,7 @@ class HalvedUpdate(Update):
         if clip:  # as PyTorch's
             scale = (clip / (gradient_norm(self.gradients()) + 1e-6)).clamp(max=1.0)
         for name, parameter in self.sae.named_parameters():
-            half, state = self.halves.get(name), self.optimizer.state.get(parameter)
+            half, state = self.halves.get(name), self.moments.get(parameter)
             grad = parameter.grad if half is None else half.grad
             if grad is None or not state:
                 continue
@@ -133,9 +154,13 @@ class HalvedUpdate(Update):
 
     @torch.no_grad()
     def changed(self) -> None:
-        self.taken = int(self.optimizer.state[self.learned[0]]["step"])
+        self.taken = int(self.moments[self.learned[0]]["step"])
         for name, half in self.halves.items():
             half.copy_(self.masters[name])
+
+
+def _none_yet(parameter: Tensor) -> dict[str, Tensor]:
+    return {"step": torch.zeros(())} | {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
 
 
 def make_update(sae: Sae, *, lr: float, betas: tuple[float, float], halved: bool) -> Update:

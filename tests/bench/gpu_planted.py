@@ -19,8 +19,9 @@ from rich.table import Table
 
 from midiscover import tables
 from midiscover.config import TrainConfig
+from midiscover.progress import Progress
 from midiscover.saeconfig import BatchTopKConfig, SaeConfig, StandardConfig, TopKConfig
-from midiscover.train import Member, Progress, Trained, train
+from midiscover.train import Member, Trained, train
 from tests.planted import PlantedDictionary, PlantedSource, scores
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from rich import box
 from rich.table import Table
 
 from midiscover import tables
-from tests.bench.harvest import machine
 from tests.jobs_cli import environment, midiscover
 
 GOAL = 8.0
@@ -36,7 +35,7 @@ PARTS = {
     "python": "Python itself, and this script",
     "imports": "importing jobs.sweep",
     "prepared": "config, model, text, store and tracker",
-    "ray": "Ray",
+    "ray": "Ray; meanwhile importing torch and Ray Tune",
     "packs": "what stands already, the packs",
     "started": "Tune, and the process of the first trial",
     "stepped": "opening the activations, making the SAE, the first step",
@@ -52,41 +51,36 @@ def run(store: str, seed: str, began: str) -> None:
         stamps.setdefault(name, time.time() - float(began))
 
     from jobs import sweep
-    from jobs.recorder import Recorder
 
     stamp("imports")
-    prepare, session, run_packs, on_event = sweep.prepare, sweep.ray_session, sweep.run_packs, Recorder.on_event
+    prepare, begin = sweep.prepare, sweep.RayLater.begin_while_importing
 
     def prepared(args: Any) -> Any:
         made = prepare(args)
         stamp("prepared")
         return made
 
-    class Session:
-        def __init__(self, *given: Any) -> None:
-            self.of = session(*given)
+    def begun(self: Any, module: str) -> None:
+        begin(self, module)
+        from jobs import sweeprun
 
-        def __enter__(self) -> Any:
-            cluster = self.of.__enter__()
-            stamp("ray")
-            return cluster
+        stamp("ray")
+        run_packs, on_event = sweeprun.run_packs, sweeprun.Recorder.on_event
 
-        def __exit__(self, *error: Any) -> Any:
-            return self.of.__exit__(*error)
+        def packs(job: Any) -> None:
+            stamp("packs")
+            run_packs(job)
 
-    def packs(job: Any) -> None:
-        stamp("packs")
-        run_packs(job)
+        def noted(self: Any, event: Any) -> bool:
+            if event.kind in ("started", "pack"):
+                stamp({"started": "started", "pack": "stepped"}[event.kind])
+            return on_event(self, event)
 
-    def noted(self: Any, event: Any) -> bool:
-        if event.kind in ("started", "pack"):
-            stamp({"started": "started", "pack": "stepped"}[event.kind])
-        return on_event(self, event)
+        sweeprun.run_packs = packs
+        sweeprun.Recorder.on_event = noted  # type: ignore[method-assign]
 
-    patches: dict[str, Callable[..., Any]] = {"prepare": prepared, "ray_session": Session, "run_packs": packs}
-    for name, patched in patches.items():
-        setattr(sweep, name, patched)
-    Recorder.on_event = noted  # type: ignore[method-assign]
+    sweep.prepare = prepared
+    sweep.RayLater.begin_while_importing = begun  # type: ignore[method-assign]
     code = sweep.main([*FLAGS, "--store", store, "--train.seed", seed])
     assert code == 0, code
     print(json.dumps(stamps))
@@ -94,7 +88,7 @@ def run(store: str, seed: str, began: str) -> None:
 
 def heavy_imports() -> list[tuple[str, float]]:
     """Modules whose import takes more than half a second, with what they import; those of a heavy one first."""
-    line = [sys.executable, "-X", "importtime", "-c", "import jobs.sweep"]
+    line = [sys.executable, "-X", "importtime", "-c", "import jobs.sweeprun"]
     told = subprocess.run(line, capture_output=True, text=True, check=True, env=environment()).stderr
     found = [(match[3], int(match[1]) / 1e6) for match in map(IMPORTS.match, told.splitlines()) if match]
     return [(name, seconds) for name, seconds in found if seconds > 0.5]
@@ -102,6 +96,8 @@ def heavy_imports() -> list[tuple[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables."""
+    from tests.bench.harvest import machine  # imports torch, which what is measured here does when it gets to it
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the store is made; a temporary folder by default")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import midiscover.sae.code
 from midiscover.config import TrainConfig
+from midiscover.progress import Progress
 from midiscover.sae.base import Sae
 from midiscover.sae.registry import ARCHITECTURES, make_sae
 from midiscover.saeconfig import (
@@ -33,7 +34,7 @@ from midiscover.saeconfig import (
     TopKConfig,
     TranscoderConfig,
 )
-from midiscover.train import Member, Progress, Trained, train
+from midiscover.train import Member, Trained, train
 from tests.planted import (
     MAX_RATE,
     RECOVERED,

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from midiscover.config import TrainConfig
 from midiscover.errors import CorruptError
+from midiscover.progress import Progress
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.registry import make_sae
 from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
 from midiscover.saeconfig import StandardConfig, TopKConfig
-from midiscover.train import Diverged, Member, Progress, Retired, Trained, train
+from midiscover.train import Diverged, Member, Retired, Trained, train
 
 D_IN, ROWS, BATCH = 10, 160, 16
 TRAIN = TrainConfig(batch_size=BATCH, epochs=3, lr=1e-2, report_every=4, checkpoint_every=1e-9, dead_window=40)

@@ -48,7 +48,7 @@ def test_it_equals_the_naive_version(sae: Sae) -> None:
     moments = {name: dict(optimizer.state[value]) for name, value in sae.named_parameters()}
     moments = {name: {key: value.clone() for key, value in held.items()} for name, held in moments.items()}
     residual = (y - sae(x)).detach()
-    assert resample_(sae, optimizer, since_fired, x, y, window=WINDOW, seed=5) == int(dead.sum())
+    assert resample_(sae, optimizer.state, since_fired, x, y, window=WINDOW, seed=5) == int(dead.sum())
 
     weight = torch.tensor([float((row**2).sum()) ** 2 for row in residual], dtype=torch.float64)
     drawn = torch.multinomial(weight + 1e-12, 10, replacement=False, generator=torch.Generator().manual_seed(5))
@@ -84,7 +84,7 @@ def test_new_features_differ_look_at_rows_and_depend_on_the_seed_alone(sae: Sae)
     made = []
     for seed in (5, 5, 6):
         sae.load_state_dict(state)
-        resample_(sae, stepped(sae), silent(dead), x, y, window=WINDOW, seed=seed)
+        resample_(sae, stepped(sae).state, silent(dead), x, y, window=WINDOW, seed=seed)
         made.append(sae.W_dec[dead].detach())
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
@@ -98,7 +98,7 @@ def test_few_living_features_and_few_rows_are_enough(sae: Sae) -> None:
     for living in (0, 1):
         dead = torch.arange(D_SAE) >= living
         since_fired = silent(dead)
-        assert resample_(sae, optimizer, since_fired, x, y, window=WINDOW, seed=1) == TOKENS < D_SAE - living
+        assert resample_(sae, optimizer.state, since_fired, x, y, window=WINDOW, seed=1) == TOKENS < D_SAE - living
         assert int((since_fired == 0).sum()) == TOKENS
         assert all(bool(value.isfinite().all()) for value in sae.state_dict().values())
         assert float(sae.W_dec.detach().norm(dim=1).min()) > 0
@@ -108,9 +108,9 @@ def test_nothing_moves_where_none_is_dead_or_the_decoder_is_frozen(sae: Sae) -> 
     x, y = batch(sae)
     optimizer = stepped(sae)
     state = {name: value.clone() for name, value in sae.state_dict().items()}
-    assert resample_(sae, optimizer, silent(torch.zeros(D_SAE).bool()), x, y, window=WINDOW, seed=1) == 0
+    assert resample_(sae, optimizer.state, silent(torch.zeros(D_SAE).bool()), x, y, window=WINDOW, seed=1) == 0
     sae.W_dec.requires_grad_(False)
-    assert resample_(sae, optimizer, silent(some_dead()), x, y, window=WINDOW, seed=1) == 0
+    assert resample_(sae, optimizer.state, silent(some_dead()), x, y, window=WINDOW, seed=1) == 0
     assert all(torch.equal(value, state[name]) for name, value in sae.state_dict().items())
 
 

@@ -1,0 +1,294 @@
+"""One run of a sweep: corpus, activation blocks, packs of SAEs under Tune, held-out evaluation, records, report.
+
+Every step finds its committed results and does only the rest, so the same line continues a sweep that was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from jobs.board import Event, watched
+from jobs.evaluation import measure
+from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
+from jobs.leases import Leases
+from jobs.packs import PackJob, run_packs
+from jobs.progress import Bars
+from jobs.recorder import Recorder
+from jobs.runtime import Cluster, RayLater, model_slots, pack_slots
+from midiscover import lineage, upkeep
+from midiscover.config import UNTIL_DONE, days_of
+from midiscover.configio import to_tree
+from midiscover.corpus import CorpusManifest
+from midiscover.errors import CorpusError, MiDiscoverError
+from midiscover.launch import Prepared
+from midiscover.resolve import PlannedSae, auto_pack_size, by_site, make_packs
+from midiscover.results import Results, sae_results, sae_stability
+from midiscover.saes import commit_record, harvest_lineage, has_ended
+from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
+from midiscover.tracking.sweepfiles import retired_reason, stability_document
+
+
+class SweepRun:
+    """One run of a sweep's driver."""
+
+    def __init__(self, prepared: Prepared, bars: Bars, session: RayLater) -> None:
+        self.prepared, self.bars, self.session = prepared, bars, session
+        self.resolved, self.storage = prepared.resolved, prepared.storage
+        self.id = self.resolved.sweep_id
+        self.began = time.monotonic()
+        self.recorder = Recorder(self.id, prepared.tracker, self.storage, bars)
+
+    def run(self) -> Results:
+        """Do what is missing; returns what the sweep found."""
+        self._start()
+        try:
+            corpus = ensure_corpus(self.prepared, self.bars)
+            self._check_held_out(corpus)
+            parts = self.resolved.parts()
+            keeps = days_of(self.resolved.config.resources.keep_activations) is None
+            unread = keeps and any(missing_spans(part, corpus, self.storage) for part in parts)
+            if unread or self._untrained() or self._unmeasured():
+                cluster = self.session.cluster()
+                for part in parts:
+                    harvest(replace(self.prepared, resolved=part), corpus, cluster, self.bars)
+                    commit_manifests(part, corpus, self.storage)
+                self._train(corpus, cluster)
+                self._evaluate(cluster)
+            self.session.end()
+            self._commit()
+            results = self._finish()
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+            self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
+            raise
+        finally:
+            self.recorder.settle()
+            self.recorder.mirror.end()
+        return results
+
+    def _start(self) -> None:
+        args, resolved = self.prepared.args, self.resolved
+        if args.force:
+            self._forget()
+        sweep = {
+            "v": 1,
+            "id": self.id,
+            "name": resolved.config.name,
+            "created": lineage.now(),
+            "owner": lineage.owner(),
+            "tags": list(args.tags),
+            "note": args.note,
+            "config": to_tree(resolved.config),
+            "sae_ids": [sae.id for sae in resolved.saes],
+            "saes": [sae.row() for sae in resolved.saes],
+            "evaluation_id": resolved.evaluation_id,
+            "corpus": resolved.corpus_id,
+            "harvest": resolved.harvest_id,
+            "lineage": harvest_lineage(resolved),
+        }
+        if not self.storage.create(layout.sweep_record(self.id), dump(sweep)):
+            sweep = read_json(self.storage, layout.sweep_record(self.id)) or sweep
+        self.recorder.track(lambda tracker: tracker.start_sweep(sweep))
+        if args.tags or args.note:
+            self.recorder.track(lambda tracker: _annotate(tracker, self.id, args.note, args.tags))
+        self.bars.say(f"{self.id}: {len(resolved.saes)} SAEs of {resolved.model.name} in {self.storage.uri}")
+
+    def _forget(self) -> None:
+        """--force: the SAEs of this sweep are made anew; corpus and blocks stay."""
+        for sae in self.resolved.saes:
+            keys = self.storage.list(layout.sae_folder(sae.id))
+            # What makes others believe in the rest goes first: the record, then the word that it is trained.
+            first = [layout.record(sae.id), layout.training(sae.id)]
+            for key in [*first, *(key for key in keys if key not in first)]:
+                self.storage.delete(key)
+        for key in self.storage.list(layout.sweep_folder(self.id)):
+            self.storage.delete(key)
+
+    def _check_held_out(self, corpus: CorpusManifest) -> None:
+        if corpus.windows["held_out"] == 0:
+            raise CorpusError(
+                f"The corpus {corpus.id} has no held-out window, so nothing can be measured; raise corpus.held_out or "
+                "give more text."
+            )
+
+    def _untrained(self) -> list[PlannedSae]:
+        return [sae for sae in self.resolved.saes if not has_ended(self.storage, self.id, sae)]
+
+    def retired(self) -> dict[str, str]:
+        """SAE id -> why it was dropped, in this run of the sweep or an earlier one, of those not trained since."""
+        asked = [sae for sae in self.resolved.saes if sae.point.train.retire_after is not None]
+        words = {sae.id: read_json(self.storage, layout.retired(self.id, sae.id)) for sae in asked}
+        return {
+            sae_id: retired_reason(word)
+            for sae_id, word in words.items()
+            if word is not None and not self.storage.exists(layout.training(sae_id))
+        }
+
+    def missing(self, results: Results) -> set[str]:
+        """Ids of the SAEs of the grid that have no result and were not dropped on purpose."""
+        return {sae.id for sae in self.resolved.saes} - {row["sae_id"] for row in results.rows} - self.retired().keys()
+
+    def _unmeasured(self) -> list[PlannedSae]:
+        key = self.resolved.evaluation_id
+        return [
+            sae
+            for sae in self.resolved.saes
+            if self.storage.exists(layout.training(sae.id)) and not self.storage.exists(layout.evaluation(sae.id, key))
+        ]
+
+    def _train(self, corpus: CorpusManifest, cluster: Cluster) -> None:
+        resources = self.resolved.config.resources
+        missing = self._untrained()
+        packs = make_packs(self.resolved.saes, self._pack_size(cluster), {sae.id for sae in missing})
+        if not packs:
+            self.bars.say("every SAE of the grid is trained")
+            return
+        self.recorder.name_packs(packs)
+        slots = pack_slots(cluster, resources, len(packs))
+        shared = bool(cluster.gpus) or resources.workers > 1
+        trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if shared else "inline")
+        for sae in missing:
+            self.recorder.track(lambda tracker, sae=sae: tracker.sae_status(sae.id, "training"))
+        leases = Leases(resources.stall_seconds, self.recorder.say_of)
+
+        def on_event(event: Event) -> bool:
+            leases.on_event(event)
+            return self.recorder.on_event(event)
+
+        # Twice as long: a pack that hangs is seen to before the stage is given up.
+        stall_seconds = 2 * resources.stall_seconds
+        with watched("sweep", on_event, stall_seconds=stall_seconds, look=leases.reap) as board:
+            run_packs(
+                PackJob(
+                    resolved=self.resolved,
+                    packs=tuple(packs),
+                    storage=self.storage,
+                    board=board,
+                    slots=slots,
+                    trainer=trainer,
+                    prepend_bos=corpus.bos_id is not None,
+                )
+            )
+
+    def _pack_size(self, cluster: Cluster) -> int | None:
+        """SAEs at most in a pack. The first run of a sweep decides, so that later ones find its checkpoints."""
+        resources = self.resolved.config.resources
+        key = layout.sweep_file(self.id, "packs.json")
+        if resources.pack_size is not None:
+            return resources.pack_size
+        slots = cluster.fits(1, resources.gpus_per_pack) // resources.workers if cluster.gpus else 1
+        size = auto_pack_size(self.resolved.saes, max(1, slots))
+        self.storage.create(key, dump({"v": 1, "pack_size": size}))
+        return (read_json(self.storage, key) or {})["pack_size"]
+
+    def _evaluate(self, cluster: Cluster) -> None:
+        groups = by_site(self._unmeasured())
+        if groups:
+            slots = model_slots(cluster, self.resolved.config.resources)
+            measure(self.resolved, self.storage, groups, slots, self.bars)
+
+    def _commit(self) -> None:
+        """Write the record of every SAE that is measured, and tell the tracker."""
+        for sae in self.resolved.saes:
+            evaluation = read_json(self.storage, layout.evaluation(sae.id, self.resolved.evaluation_id))
+            if evaluation is None:
+                continue
+            metrics = evaluation["metrics"]
+            record = read_json(self.storage, layout.record(sae.id))
+            training = read_json(self.storage, layout.training(sae.id)) or {}
+            if record is None:
+                record = commit_record(self.storage, sae, self.resolved.part_of(sae), metrics=metrics)
+                self.recorder.mirror.final(record, training["history"])
+            self.recorder.track(lambda tracker, record=record: tracker.record_sae(record))
+            self.recorder.track(
+                lambda tracker, sae=sae, history=training["history"]: tracker.record_steps(sae.id, history)
+            )
+            if record["evaluation_id"] != self.resolved.evaluation_id:
+                self.recorder.track(
+                    lambda tracker, sae=sae, metrics=metrics: tracker.record_metrics(
+                        sae.id, self.resolved.evaluation_id, metrics
+                    )
+                )
+
+    def _stability(self, results: Results) -> list[dict[str, Any]]:
+        """Which features neighbours on the grid have in common; measured once for the SAEs that stand."""
+        key = layout.sweep_file(self.id, "stability.json")
+        ids = [row["sae_id"] for row in results.rows]
+        standing = read_json(self.storage, key)
+        if standing is not None and standing["saes"] == ids:
+            return standing["pairs"]
+        began = time.monotonic()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            pairs = sae_stability(self.storage, results.rows, device=device)
+        except MiDiscoverError as error:
+            self.bars.say(f"features in common were not measured: {error}")
+            return []
+        self.storage.write(key, dump(stability_document(pairs) | {"saes": ids}))
+        if pairs:
+            self.bars.say(f"features in common: {len(pairs)} pairs of SAEs in {time.monotonic() - began:.1f} s")
+        return pairs
+
+    def _report(self, sweep: dict[str, Any], results: Results, minutes: float) -> None:
+        from midiscover import figures  # Altair takes half a second to import, and the first step should not wait
+        from midiscover.report import write_report
+
+        stability = self._stability(results)
+        page = write_report(
+            results.rows,
+            results.curves,
+            results.densities,
+            sweep,
+            results.records,
+            self.recorder.failures,
+            minutes=minutes,
+            stability=stability,
+            retired=self.retired(),
+        )
+        files = {"report.html": page}
+        if results.rows:
+            files["frontier.png"] = figures.png(figures.frontier_chart(results.rows))
+        for name, data in files.items():
+            key = layout.sweep_file(self.id, name)
+            self.storage.write(key, data)
+            facts = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            self.recorder.track(
+                lambda tracker, name=name, key=key, facts=facts: tracker.add_artifact(
+                    "sweep", self.id, name, key, **facts
+                )
+            )
+
+    def _finish(self) -> Results:
+        failures = self.recorder.failures
+        key = layout.sweep_file(self.id, "failures.json")
+        if failures:
+            self.storage.write(key, dump(failures))
+        else:
+            self.storage.delete(key)
+        results = sae_results(self.storage, self.resolved.saes, self.resolved.evaluation_id)
+        minutes = (time.monotonic() - self.began) / 60
+        sweep = read_json(self.storage, layout.sweep_record(self.id)) or {}
+        self._report(sweep, results, minutes)
+        status = "failed" if failures or self.missing(results) else "done"
+        self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
+        if status == "done" and self.resolved.config.resources.keep_activations == UNTIL_DONE:
+            self._let_go()
+        return results
+
+    def _let_go(self) -> None:
+        """Remove the activations, unless another sweep keeps them."""
+        harvests = {layout.harvest_folder(part.harvest_id) for part in self.resolved.parts()}
+        spent = upkeep.spent_activations(upkeep.survey(self.storage))
+        size = upkeep.remove(self.storage, [one for one in spent if "/".join(one.key.split("/")[:2]) in harvests])
+        if size:
+            self.bars.say(f"{size / 1e6:,.1f} MB of activations removed: resources.keep_activations is {UNTIL_DONE}")
+
+
+def _annotate(tracker: Any, sweep_id: str, note: str | None, tags: tuple[str, ...]) -> None:
+    tracker.annotate(sweep_id, note, add_tags=tags)

@@ -1,0 +1,34 @@
+"""What must not be imported on the way to a job's first step: each costs every process seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+import torch
+from midiscover.sae.registry import make_sae
+from midiscover.sae.update import make_update
+from midiscover.saeconfig import StandardConfig
+sae = make_sae(StandardConfig(), 4, 8)
+update = make_update(sae, lr=1e-3, betas=(0.9, 0.999), halved=False)
+with update.computing():
+    sae(torch.ones(2, 4)).sum().backward()
+update.step(clip=1.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "unwanted"),
+    [
+        pytest.param("import jobs.sweep", ("torch", "pandas", "ray.tune", "altair"), id="how a sweep begins"),
+        pytest.param("import jobs.board, jobs.leases, midiscover.progress", ("torch", "pandas"), id="the board"),
+        pytest.param(STEP, ("torch._dynamo",), id="a step of training"),
+    ],
+)
+def test_is_not_imported(program: str, unwanted: tuple[str, ...]) -> None:
+    told = f"{program}\nimport sys; print([name for name in {unwanted} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
