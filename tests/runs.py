@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import yaml
+from filelock import FileLock
 
 from midiscover.store.storage import Storage, open_store
+from tests.jobs_cli import midiscover
 from tests.tiny import Kind, make_tiny_model
 
 HOOKS = {
@@ -52,6 +56,44 @@ def write_run(folder: Path, *, kind: Kind = "llama", **changes: object) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree | changes))
     return path
+
+
+def finished_run(base: Path) -> Path:
+    """A run of four SAEs on a random model with their features and a concept, made once a test run; see `finished`.
+
+    base: the temporary folder of this pytest process.
+    """
+    folder = Path(
+        os.environ.get("MIDISCOVER_TEST_FINISHED")
+        or (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "finished"
+    )
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            config = write_run(folder)
+            for verb in (("sweep",), ("features",), ("concepts", "--module", "numbers")):
+                done = midiscover(verb[0], str(config), *verb[1:], "--store", str(folder / "store"))
+                assert done.code == 0, done.err
+            (folder / "done").touch()
+    return folder
+
+
+def copied_run(finished: Path, folder: Path) -> Path:
+    """Model, text and store of a finished run in a folder of their own; returns its config."""
+    for name in ("store", "model-llama"):
+        shutil.copytree(finished / name, folder / name)
+    shutil.copy(finished / "text.jsonl", folder)
+    return write_run(folder)
+
+
+def harvested_run(finished: Path, folder: Path, **changes: object) -> Path:
+    """The same as it was before training: corpus and activations stand. `changes` as for `write_run`."""
+    copied_run(finished, folder)
+    for name in ("saes", "sweeps"):
+        shutil.rmtree(folder / "store" / name)
+    for path in (folder / "store").glob("tracker.db*"):
+        path.unlink()
+    return write_run(folder, **changes)
 
 
 def weights(store: str | Storage) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from starlette.testclient import TestClient
 
 from midiscover.serving import ServeConfig, serve_config
@@ -24,31 +22,7 @@ from serve.catalog import Catalog
 from serve.context import Context
 from serve.interpreter import Interpreter
 from serve.web import create_app
-from tests.jobs_cli import midiscover
 from tests.ports import free_port
-from tests.runs import write_run
-
-
-def finished_store(base: Path) -> Path:
-    """The store of a sweep of four SAEs on a random model, with their features and a concept; made once a test run."""
-    folder = Path(
-        os.environ.get("MIDISCOVER_TEST_SERVED")
-        or (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "served"
-    )
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not (folder / "done").exists():
-            config = write_run(folder, features={"max_tokens": 8000})
-            here = {"MIDISCOVER_CLUSTER": "", "MIDISCOVER_STORE": str(folder / "store")}
-            for verb in (
-                ["sweep", str(config)],
-                ["features", str(config)],
-                ["concepts", str(config), "--module", "numbers"],
-            ):
-                done = midiscover(*verb, env=here)
-                assert done.code == 0, done.err
-            (folder / "done").touch()
-    return folder / "store"
 
 
 @dataclass
@@ -122,9 +96,9 @@ async def collected(pieces: AsyncIterator[Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def store_to_serve(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `finished_store`; nothing may write to it but keys."""
-    return finished_store(tmp_path_factory.getbasetemp())
+def store_to_serve(finished: Path) -> Path:
+    """The store of `finished`."""
+    return finished / "store"
 
 
 @pytest.fixture(scope="module")

@@ -58,9 +58,8 @@ class Product(torch.autograd.Function):
         if pattern is None and _halved(encoder):
             return *_of_halves(x, encoder, b_dec, grad, by_bias), None, None
         centred = x if b_dec is None or _halved(encoder) else x - b_dec
-        by_encoder = centred.T @ grad if pattern is None else pattern.transposed_times(grad, centred).T
-        by_encoder = by_encoder if _halved(encoder) else by_encoder.contiguous()
-        return None, by_encoder, by_bias, _by_b_dec(encoder, b_dec, by_bias), None, None
+        by_rows = grad.T @ centred if pattern is None else pattern.transposed_times(grad, centred)
+        return None, by_rows.T, by_bias, _by_b_dec(encoder, b_dec, by_bias), None, None
 
 
 class EncodedRelu(torch.autograd.Function):
@@ -126,7 +125,7 @@ class EncodedJump(torch.autograd.Function):
 
 
 def _halved(encoder: Tensor) -> bool:
-    """Whether W_enc is the copy of `sae.update`, which lies in memory by feature; rows are centred then."""
+    """Whether W_enc is the copy of `sae.update`; rows are centred then."""
     return encoder.dtype == torch.bfloat16
 
 

@@ -21,9 +21,14 @@ Moments = dict[Tensor, dict[str, Tensor]]
 
 
 class Update:
-    """Adam on an SAE's parameters, by PyTorch's function: its class loads torch._dynamo, which takes seconds."""
+    """Adam on an SAE's parameters, by PyTorch's function: its class loads torch._dynamo, which takes seconds.
+
+    Both matrices lie in memory by feature, so that what belongs to one feature is one row: a sparse code's gradients
+    come so, and to turn one round takes as long as a third of the step's products.
+    """
 
     def __init__(self, sae: Sae, *, lr: float, betas: tuple[float, float]) -> None:
+        sae.W_enc.data = by_feature(sae.W_enc.data)
         self.sae, self.lr, self.betas = sae, lr, betas
         self.learned = [parameter for parameter in sae.parameters() if parameter.requires_grad]
         self.moments: Moments = {}
@@ -62,10 +67,10 @@ class Update:
                 self.moments[parameter] = _none_yet(parameter)
         held = [self.moments[parameter] for parameter, _ in moved]
         adam(
-            [parameter for parameter, _ in moved],
-            [grad for _, grad in moved],
-            [state["exp_avg"] for state in held],
-            [state["exp_avg_sq"] for state in held],
+            [_rows(parameter) for parameter, _ in moved],
+            [_rows(grad) for _, grad in moved],
+            [_rows(state["exp_avg"]) for state in held],
+            [_rows(state["exp_avg_sq"]) for state in held],
             [],
             [state["step"] for state in held],
             fused=True,
@@ -90,14 +95,13 @@ class HalvedUpdate(Update):
 
     A step that casts the weights, clips, projects, runs Adam and divides the rows by operators of their own passes
     over them ten times; here gradient, weight and moments are read once and weight, moments and copy written once.
-    Both matrices lie in memory by feature, so that what belongs to one feature is one row. The weights themselves and
-    the moments stay float32. What changes from step to step lies in tensors, so that a CUDA graph can hold the step.
+    The weights themselves and the moments stay float32. What changes from step to step lies in tensors, so that a CUDA
+    graph can hold the step.
     """
 
     def __init__(self, sae: Sae, *, lr: float, betas: tuple[float, float]) -> None:
         kernels = kernels_of(sae.W_enc.device)
         assert kernels is not None, "`make_update` asks first"
-        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         super().__init__(sae, lr=lr, betas=betas)
         self.kernels = kernels
         self.masters = {name: sae.get_parameter(name) for name in MATRICES}
@@ -142,9 +146,8 @@ class HalvedUpdate(Update):
             grad = parameter.grad if half is None else half.grad
             if grad is None or not state:
                 continue
-            tensors = [parameter.data, grad, state["exp_avg"], state["exp_avg_sq"]]
-            if name == "W_enc":
-                tensors, half = [tensor.T for tensor in tensors], self.halves[name].T
+            tensors = [_rows(tensor) for tensor in (parameter.data, grad, state["exp_avg"], state["exp_avg_sq"])]
+            half = None if half is None else _rows(half)
             assert all(tensor.is_contiguous() for tensor in tensors), f"{name} lies in memory by feature"
             unit = name == "W_dec" and self.sae.unit_decoder
             self.kernels.adam_(*tensors, half=half, scale=scale, knobs=self.knobs, betas=self.betas, unit=unit)
@@ -157,6 +160,16 @@ class HalvedUpdate(Update):
         self.taken = int(self.moments[self.learned[0]]["step"])
         for name, half in self.halves.items():
             half.copy_(self.masters[name])
+
+
+def by_feature(encoder: Tensor) -> Tensor:
+    """W_enc [d_in, d_sae] with the d_in numbers of a feature side by side in memory."""
+    return encoder.T.contiguous().T
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, or what it is the transpose of in memory."""
+    return tensor if tensor.is_contiguous() else tensor.T
 
 
 def _none_yet(parameter: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 
 from midiscover import tables
-from tests.bench.step_sides import PEERS, STILL, matrix_rate, planted
+from tests.bench.step_sides import PEERS, STILL, kept, matrix_rate, planted
 
 OURS, DENSE, PLAIN = "miDiscover", "miDiscover, dense", "miDiscover, PyTorch's operators"
 VARIANTS = {OURS: "sparse", DENSE: "dense", PLAIN: "plain"}
@@ -67,22 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--no-peers", action="store_true", help="our own sides alone")
+    parser.add_argument("--json", type=Path, help="a file to write every repeat to")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rate = matrix_rate(device, 8192 if device.type == "cuda" else 512)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {rate / 1e12:.2f} TFLOP/s in bfloat16")
+    where = f"{name}, torch {torch.__version__}, {rate / 1e12:.2f} TFLOP/s in bfloat16"
+    print(where)
+    measured, products = {}, 2 * args.batch_size * args.d_in * args.d_sae
     with tempfile.TemporaryDirectory(prefix="midiscover-step-") as folder:
         shape = {"steps": args.steps, "batch": args.batch_size, "d_in": args.d_in, "d_sae": args.d_sae}
         planted(Path(folder), **shape, l0=args.l0, device=device)
         for kind in args.kinds:
             own = [OURS, DENSE, PLAIN] if kind in ("topk", "batchtopk") else [OURS, PLAIN]
             peers = [] if args.no_peers else [side for side, of in PEERS if of == kind and side in RUNNERS]
-            _table(kind, own + peers, Path(folder), args, rate)
+            measured[kind] = _table(kind, own + peers, Path(folder), args, rate)
+    kept(args, where, measured, {"five dense products": 5 * products / rate, "x @ W_enc": products / rate})
     return 0
 
 
-def _table(kind: str, sides: Sequence[str], folder: Path, args: argparse.Namespace, rate: float) -> None:
+def _table(
+    kind: str, sides: Sequence[str], folder: Path, args: argparse.Namespace, rate: float
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     l0: dict[str, float] = {}
     for _ in range(args.repeats):
@@ -108,6 +114,7 @@ def _table(kind: str, sides: Sequence[str], folder: Path, args: argparse.Namespa
     for label, count in (("five dense products alone", 5), ("x @ W_enc alone", 1)):
         table.add_row(label, f"{1000 * count * products / rate:.2f}")
     tables.show(table)
+    return seconds
 
 
 if __name__ == "__main__":

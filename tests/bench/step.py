@@ -1,6 +1,7 @@
 """What a training step costs: ours, sparse and dense, beside SAELens', dictionary_learning's and sparsify's.
 
     python -m tests.bench.step [--repeats 3] [--steps 24] [--batch-size 4096] [--l0 50] [--kinds standard topk] [--ours]
+                              [--json FILE]
 
 Each side trains in its own trainer class and its own environment, as in tests.bench.frontier (whose runners these are),
 on the same planted activations; a step's time is the median between two batches that it asks for. The sides take turns
@@ -28,7 +29,7 @@ from midiscover import tables
 from tests.bench.frontier import RUNNERS, Side, environment, python_of
 from tests.bench.frontier_report import OURS
 from tests.bench.harvest import machine
-from tests.bench.step_sides import PEERS, STILL, planted
+from tests.bench.step_sides import PEERS, STILL, kept, planted
 from tests.venvs import checked
 
 D_IN, D_SAE = 576, 4608
@@ -85,18 +86,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=["standard", "topk"], choices=KINDS)
     parser.add_argument("--ours", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="a file to write every repeat to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(machine())
+    measured, bounds = {}, {}
     for kind in KINDS if args.ours else args.kinds:
         sides = [OURS, DENSE, *(side for side, of in PEERS if of == kind and not args.ours)]
         for side in sides:
             python_of(OURS if side == DENSE else side)
-        _table(kind, sides, args)
+        measured[kind], bounds[kind] = _table(kind, sides, args)
+    kept(args, machine(), measured, bounds)
     return 0
 
 
-def _table(kind: str, sides: Sequence[str], args: argparse.Namespace) -> None:
+def _table(
+    kind: str, sides: Sequence[str], args: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     l0: dict[str, float] = {}
     products = []
@@ -118,6 +124,7 @@ def _table(kind: str, sides: Sequence[str], args: argparse.Namespace) -> None:
         "x @ W_enc alone", f"{1000 * bound:.0f}", f"{1000 * min(products):.0f}", f"{1000 * max(products):.0f}"
     )
     tables.show(table)
+    return seconds, {"x @ W_enc": products}
 
 
 if __name__ == "__main__":

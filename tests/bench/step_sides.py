@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -40,6 +45,25 @@ def planted(
 
     save_file({"rows": rows(steps * batch)}, folder / "train.safetensors")
     save_file({"rows": rows(2048)}, folder / "held_out.safetensors")
+
+
+def kept(
+    args: argparse.Namespace,
+    machine: str,
+    tables: Mapping[str, Mapping[str, Sequence[float]]],
+    bounds: Mapping[str, Any],
+) -> None:
+    """Write what was measured to the file of --json, where one is given.
+
+    tables: kind -> side -> seconds a step, one a repeat; bounds: kind -> the same of the products that bound it.
+    """
+    if args.json is None:
+        return
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    told = {"v": 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "settings": settings}
+    told |= {"seconds_a_step": tables, "bounds": bounds}
+    args.json.write_text(json.dumps(told, indent=1) + "\n")
+    print(f"{args.json}")
 
 
 def matrix_rate(device: torch.device, size: int) -> float:

@@ -19,7 +19,7 @@ from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker, reindex
 from tests.faults.test_kills import kill_driver, wait_for
 from tests.jobs_cli import command, environment, midiscover, refused
-from tests.runs import write_run
+from tests.runs import copied_run, write_run
 from tests.unit.tracking import samples
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,20 +28,16 @@ PARTS = "saes/*/features/*/parts/*.safetensors"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("features")
+def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of four SAEs, and the features of all of them."""
+    folder = tmp_path_factory.mktemp("features")
+    copied_run(finished, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def store(folder: Path) -> Path:
-    """A sweep of four SAEs, and the features of all of them."""
-    store = folder / "store"
-    done = midiscover("sweep", str(write_run(folder, kind="phi")), "--store", str(store))
-    assert done.code == 0, done.err
-    done = midiscover("features", str(folder / "run.yaml"), "--store", str(store))
-    assert done.code == 0, done.err
-    assert "alive" in done.out
-    return store
+    return folder / "store"
 
 
 def files(store: Path) -> dict[str, bytes]:
@@ -109,6 +105,7 @@ def test_a_second_run_reads_nothing(folder: Path, store: Path) -> None:
     again = midiscover("features", str(folder / "run.yaml"), "--store", str(store))
     assert again.code == 0, again.err
     assert "nothing is read" in again.err
+    assert "alive" in again.out
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.parquet")} == before
 
 
@@ -153,7 +150,7 @@ def test_exports(store: Path, tmp_path: Path) -> None:
     x = torch.randn(50, mine.module.d_in, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mine.encode(x), theirs.encode(x))
     assert theirs.cfg["metadata"]["hook_name"] == "blocks.0.hook_mlp_out"
-    assert theirs.cfg["metadata"]["hf_hook_name"] == "model.layers.0.mlp.fc2"
+    assert theirs.cfg["metadata"]["hf_hook_name"] == "model.layers.0.mlp.down_proj"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert midiscover(*words, "saelens", "--out", str(tmp_path / "folder")).code == 0
     refused = midiscover(*words, "saelens", "--out", str(tmp_path / "np"))

@@ -10,7 +10,7 @@ import pytest
 
 from midiscover import load_sae
 from tests.jobs_cli import Done, midiscover
-from tests.runs import weights, write_run
+from tests.runs import harvested_run, weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,9 +27,10 @@ GRID = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     folder = tmp_path_factory.mktemp("grid")
-    config = write_run(
+    config = harvested_run(
+        finished,
         folder,
         harvest={"hooks": HOOK, "block_tokens": 1024},
         sae={"expansion_factor": 4, "l1_coefficient": 0.5},

@@ -21,7 +21,7 @@ from midiscover.saes import sae_ids
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker
 from tests.jobs_cli import midiscover, refused
-from tests.runs import write_run
+from tests.runs import harvested_run
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -41,10 +41,10 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     sae = {"kind": "jumprelu", "d_sae": D_SAE}
-    config = write_run(root, harvest={"hooks": HOOK, "block_tokens": 1024}, sae=sae, grid={})
+    config = harvested_run(finished, root, harvest={"hooks": HOOK, "block_tokens": 1024}, sae=sae, grid={})
     store, exported = root / "store", root / "Exported SAE"
     done = midiscover("sweep", str(config), "--store", str(store))
     assert done.code == 0, done.err

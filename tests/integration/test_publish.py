@@ -18,7 +18,7 @@ from midiscover import load_sae
 from midiscover.publish.neuronpedia_rules import violations
 from tests.hub import hub
 from tests.jobs_cli import midiscover, refused
-from tests.runs import write_run
+from tests.runs import harvested_run
 from tests.venvs import checked, saelens_python
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -45,12 +45,12 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     """A sweep of two SAEs with their features, and what its config publishes of them; activations go in between."""
     root = tmp_path_factory.mktemp("publish")
     changes = {"harvest": {"hooks": HOOK, "block_tokens": 1024}, "publish": {"saes": "all", "neuronpedia": NAMES}}
     changes["resources"] = {"threads": 1, "keep_activations": "until_done"}
-    config, store = write_run(root, **changes), root / "store"
+    config, store = harvested_run(finished, root, **changes), root / "store"
     said = {}
     for verb in ("sweep", "features", "publish"):
         done = midiscover(verb, str(config), "--store", str(store))

@@ -17,7 +17,7 @@ from midiscover.launch import WANDB_PROJECT, wandb_project
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker
 from tests.jobs_cli import ROOT, midiscover
-from tests.runs import write_run
+from tests.runs import harvested_run, write_run
 
 wandb = pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
 
@@ -95,8 +95,8 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_offline_holds_what_the_tracker_holds(tmp_path: Path) -> None:
-    config, store, logs = write_run(tmp_path), str(tmp_path / "store"), tmp_path / "logs"
+def test_a_sweep_offline_holds_what_the_tracker_holds(finished: Path, tmp_path: Path) -> None:
+    config, store, logs = harvested_run(finished, tmp_path), str(tmp_path / "store"), tmp_path / "logs"
     logs.mkdir()
     env = {WANDB_PROJECT: "mirrored", "WANDB_MODE": "offline", "WANDB_DIR": str(logs)}
     done = midiscover("sweep", str(config), "--store", store, cwd=tmp_path, env=env)
