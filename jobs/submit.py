@@ -34,6 +34,7 @@ import ray
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs import NICENESS
 from jobs.progress import PLAIN, Bars, replay
 from jobs.runtime import CLIENT, run_main
 from midiscover import lineage, tables
@@ -149,6 +150,7 @@ def _submitted(client: JobSubmissionClient, **job: Any) -> None:
 def variables() -> dict[str, str]:
     """What the driver is told of here: whose run it is, and the versions it is held against. No secret."""
     told = {"MIDISCOVER_OWNER": lineage.owner(), CLIENT: json.dumps(lineage.versions()), "COLUMNS": "120"}
+    told[NICENESS] = "15"
     commit = lineage.code()["commit"]
     return told | ({"MIDISCOVER_COMMIT": commit} if commit else {})
 

@@ -102,6 +102,11 @@ class ServeConfig:
         require(min(self.cache_bytes, self.cpus, self.gpus) >= 0, "cache_bytes, cpus and gpus must be 0 or above")
 
     @property
+    def one_process(self) -> bool:
+        """Whether a single process may do it all, HTTP and language model."""
+        return self.replicas == self.ingresses == 1 and self.max_replicas in (None, 1)
+
+    @property
     def follows(self) -> bool:
         """Whether SAEs come and go by themselves."""
         return bool({ALL, PROMOTED} & set(self.saes))

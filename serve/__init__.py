@@ -2,6 +2,7 @@
 
     app.py          starts it: here, or as Serve's `build` on a cluster
     replicas.py     the two deployments: ingress (speaks HTTP, no model) and interpreter (language model and SAEs)
+    together.py     both in one process, for one machine: no hop between the request and the model
     interpreter.py  texts in, the features that fire out · shelf.py SAEs in memory · batching.py what is run together
     guard.py        keys, scopes, limits, before anything else reads a request · access.py who has which key
     catalog.py      which SAEs are hosted, and what is known of them
@@ -10,7 +11,7 @@
                     (_steer) share
     pages.py        the first page and the log-in · assets/
 
-Only app.py and replicas.py know Ray. Ray reads these variables when it is imported.
+Only app.py, replicas.py and together.py know Ray. Ray reads these variables when it is imported.
 """
 
 import os

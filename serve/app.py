@@ -25,23 +25,95 @@ import ray
 from ray import serve
 from ray._private.parameter import RayParams
 
+from midiscover.configio import to_tree
 from midiscover.cores import cores
 from midiscover.errors import ConfigError, MiDiscoverError, StageError
-from midiscover.serving import ServeArgs, parse_serve, serve_config
+from midiscover.serving import ServeArgs, ServeConfig, parse_serve, serve_config
 from midiscover.store.storage import Storage, open_store
 from midiscover.tracking import Tracker
 from serve.catalog import Catalog, Hosted
-from serve.replicas import application
+from serve.replicas import Ingress, InterpreterReplica, first_of_models
+from serve.together import KEEP_ALIVE_SECONDS, Address, Together
 
 NAME = "midiscover"
+INTERPRETER, INGRESS, TOGETHER = "interpreter", "ingress", "together"
+WAITING = 256
+"""Requests that wait for an interpreter; more are answered by 503."""
 FIRST_KEY = "first key"
 LEAST_CPUS = 4
 """That a Ray of this machine claims to have, so that a sweep of POST /train finds its places."""
+log = logging.getLogger("midiscover.serve")
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """For Serve: `import_path: serve.app:build`, with the settings of `midiscover.serving.ServeConfig` as `args`."""
     return application(serve_config(args))
+
+
+def application(config: ServeConfig, at: Address | None = None) -> serve.Application:
+    """The deployments for what the store holds now. MiDiscoverErrors for a store or SAE that is not there.
+
+    at: where one process with everything shall listen; None: ingress and interpreters, behind Serve's own HTTP.
+    """
+    storage = open_store(config.store, create=False, patient=False)
+    catalog = Catalog(storage, config)
+    catalog.refresh()
+    tree, firsts = to_tree(config), first_of_models(catalog.hosted)
+    for problem in catalog.broken.values():
+        log.warning("sae_broken", extra={"fields": {"reason": problem}})
+    if at is not None:
+        together: Any = serve.deployment(Together, name=TOGETHER, **_replica_options(config))
+        return together.bind(tree, at)
+    handles = {
+        model: _interpreter(config, sae.neuronpedia_model, len(firsts)).bind(
+            tree, dict(sae.record), sae.neuronpedia_model
+        )
+        for model, sae in firsts.items()
+    }
+    deployment = serve.deployment(
+        name=INGRESS,
+        num_replicas=config.ingresses,
+        max_ongoing_requests=2 * config.limits.concurrent,  # the guard says no, with a reason
+        max_queued_requests=config.limits.concurrent,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=config.limits.seconds,
+    )
+    return deployment(serve.ingress()(Ingress)).bind(tree, handles)
+
+
+def _interpreter(config: ServeConfig, name: str, models: int) -> Any:
+    """The deployment of one language model."""
+    most = config.max_replicas or config.replicas
+    scaling: dict[str, Any] = {"num_replicas": config.replicas}
+    if most > config.replicas:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": config.replicas,
+                "max_replicas": most,
+                "target_ongoing_requests": 8,
+                "upscale_delay_s": 5,
+                "downscale_delay_s": 120,
+            }
+        }
+    return serve.deployment(
+        InterpreterReplica,
+        name=INTERPRETER if models == 1 else f"{INTERPRETER}-{name}",
+        max_ongoing_requests=config.limits.concurrent,
+        max_queued_requests=WAITING,
+        **_replica_options(config),
+        **scaling,
+    )
+
+
+def _replica_options(config: ServeConfig) -> dict[str, Any]:
+    """Of what holds a language model."""
+    return {
+        "ray_actor_options": {"num_cpus": config.cpus, "num_gpus": config.gpus},
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 60,
+        "graceful_shutdown_timeout_s": config.limits.seconds,
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -84,8 +156,16 @@ def _require_free(host: str, port: int) -> None:
             raise ConfigError(f"{host}:{port} can't be listened on: {error.strerror}; give another --port.") from None
 
 
+def _is_together(config: ServeConfig) -> bool:
+    """Whether one process does it all, which on one machine is fastest."""
+    return config.one_process and not os.environ.get("RAY_ADDRESS")
+
+
 def _follow(args: ServeArgs, storage: Storage, ended: threading.Event) -> None:
     """Until it is to end: deploy again where SAEs of a language model come that no interpreter runs yet."""
+    if _is_together(args.config):  # which follows by itself
+        ended.wait()
+        return
     catalog = Catalog(storage, args.config)
     running = {sae.model for sae in _hosted(catalog)}
     while not ended.wait(args.config.refresh_seconds):
@@ -116,6 +196,7 @@ def _start_ray() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # A job's `python` is found there: ours, and not the system's.
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        os.environ.setdefault("RAY_worker_niceness", "0")  # of what answers; jobs take their own, see `jobs`
         options = {
             "address": "local",
             "num_cpus": max(LEAST_CPUS, cores() + 1),
@@ -144,12 +225,12 @@ def _run(args: ServeArgs) -> str:
     """Deploy and wait; the address."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="Disabled" if _is_together(args.config) else "HeadOnly",
         http_options={
             "host": args.host,
             "port": args.port,
             "request_timeout_s": 2 * args.config.limits.seconds,
-            "keep_alive_timeout_s": 30,  # of a connection on which nothing comes
+            "keep_alive_timeout_s": KEEP_ALIVE_SECONDS,
         },
     )
     _deploy(args)
@@ -160,8 +241,10 @@ def _deploy(args: ServeArgs) -> None:
     """What is deployed already and has not changed goes on."""
     # All share the cores of this machine, so none is set aside for a replica: training takes what is left.
     config = args.config if os.environ.get("RAY_ADDRESS") else replace(args.config, cpus=0)
+    at = (args.host, args.port) if _is_together(config) else None
+    prefix = None if at else "/"
     try:
-        serve.run(application(config), name=NAME, route_prefix="/", logging_config={"log_level": "ERROR"})
+        serve.run(application(config, at), name=NAME, route_prefix=prefix, logging_config={"log_level": "ERROR"})
     except MiDiscoverError:
         raise
     except Exception as error:  # Serve tells of a replica that did not start in many lines

@@ -1,36 +1,32 @@
-"""The two deployments of Ray Serve: an ingress that speaks HTTP and holds no model, and interpreters that hold one.
+"""The deployments of Ray Serve: an ingress that speaks HTTP and holds no model, and interpreters that hold one.
 
 One interpreter deployment for each language model that the hosted SAEs read; one forward of it serves all SAEs asked,
-so nothing is routed by SAE. What an interpreter answers is plain arrays, never a tensor and never a dense code.
+so nothing is routed by SAE. What an interpreter answers is plain arrays, never a tensor and never a dense code. Where
+one machine has one interpreter, both are one process: `together`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
-from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from midiscover.configio import to_tree
 from midiscover.serving import ServeConfig, serve_config
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker
 from serve.access import Access
-from serve.catalog import Catalog
+from serve.catalog import Catalog, Hosted
 from serve.context import Context
-from serve.exchange import Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.exchange import Front, Model, Problem, Query, SteerPiece, SteerRequest, TextAnswer
 from serve.logs import structured
 from serve.problems import ProblemError
 
-INTERPRETER, INGRESS = "interpreter", "ingress"
-WAITING = 256
-"""Requests that wait for an interpreter; more are answered by 503."""
 BUSY = "All interpreters are busy; try again in a moment."
 LOST = "The interpreter was lost while it worked on this; ask again."
 GAUGES = ("sae_bytes", "cache_bytes")
@@ -147,79 +143,35 @@ class Ingress:
         """Serve asks for the application once the replica stands."""
         from serve.web import create_app
 
-        config = self._config
-        storage = open_store(config.store, create=False, patient=False)
-        tracker = Tracker.for_store(storage)
-        catalog, access = Catalog(storage, config), Access(tracker.list_keys)
-        for look in (catalog.refresh, access.refresh):
-            look()
-        catalog.watch()
-        access.watch(config.refresh_seconds)
-        context = Context(
-            config=config,
-            catalog=catalog,
-            access=access,
-            models={model: RemoteModel(handle) for model, handle in self._models.items()},
-            tracker=tracker,
-            jobs=lambda: jobs_client(config),
-        )
-        return create_app(context, RequestMeter())
+        models = {model: RemoteModel(handle) for model, handle in self._models.items()}
+        return create_app(watched_context(self._config, models), RequestMeter())
 
 
-def application(config: ServeConfig) -> serve.Application:
-    """The deployments for what the store holds now. MiDiscoverErrors for a store or SAE that is not there."""
+def watched_context(config: ServeConfig, models: Mapping[tuple[str, str], Model]) -> Context:
+    """What the routes work with; threads look again for SAEs and keys."""
     storage = open_store(config.store, create=False, patient=False)
-    catalog = Catalog(storage, config)
-    catalog.refresh()
-    tree = to_tree(config)
-    firsts: dict[tuple[str, str], Any] = {}
-    for sae in catalog.hosted:
+    tracker = Tracker.for_store(storage)
+    catalog, access = Catalog(storage, config), Access(tracker.list_keys)
+    for look in (catalog.refresh, access.refresh):
+        look()
+    catalog.watch()
+    access.watch(config.refresh_seconds)
+    return Context(
+        config=config,
+        catalog=catalog,
+        access=access,
+        models=models,
+        tracker=tracker,
+        jobs=lambda: jobs_client(config),
+    )
+
+
+def first_of_models(saes: Sequence[Hosted]) -> dict[tuple[str, str], Hosted]:
+    """Language model -> the first SAE that reads it."""
+    firsts: dict[tuple[str, str], Hosted] = {}
+    for sae in saes:
         firsts.setdefault(sae.model, sae)
-    for problem in catalog.broken.values():
-        log.warning("sae_broken", extra={"fields": {"reason": problem}})
-    handles = {
-        model: _interpreter(config, sae.neuronpedia_model, len(firsts)).bind(
-            tree, dict(sae.record), sae.neuronpedia_model
-        )
-        for model, sae in firsts.items()
-    }
-    deployment = serve.deployment(
-        name=INGRESS,
-        num_replicas=config.ingresses,
-        max_ongoing_requests=2 * config.limits.concurrent,  # the guard says no, with a reason
-        max_queued_requests=config.limits.concurrent,
-        ray_actor_options={"num_cpus": 0},
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=config.limits.seconds,
-    )
-    return deployment(serve.ingress()(Ingress)).bind(tree, handles)
-
-
-def _interpreter(config: ServeConfig, name: str, models: int) -> Any:
-    """The deployment of one language model."""
-    most = config.max_replicas or config.replicas
-    scaling: dict[str, Any] = {"num_replicas": config.replicas}
-    if most > config.replicas:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": config.replicas,
-                "max_replicas": most,
-                "target_ongoing_requests": 8,
-                "upscale_delay_s": 5,
-                "downscale_delay_s": 120,
-            }
-        }
-    return serve.deployment(
-        InterpreterReplica,
-        name=INTERPRETER if models == 1 else f"{INTERPRETER}-{name}",
-        max_ongoing_requests=config.limits.concurrent,
-        max_queued_requests=WAITING,
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
-        health_check_period_s=5,
-        health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=config.limits.seconds,
-        **scaling,
-    )
+    return firsts
 
 
 def jobs_client(config: ServeConfig) -> Any:

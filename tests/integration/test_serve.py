@@ -78,7 +78,7 @@ def test_nothing_of_it_listens_beyond_this_machine(running: Deployment) -> None:
         one.laddr.port
         for replica in running.workers("ServeReplica:midiscover")
         for one in replica.net_connections("tcp")
-        if one.status == psutil.CONN_LISTEN and one.laddr
+        if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port != port
     }
     assert ports, "Ray's own, which ask for its token"
     for port in ports:
@@ -120,6 +120,15 @@ def test_a_job_is_stopped(running: Deployment) -> None:
     while running.get(f"/jobs/{job}").json()["status"] == "pending":
         assert time.monotonic() < ends
         time.sleep(0.5)
+    while not (packs := running.workers("ImplicitFunc.train")):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    time.sleep(1)
+    drivers = [process for process in running.workers("-m jobs.sweep") if process.name().startswith("python")]
+    niceness = [(process.name(), process.nice()) for process in [*packs, *drivers] if process.is_running()]
+    assert len(drivers) == 1
+    assert {nice for _, nice in niceness} == {15}, f"training gives way to the model that answers: {niceness}"
+    assert {process.nice() for process in running.workers("ServeReplica:midiscover")} == {0}
     headers = running.headers()
     assert requests.delete(f"{running.address}/jobs/{job}", headers=headers, timeout=60).json()["stopping"]
     while running.get(f"/jobs/{job}").json()["status"] != "stopped":
@@ -167,6 +176,8 @@ def test_ctrl_c_ends_it_and_nothing_stays(store: Path, store_to_serve: Path) -> 
     with deployed(store) as found:
         children = psutil.Process(found.process.pid).children(recursive=True)
         assert len(children) > 3
+        assert found.workers("ServeReplica:midiscover:together")
+        assert not found.workers("ProxyActor")
         assert found.end() == 0
         psutil.wait_procs(children, timeout=20)
         assert [child for child in children if child.is_running()] == []
