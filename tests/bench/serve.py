@@ -2,13 +2,14 @@
 
     OMP_WAIT_POLICY=PASSIVE python -m tests.bench.serve --store STORE --sae ID [--seconds 20]
 
-Everything on the same cores, the client too, the proxy Ray Serve's own. The bare loop runs the language model up to the
-SAE's hook, encodes, takes the top 10 of each token, in this process on all threads (the deployment is up and idle
-then). Texts are of 64 and of 512 tokens and never repeat, so that no cache helps.
+Everything on the same cores, the client too; no proxy, since one process of Ray Serve holds HTTP and the model. The
+bare loop runs the language model up to the SAE's hook, encodes, takes the top 10 of each token, in this process on all
+threads (the deployment is up and idle then). Texts are of 64 and of 512 tokens and never repeat: no cache helps.
 
   added          median over pairs, a text by the bare loop and another by a request, in turn; beside it what an empty
-                 request (/health) takes, which is Ray Serve's own share
-  throughput     16 at once, in texts a second, over the bare loop's one at a time, and over its whole forward pass
+                 request (/health) takes, which is the share of HTTP and the guard
+  throughput     16 at once, in texts a second, over the bare loop's one at a time, and over its whole forward pass;
+                 median and range of three rounds, each beside its own bare loop
   open loop      Poisson arrivals at 70 and 80 % of that throughput: p50, p99, errors
   overload       four times that throughput: answers by status, memory, median after it
 
@@ -42,6 +43,8 @@ from tests.serving import Deployment, deployed
 LENGTHS = (64, 512)
 TOP = 10
 WARM = 8
+ROUNDS, BURST, ALONE = 3, 32, 5
+"""Of throughput; texts of a round at least; texts of the bare loop before each."""
 
 
 class Bare:
@@ -148,6 +151,14 @@ def memory(running: Deployment) -> float:
     return sum(process.memory_info().rss for process in running.workers("ServeReplica:midiscover")) / 2**20
 
 
+async def throughput(bare: Bare, client: Client, length: int, burst: int, seed: int) -> tuple[float, float, float]:
+    """Texts a second, 16 under way; beside it seconds of the bare loop, and of the whole forward pass, just before."""
+    texts = bare.texts(burst + 2 * ALONE, length, seed=1000 * length + seed)
+    one = statistics.median(seconds_of(bare.one, texts[:ALONE]))
+    whole = statistics.median(seconds_of(bare.whole, texts[ALONE : 2 * ALONE])) - one  # `whole` runs both
+    return await client.at_once(texts[2 * ALONE :], 16), one, whole
+
+
 async def measured(bare: Bare, client: Client, args: argparse.Namespace) -> None:
     """All of it."""
     table = Table(
@@ -165,23 +176,23 @@ async def measured(bare: Bare, client: Client, args: argparse.Namespace) -> None
     rates = {}
     for length in LENGTHS:
         count = args.requests if length == LENGTHS[0] else max(WARM, args.requests // 6)
-        texts = bare.texts(4 * count + 2 * WARM, length, seed=length)
+        texts = bare.texts(2 * count + 2 * WARM, length, seed=length)
         seconds_of(bare.one, texts[:WARM])
         await client.one_by_one(texts[WARM : 2 * WARM])
-        parts = [texts[2 * WARM + i * count : 2 * WARM + (i + 1) * count] for i in range(4)]
+        parts = [texts[2 * WARM + i * count : 2 * WARM + (i + 1) * count] for i in range(2)]
         alone, served, empty = [], [], []
         for mine, theirs in zip(parts[0], parts[1], strict=True):
             alone += seconds_of(bare.one, [mine])
             served += await client.one_by_one([theirs])
             empty.append(await client.empty())
-        whole = seconds_of(bare.whole, parts[2][: max(4, count // 4)])
-        rates[length] = await client.at_once(parts[3], 16)
+        rounds = [await throughput(bare, client, length, max(count, BURST), seed) for seed in range(ROUNDS)]
+        rates[length] = statistics.median(rate for rate, _, _ in rounds)
         p50, of_bare = statistics.median(served), statistics.median(alone)
-        full = statistics.median(whole) - of_bare  # the whole pass alone: `whole` runs both
         added = statistics.median(one - other for one, other in zip(served, alone, strict=True))
         times = [f"{1000 * seconds:.1f} ms" for seconds in (of_bare, p50, added, statistics.median(empty))]
-        ratios = [f"{rates[length] * seconds:.2f}" for seconds in (of_bare, full)]
-        table.add_row(str(length), *times, f"{1 / of_bare:.2f}", f"{rates[length]:.2f}/s", *ratios)
+        ratios = [[rate * one for rate, one, _ in rounds], [rate * whole for rate, _, whole in rounds]]
+        told = [f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})" for found in ratios]
+        table.add_row(str(length), *times, f"{1 / of_bare:.2f}", f"{rates[length]:.2f}/s", *told)
     tables.show(table)
     rate = rates[LENGTHS[0]]
     loads = Table("load", "requests", "p50", "p99", "p99 / p50", "answers", "MiB", box=box.SIMPLE_HEAD)

@@ -1,4 +1,4 @@
-"""A deployment under load that loses a replica, its ingress, its proxy, and one that is asked four times too much.
+"""Deployments under load that lose a replica, ingress, proxy or all of it, and one that is asked four times too much.
 
 R10, R11, R12 and R29 of the reliability goals. Each test shows that its process was killed while requests were under
 way.
@@ -127,6 +127,27 @@ def test_what_speaks_http_is_killed_and_comes_back(running: Deployment, title: s
     print(f"{title}: first answer after {first - at:.1f} s; {Counter(answer.status for answer in answers)}")
     assert first - at <= most
     assert {process.pid for process in running.workers("ServeReplica:midiscover:interpreter")} == interpreters
+
+
+def test_all_in_one_process_is_killed_and_comes_back(store_to_serve: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store_to_serve, copy)
+    title = "ServeReplica:midiscover:together"
+    with deployed(copy) as running, load(running) as answers:
+        time.sleep(4)
+        killed(running, title)
+        at = time.monotonic()
+        while not any(answer.status == 200 and answer.at > at for answer in answers):
+            assert time.monotonic() < at + 90
+            time.sleep(0.1)
+        time.sleep(5)
+        assert len(running.workers(title)) == 1
+    back = min(answer.at for answer in answers if answer.status == 200 and answer.at > at)
+    print(f"first answer after {back - at:.1f} s; {Counter(answer.status for answer in answers)}")
+    assert len([answer for answer in answers if answer.at < at and answer.status == 200]) > 20, "there was load"
+    assert {answer.status for answer in answers} <= {200, 0}, "an answer, or no connection"
+    assert all(answer.status == 200 for answer in answers if answer.at > back + 1)
+    assert back - at < 60
 
 
 def test_four_times_too_much_is_refused_in_order_and_forgotten(running: Deployment) -> None:
