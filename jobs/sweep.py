@@ -37,8 +37,13 @@ def main(argv: list[str]) -> int:
 
 
 def _will_work(prepared: Prepared) -> bool:
-    """Whether Ray is as good as sure to be needed: what can go wrong with the text went well, and an SAE is missing."""
+    """Whether Ray is as good as sure to be needed: what can go wrong with the text went well, and an SAE is missing.
+
+    Not where nodes must be waited for: in those minutes the tracker should know of the sweep.
+    """
     resolved, storage = prepared.resolved, prepared.storage
+    if resolved.config.resources.nodes is not None:
+        return False
     return find_corpus(storage, resolved.corpus_id) is not None and (
         prepared.args.force
         or not all(storage.exists(layout.evaluation(sae.id, resolved.evaluation_id)) for sae in resolved.saes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Any
@@ -33,6 +34,7 @@ class Together:
         structured()
         from serve.web import create_app
 
+        self._server: HttpServer | None = None
         self._tree, self._config = tree, serve_config(tree)
         self._models: dict[tuple[str, str], InterpreterReplica] = {}
         self._context = watched_context(self._config, self._models)
@@ -59,11 +61,13 @@ class Together:
         """See `InterpreterReplica.check_health`."""
         for model in list(self._models.values()):
             model.check_health()
-        self._server.check()
+        if self._server is not None:
+            self._server.check()
 
     def __del__(self) -> None:
         """Called by Serve before it ends the process."""
-        self._server.end()
+        if self._server is not None:
+            self._server.end()
 
 
 class HttpServer:
@@ -81,7 +85,7 @@ class HttpServer:
                 access_log=False,  # our own log has a line for each request
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(seconds),
+                timeout_graceful_shutdown=math.ceil(seconds),
             )
         )
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from jobs import submit
+from jobs import NICENESS, submit
 from jobs.progress import Bars, replay
 from jobs.runtime import CLIENT, check_client
 from midiscover import lineage
@@ -80,7 +80,8 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     assert load_config(tmp_path / "run.yaml") == config
     told = submit.variables()
-    assert {"MIDISCOVER_OWNER", CLIENT} <= told.keys() <= {"MIDISCOVER_OWNER", "MIDISCOVER_COMMIT", CLIENT, "COLUMNS"}
+    always = {"MIDISCOVER_OWNER", CLIENT, NICENESS}
+    assert always <= told.keys() <= always | {"MIDISCOVER_COMMIT", "COLUMNS"}
     assert not [path for path in files if b"s3cret-s3cret" in path.read_bytes()]
     assert "s3cret" not in json.dumps(told)
 
