@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -32,3 +33,11 @@ def test_is_not_imported(program: str, unwanted: tuple[str, ...]) -> None:
     told = f"{program}\nimport sys; print([name for name in {unwanted} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_a_submitted_jobs_processes_give_way() -> None:
+    told = "import jobs, os; print(os.getpriority(os.PRIO_PROCESS, 0))"
+    for asked, least in (("15", 15), ("0", os.getpriority(os.PRIO_PROCESS, 0))):
+        env = os.environ | {"MIDISCOVER_NICENESS": asked}
+        done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=env)
+        assert int(done.stdout) == least
