@@ -149,8 +149,12 @@ def _submitted(client: JobSubmissionClient, **job: Any) -> None:
 
 def variables() -> dict[str, str]:
     """What the driver is told of here: whose run it is, and the versions it is held against. No secret."""
-    told = {"MIDISCOVER_OWNER": lineage.owner(), CLIENT: json.dumps(lineage.versions()), "COLUMNS": "120"}
-    told[NICENESS] = "15"
+    told = {
+        "MIDISCOVER_OWNER": lineage.owner(),
+        CLIENT: json.dumps(lineage.versions()),
+        "COLUMNS": "120",
+        NICENESS: "15",
+    }
     commit = lineage.code()["commit"]
     return told | ({"MIDISCOVER_COMMIT": commit} if commit else {})
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 SMALL_BYTES = 1 << 20
@@ -75,13 +76,22 @@ def _read(cache_file: Path) -> dict[str, str]:
 def _add(cache_file: Path, fresh: dict[str, str]) -> None:
     """Merge into what stands now. Of two processes that add at once one may lose its entries, never the file."""
     entries = list((_read(cache_file) | fresh).items())[-MAX_ENTRIES:]
+    with suppress(OSError):  # a home that is read-only or full costs the shortcut, not the run
+        write_cached(cache_file, json.dumps(dict(entries), indent=0))
+
+
+def write_cached(cache_file: Path, text: str) -> None:
+    """Write a file of the cache, whole or not at all. OSError where that can't be done."""
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, prefix=".digests-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=cache_file.parent, prefix=f".{cache_file.stem}-", delete=False
+        ) as file:
             temporary = file.name
-            json.dump(dict(entries), file, indent=0)
+            file.write(text)
         os.replace(temporary, cache_file)
-    except OSError:  # a home that is read-only or full costs the shortcut, not the run
+    except OSError:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        raise

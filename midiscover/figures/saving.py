@@ -6,9 +6,7 @@ import csv as csv_module
 import html as html_module
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -19,7 +17,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from midiscover.digests import cache_dir
+from midiscover.digests import cache_dir, write_cached
 from midiscover.errors import UserError
 from midiscover.figures.drawing import Chart
 from midiscover.palette import FONT_MONO
@@ -179,10 +177,7 @@ def javascript() -> str:
     with suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         kept = cache_dir() / f"vega-{version('vl-convert-python')}-{_VEGA_LITE}.js"
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=kept.parent, delete=False) as file:
-                file.write(_bundled())
-            os.replace(file.name, kept)
+            write_cached(kept, _bundled())
         return kept.read_text(encoding="utf-8")
     return _bundled()
 
