@@ -77,19 +77,17 @@ def _add(cache_file: Path, fresh: dict[str, str]) -> None:
     """Merge into what stands now. Of two processes that add at once one may lose its entries, never the file."""
     entries = list((_read(cache_file) | fresh).items())[-MAX_ENTRIES:]
     with suppress(OSError):  # a home that is read-only or full costs the shortcut, not the run
-        write_cached(cache_file, json.dumps(dict(entries), indent=0))
+        write_atomically(cache_file, json.dumps(dict(entries), indent=0).encode())
 
 
-def write_cached(cache_file: Path, text: str) -> None:
-    """Write a file of the cache, whole or not at all. OSError where that can't be done."""
+def write_atomically(cache_file: Path, data: bytes) -> None:
+    """Replace a file of the cache, so that no reader ever sees half of it. OSError where that can't be done."""
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=cache_file.parent, prefix=f".{cache_file.stem}-", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=cache_file.parent, prefix=f".{cache_file.stem}-", delete=False) as file:
             temporary = file.name
-            file.write(text)
+            file.write(data)
         os.replace(temporary, cache_file)
     except OSError:
         if temporary is not None:

@@ -124,14 +124,6 @@ def convert_gguf(gguf: Path, folder: Path, *, name: str, source: str, licence: s
     run_module("midiscover.lm", "convert", str(gguf), str(folder), json.dumps(about))
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace a file of the cache, so that no reader ever sees half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as handle:
-        handle.write(data)
-    Path(handle.name).replace(file)
-
-
 class HubSilentError(Exception):
     """The hub did not name a commit in time; says why."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from midiscover.config import ModelConfig
-from midiscover.digests import cache_dir, file_sha256, files_sha256
+from midiscover.digests import cache_dir, file_sha256, files_sha256, write_atomically
 from midiscover.embedded import ensure_embedded_model
 from midiscover.errors import ModelError
 from midiscover.hooks import HookInfo, HookTable, refuse_impossible
@@ -38,7 +38,6 @@ from midiscover.modelfiles import (
     tokenizer_files,
     weight_files,
     weight_names,
-    write_atomically,
 )
 from midiscover.store.storage import open_store
 from midiscover.storedmodels import StoredModel, model_files, put_stored, read_part, read_stored, stored_folder

@@ -17,7 +17,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from midiscover.digests import cache_dir, write_cached
+from midiscover.digests import cache_dir, write_atomically
 from midiscover.errors import UserError
 from midiscover.figures.drawing import Chart
 from midiscover.palette import FONT_MONO
@@ -177,7 +177,7 @@ def javascript() -> str:
     with suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         kept = cache_dir() / f"vega-{version('vl-convert-python')}-{_VEGA_LITE}.js"
         if not kept.exists():
-            write_cached(kept, _bundled())
+            write_atomically(kept, _bundled().encode())
         return kept.read_text(encoding="utf-8")
     return _bundled()
 
