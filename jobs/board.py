@@ -27,7 +27,7 @@ class Event(NamedTuple):
     """One thing that happened in a worker."""
 
     kind: str
-    """`tokens`, `started`, `left`, `resumed`, `pack`, `retry`, `trained`, `retired`, `failed` or `measured`."""
+    """`tokens`, `started`, `left`, `resumed`, `pack`, `read`, `retry`, `trained`, `retired`, `failed` or `measured`."""
     key: str
     """The pack, SAE or hook it is about."""
     data: Any

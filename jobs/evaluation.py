@@ -23,15 +23,18 @@ from midiscover.corpus import Corpus
 from midiscover.errors import StageError
 from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_metrics
 from midiscover.foreign import foreign_rows, foreign_windows
+from midiscover.live import held_out_windows, usable_rows
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.packing import Windows
+from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import FOREIGN, MetricSums
 from midiscover.saes import SPARSITY, load_trained
 from midiscover.source import harvested, iterate_pairs
 from midiscover.store import layout
-from midiscover.store.documents import dump
+from midiscover.store.blocks import read_manifest
+from midiscover.store.documents import dump, read_json
 from midiscover.store.loader import iterate_rows
 from midiscover.store.storage import Storage
 from midiscover.texts import foreign_config
@@ -67,11 +70,15 @@ def measure_site(
     torch.set_num_threads(place.threads)
     evaluation = resolved.evaluation_id
     saes = {p.id: load_trained(storage, p.id, device="cuda" if place.gpu else "cpu") for p in planned}
-    sums = _held_out(resolved, storage, site, saes, board)
     spliced = {p.id: saes[p.id] for p in planned if is_spliced(p)} if resolved.config.evaluate.ce_tokens else {}
-    model = place.load() if spliced or foreign is not None else None
-    splice = _spliced(model, resolved, storage, site, spliced, board) if model and spliced else None
-    abroad = _foreign(model, resolved, site, saes, foreign, board) if model and foreign is not None else {}
+    stored = all(read_manifest(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
+    reader = None
+    if spliced or foreign is not None or not stored:
+        model, corpus = place.load(), Corpus.open(storage, resolved.corpus_id)
+        reader = Reader(model, resolved.hooks, resolved.config.harvest, corpus.manifest.context_size)
+    sums = _held_out(resolved, storage, site, saes, board, None if stored else reader)
+    splice = _spliced(reader.model, resolved, storage, site, spliced, board) if reader and spliced else None
+    abroad = _foreign(reader, site, saes, foreign, board) if reader and foreign is not None else {}
     for p in planned:
         metrics = sums[p.id].result()
         metrics |= splice.metrics(p.id) if splice and p.id in spliced else dict.fromkeys(NO_SPLICE)
@@ -82,17 +89,26 @@ def measure_site(
 
 
 def _held_out(
-    resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board
+    resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board, reader: Reader | None
 ) -> dict[str, MetricSums]:
-    """From the stored held-out rows."""
-    inputs, outputs = (harvested(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
+    """From the stored held-out rows, or where there are none from those that `reader` gives."""
     limit = resolved.config.evaluate.max_tokens
     rows: Iterable[Tensor | Pair]
+    if reader is not None:
+        windows = held_out_windows(Corpus.open(storage, resolved.corpus_id), resolved.config.harvest.block_tokens)
+        rows = usable_rows(reader, windows, (site.hook, site.output_hook), ROWS_PER_BATCH, limit)
+        return reconstruction_metrics(saes, _seen(rows, site, board), _training_mean(storage, next(iter(saes))))
+    inputs, outputs = (harvested(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
     if site.hook == site.output_hook:
         rows = iterate_rows(storage, inputs, "held_out", ROWS_PER_BATCH, limit)
     else:
         rows = iterate_pairs(storage, inputs, outputs, "held_out", ROWS_PER_BATCH, limit)
     return reconstruction_metrics(saes, _seen(rows, site, board), torch.tensor(outputs.mean))
+
+
+def _training_mean(storage: Storage, sae_id: str) -> Tensor:
+    """[d_out], of the rows that a streamed SAE was trained on."""
+    return torch.tensor((read_json(storage, layout.training(sae_id)) or {})["output_mean"])
 
 
 def _spliced(
@@ -113,13 +129,11 @@ def _spliced(
 
 
 def _foreign(
-    model: LanguageModel, resolved: Resolved, site: Site, saes: Mapping[str, Sae], windows: Windows, board: Board
+    reader: Reader, site: Site, saes: Mapping[str, Sae], windows: Windows, board: Board
 ) -> dict[str, MetricSums]:
     """On the foreign text; one pass of the language model for all SAEs."""
-    rows = foreign_rows(
-        model, windows, site.hook, site.output_hook, harvest=resolved.config.harvest, batch_size=ROWS_PER_BATCH
-    )
-    d_out = resolved.hooks[site.output_hook]
+    rows = foreign_rows(reader, windows, (site.hook, site.output_hook), ROWS_PER_BATCH)
+    d_out = reader.hooks[site.output_hook]
     return reconstruction_metrics(saes, _seen(rows, site, board), torch.zeros(d_out))
 
 

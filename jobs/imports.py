@@ -178,10 +178,10 @@ class ImportRun:
         """Weights, cfg.json and training.json, as of an SAE whose training took no step here."""
         if self.storage.exists(layout.training(self.sae.id)):
             return
-        scales = [
-            normalisation(self.storage, harvested(self.storage, self.resolved.harvest_id, hook)).scale
+        inputs, outputs = (
+            normalisation(self.storage, harvested(self.storage, self.resolved.harvest_id, hook))
             for hook in (self.sae.point.hook, self.sae.output_hook)
-        ]
+        )
         point, widths = self.sae.point, {"d_in": self.sae.d_in, "d_sae": self.sae.d_sae, "d_out": self.sae.d_out}
         cfg = {"architecture": self.foreign.architecture, "k": getattr(point.sae, "k", None), **widths}
         trained = Trained(
@@ -193,8 +193,9 @@ class ImportRun:
             tokens=0,
             seconds=0.0,
             dead_in_window=None,
-            scale=scales[0],
-            output_scale=scales[1],
+            scale=inputs.scale,
+            output_scale=outputs.scale,
+            output_mean=outputs.mean,
             lr=0.0,
             coefficient=0.0,
         )

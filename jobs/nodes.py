@@ -33,6 +33,12 @@ def working_nodes() -> tuple[Node, ...]:
     return tuple(Node(have.get("CPU", 0), have.get("GPU", 0)) for have in resources if have.get("CPU", 0) >= 1)
 
 
+def accelerators() -> list[str]:
+    """Kinds of GPU, as Ray calls them, in lower case: h100, a100."""
+    prefix = "accelerator_type:"
+    return sorted(name.removeprefix(prefix).lower() for name in ray.cluster_resources() if name.startswith(prefix))
+
+
 def ask_for(count: int, say: Callable[[str], None]) -> tuple[Node, ...]:
     """Ask the autoscaler for as many nodes as make `count`, wait for the first, and return what there will be.
 

@@ -45,6 +45,12 @@ class Recorder:
         self.waiting: deque[Callable[[Tracker], None]] = deque()
         self.away_until: float | None = None
         self.mirror = Mirror(sweep_id, bars.say)
+        self.read = 0
+        self.to_read = 0
+
+    def expect_reading(self, tokens: int) -> None:
+        """Packs will run the language model over so many tokens."""
+        self.to_read = tokens
 
     def name_packs(self, packs: Sequence[Pack]) -> None:
         """Give each pack the name of its line: hook, sparsities and, where another pack has the same, its id."""
@@ -62,6 +68,10 @@ class Recorder:
                 further = event.data.step > self.furthest.get(event.key, -1)
                 self.furthest[event.key] = max(event.data.step, self.furthest.get(event.key, -1))
                 return further
+            case "read":
+                self.read += event.data
+                self.bars.update("language model", min(self.read, self.to_read), self.to_read, f"{self.read:,} tokens")
+                return event.data > 0
             case "resumed":
                 self.say_of(event.key, f"resumed at step {event.data}")
             case "trained":

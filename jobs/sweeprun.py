@@ -16,22 +16,25 @@ from jobs.board import Event, watched
 from jobs.evaluation import measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.leases import Leases
-from jobs.packs import PackJob, run_packs
+from jobs.packs import run_packs
+from jobs.packworker import PackJob
 from jobs.progress import Bars
 from jobs.recorder import Recorder
 from jobs.runtime import Cluster, RayLater, model_slots, pack_slots
+from jobs.ways import streams_activations
 from midiscover import lineage, upkeep
 from midiscover.config import UNTIL_DONE, days_of
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError, MiDiscoverError
 from midiscover.launch import Prepared
-from midiscover.resolve import PlannedSae, auto_pack_size, by_site, make_packs
+from midiscover.resolve import Crew, PlannedSae, auto_pack_size, by_site, make_crews, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
 from midiscover.tracking.sweepfiles import retired_reason, stability_document
+from midiscover.ways import STORE
 
 
 class SweepRun:
@@ -51,14 +54,16 @@ class SweepRun:
             corpus = ensure_corpus(self.prepared, self.bars)
             self._check_held_out(corpus)
             parts = self.resolved.parts()
-            keeps = days_of(self.resolved.config.resources.keep_activations) is None
+            resources = self.resolved.config.resources
+            keeps = resources.activations == STORE and days_of(resources.keep_activations) is None
             unread = keeps and any(missing_spans(part, corpus, self.storage) for part in parts)
             if unread or self._untrained() or self._unmeasured():
                 cluster = self.session.cluster()
-                for part in parts:
+                streams = streams_activations(self.resolved, self.storage, corpus, cluster, self.bars.say)
+                for part in parts if not streams or self._lacks_mean() else ():
                     harvest(replace(self.prepared, resolved=part), corpus, cluster, self.bars)
                     commit_manifests(part, corpus, self.storage)
-                self._train(corpus, cluster)
+                self._train(corpus, cluster, streams)
                 self._evaluate(cluster)
             self.session.end()
             self._commit()
@@ -142,7 +147,12 @@ class SweepRun:
             if self.storage.exists(layout.training(sae.id)) and not self.storage.exists(layout.evaluation(sae.id, key))
         ]
 
-    def _train(self, corpus: CorpusManifest, cluster: Cluster) -> None:
+    def _lacks_mean(self) -> bool:
+        """Whether something is to be measured that was trained from blocks, whose manifest has the mean for its FVU."""
+        records = (read_json(self.storage, layout.training(sae.id)) or {} for sae in self._unmeasured())
+        return any("output_mean" not in record for record in records)
+
+    def _train(self, corpus: CorpusManifest, cluster: Cluster, streams: bool) -> None:
         resources = self.resolved.config.resources
         missing = self._untrained()
         packs = make_packs(self.resolved.saes, self._pack_size(cluster), {sae.id for sae in missing})
@@ -150,7 +160,13 @@ class SweepRun:
             self.bars.say("every SAE of the grid is trained")
             return
         self.recorder.name_packs(packs)
-        slots = pack_slots(cluster, resources, len(packs))
+        crews: list[Crew] = [(pack,) for pack in packs]
+        if streams:
+            # On CPUs a model for each node; several on one would only share its cores.
+            count = pack_slots(cluster, resources, len(packs)).count if cluster.gpus else len(cluster.nodes)
+            crews = make_crews(packs, count, list(self.resolved.table.hooks))
+            self.recorder.expect_reading(corpus.windows["train"] * corpus.context_size * len(crews))
+        slots = pack_slots(cluster, resources, len(crews))
         shared = bool(cluster.gpus) or resources.workers > 1
         trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if shared else "inline")
         for sae in missing:
@@ -167,7 +183,8 @@ class SweepRun:
             run_packs(
                 PackJob(
                     resolved=self.resolved,
-                    packs=tuple(packs),
+                    crews=tuple(crews),
+                    streams=streams,
                     storage=self.storage,
                     board=board,
                     slots=slots,

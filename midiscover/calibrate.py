@@ -22,11 +22,11 @@ from midiscover import lineage
 from midiscover.config import CorpusConfig, TrainConfig
 from midiscover.corpus import build_corpus
 from midiscover.evaluate import reconstruction_metrics
-from midiscover.harvest import CPU_BATCH_TOKENS
 from midiscover.lm import LanguageModel
 from midiscover.models import HookTable
 from midiscover.progress import Progress
 from midiscover.rates import Rates, StepCost
+from midiscover.reading import CPU_BATCH_TOKENS
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, SaeConfig, StandardConfig, TopKConfig

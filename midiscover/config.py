@@ -279,6 +279,10 @@ class ResourcesConfig:
     stall_seconds: float = 1800.0
     """A pack that has not moved for so long is killed and started again, `max_failures` times; a stage in which nothing
     moves is ended with an error."""
+    activations: Literal["store", "stream", "auto"] = "store"
+    """store: the language model runs once and writes activation blocks, which every later stage reads. stream: it runs
+    in the process that trains the SAEs of all hooks, and nothing is stored; for one epoch, or for as many as
+    train.shuffle_tokens holds; features harvest what they need. auto: what `midiscover plan` finds quicker."""
     keep_activations: str = KEEP
     """always; until_done: the sweep removes them when all its SAEs stand; or days, such as 14d, after which
     `midiscover store gc` removes them. Those that another sweep keeps stay. What needs them later harvests again."""
@@ -292,6 +296,9 @@ class ResourcesConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, f"resources.{name} must be a whole number above 0")
         _require(self.gpus_per_model > 0, "resources.gpus_per_model must be a whole number above 0")
+        if self.activations == "stream":
+            for name in ("workers", "gpus_per_model"):
+                _require(getattr(self, name) == 1, f"resources.{name} must be 1 where resources.activations is stream")
         _require(self.workers > 0, "resources.workers must be a whole number above 0")
         _require(
             self.workers == 1 or self.trainer != "inline",

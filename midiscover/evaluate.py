@@ -15,8 +15,8 @@ from torch.nn.functional import log_softmax
 
 from midiscover.corpus import Corpus
 from midiscover.errors import ModelError
-from midiscover.harvest import position_mask, row_mask
 from midiscover.lm import LanguageModel
+from midiscover.reading import position_mask, row_mask
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import MetricSums, recovered
 from midiscover.store.blocks import Mask

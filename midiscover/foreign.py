@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
-from midiscover.config import CorpusConfig, HarvestConfig
+from midiscover.config import CorpusConfig
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError
-from midiscover.harvest import position_mask, row_mask
-from midiscover.lm import LanguageModel
+from midiscover.live import usable_rows
 from midiscover.mixing import Mixed, mix
 from midiscover.packing import Layout, Packer, Windows
-from midiscover.store.blocks import Mask
+from midiscover.reading import Reader
 from midiscover.texts import SourceIdentity, documents
 from midiscover.train import Pair
 
@@ -26,8 +24,6 @@ EXCERPTS = 16
 CHARACTERS_PER_TOKEN = 4
 MIN_EXCERPT = 2000
 """Characters of an excerpt where the whole text is small: some windows' worth, so that most tokens have a context."""
-BATCH_TOKENS = 4096
-"""Tokens of a forward pass."""
 
 
 def foreign_windows(cfg: CorpusConfig, source: SourceIdentity, tokenizer: object, like: CorpusManifest) -> Windows:
@@ -54,41 +50,12 @@ def _excerpts(texts: Iterable[str], limit: int) -> Iterator[str]:
         yield text[start : start + limit]
 
 
-def foreign_rows(
-    model: LanguageModel,
-    windows: Windows,
-    hook: str,
-    output_hook: str,
-    *,
-    harvest: HarvestConfig,
-    batch_size: int,
-) -> Iterator[Tensor | Pair]:
-    """Usable rows of a hook, or pairs where `output_hook` is another: [at most batch_size, d] bfloat16.
+def foreign_rows(reader: Reader, windows: Windows, hooks: tuple[str, str], batch_size: int) -> Iterator[Tensor | Pair]:
+    """Usable rows of a hook, or pairs where the second is another: [at most batch_size, d] bfloat16.
 
     Masked and rounded as in a harvest: the same windows as a corpus would give the same rows as its blocks.
     """
-    special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
-    hooks = dict.fromkeys((hook, output_hook))
-    step = max(1, harvest.block_tokens // windows.ids.shape[1])  # the median norm is that of a block
-    for start in range(0, len(windows.ids), step):
-        ids, doc = (torch.from_numpy(part[start : start + step]) for part in windows)
-        codes = position_mask(ids, doc, special, mask_first=harvest.mask_first).flatten()
-        acts = _activations(model, ids, doc, list(hooks))
-        usable = torch.ones(len(codes), dtype=torch.bool)
-        for value in acts.values():
-            usable &= row_mask(codes, value.float().norm(dim=-1).cpu(), harvest.outlier_norm) == Mask.USABLE
-        rows = {name: value[usable.to(value.device)].bfloat16().split(batch_size) for name, value in acts.items()}
-        for x, y in zip(rows[hook], rows[output_hook], strict=True):
-            if len(x):
-                yield x if output_hook == hook else Pair(x, y)
-
-
-def _activations(model: LanguageModel, ids: Tensor, doc: Tensor, hooks: list[str]) -> dict[str, Tensor]:
-    """{hook: [rows, d]} of windows [n, context_size]."""
-    size = max(1, BATCH_TOKENS // ids.shape[1])
-    found: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    for part, padding in zip(ids.split(size), (doc == -1).split(size), strict=True):
-        attention = (~padding).long() if bool(padding.any()) else None
-        for hook, value in model.activations(part.long(), hooks, attention_mask=attention).items():
-            found[hook].append(value.flatten(0, 1))
-    return {hook: torch.cat(values) for hook, values in found.items()}
+    step = max(1, reader.config.block_tokens // reader.context_size)  # the median norm is that of a block
+    starts = range(0, len(windows.ids), step)
+    pieces = ((start, Windows(*(part[start : start + step] for part in windows))) for start in starts)
+    return usable_rows(reader, pieces, hooks, batch_size)

@@ -72,6 +72,8 @@ class Trained:
     """The factor that gave centred rows the mean norm sqrt(d_in)."""
     output_scale: float
     """The same for the rows that are reconstructed; `scale` but for transcoders."""
+    output_mean: Tensor
+    """[d_out] float32, of the raw rows that are reconstructed."""
     lr: float
     """Peak learning rate."""
     coefficient: float
@@ -294,6 +296,7 @@ class Slot:
             seconds=self.seconds,
             dead_in_window=None if self.unstepped else float((self.since_fired >= self.window).double().mean()),
             scale=self.inputs.scale,
+            output_mean=self.outputs.mean,
             output_scale=self.outputs.scale,
             lr=self.lr,
             coefficient=float(self.coefficient()),

@@ -7,40 +7,32 @@ already: a plan is of the whole sweep.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from midiscover.config import CorpusConfig
 from midiscover.cores import SCALING, packs_at_once
-from midiscover.corpus import find_corpus
-from midiscover.errors import ConfigError
 from midiscover.memory import fit_together
 from midiscover.rates import Rates
-from midiscover.resolve import Pack, PlannedSae, Resolved, auto_pack_size, by_site, is_spliced, make_packs
+from midiscover.resolve import (
+    Pack,
+    PlannedSae,
+    Resolved,
+    auto_pack_size,
+    by_site,
+    is_spliced,
+    make_crews,
+    make_packs,
+)
 from midiscover.saeconfig import UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig
-from midiscover.store.storage import Storage
-from midiscover.texts import SourceIdentity, documents
+from midiscover.work import Work
 
-CHARACTERS_PER_TOKEN = 4.2
-"""Of a text whose corpus is not made yet."""
 AGAIN_SECONDS = 0.5
 """From one pack to the next in a slot that has trained one."""
 ROW_BYTES = 2
 """Of a number in a block: bfloat16."""
 DENSE_SHARE = 0.1
 """Of the features, on the mean over training, where a kind says nothing of its beginning."""
-
-
-class Work(NamedTuple):
-    """How much text there is."""
-
-    train: int
-    """Tokens."""
-    held_out: int
-    exact: bool
-    """Of a corpus that stands; else by the settings."""
 
 
 class Span(NamedTuple):
@@ -90,34 +82,6 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.seconds)
 
 
-def work_of(resolved: Resolved, storage: Storage | None) -> Work:
-    """Tokens of a run's corpus: of the one that stands, else what its settings let through.
-
-    ConfigError where only reading the whole text would tell.
-    """
-    found = None if storage is None else find_corpus(storage, resolved.corpus_id)
-    if found is not None:
-        return Work(found.tokens["train"], found.tokens["held_out"], exact=True)
-    corpus = resolved.config.corpus
-    tokens = corpus.max_tokens
-    if corpus.max_samples is not None:
-        sampled = _tokens_of(resolved.source, corpus, corpus.max_samples)
-        tokens = sampled if tokens is None else min(tokens, sampled)
-    if tokens is None:
-        raise ConfigError(
-            "How long the text is shows only when it is read; give corpus.max_tokens (or max_samples), or run "
-            "`midiscover harvest` first."
-        )
-    held_out = round(tokens * corpus.held_out)
-    return Work(tokens - held_out, held_out, exact=False)
-
-
-def _tokens_of(source: SourceIdentity, corpus: CorpusConfig, samples: int) -> int:
-    """About how many tokens the first documents have."""
-    texts = itertools.chain.from_iterable(zip(*documents(corpus, source), strict=False))
-    return round(sum(len(text) for text in itertools.islice(texts, samples)) / CHARACTERS_PER_TOKEN)
-
-
 def plan_sweep(
     resolved: Resolved,
     work: Work,
@@ -126,22 +90,30 @@ def plan_sweep(
     gpus: int = 0,
     cores: int = 1,
     bandwidth: float | None = None,
+    streamed: bool = False,
 ) -> Plan:
     """The stages of a sweep on `gpus` cards of `rates`, or on the cores of a machine.
 
-    bandwidth: bytes/s of the store in all; None: as much as the workers take.
+    bandwidth: bytes/s of the store in all; None: as much as the workers take. streamed: see `ways`.
     """
-    return _Planner(resolved, work, rates, gpus, cores, bandwidth).plan()
+    return _Planner(resolved, work, rates, gpus, cores, bandwidth, streamed).plan()
 
 
 class _Planner:
     """Lays one stage after another."""
 
     def __init__(
-        self, resolved: Resolved, work: Work, rates: Rates, gpus: int, cores: int, bandwidth: float | None
+        self,
+        resolved: Resolved,
+        work: Work,
+        rates: Rates,
+        gpus: int,
+        cores: int,
+        bandwidth: float | None,
+        streamed: bool,
     ) -> None:
         self.resolved, self.work, self.rates, self.gpus, self.cores = resolved, work, rates, gpus, cores
-        self.bandwidth = bandwidth or float("inf")
+        self.bandwidth, self.streamed = bandwidth or float("inf"), streamed
         self.resources = resolved.config.resources
         self.now = 0.0
         self.stages: list[Stage] = []
@@ -152,9 +124,12 @@ class _Planner:
     def plan(self) -> Plan:
         """All of it."""
         self._start()
-        for part in self.resolved.parts():
-            self._harvest(part)
-        self._train()
+        if self.streamed:
+            self._stream()
+        else:
+            for part in self.resolved.parts():
+                self._harvest(part)
+            self._train()
         self._evaluate()
         self._finish()
         return Plan(
@@ -187,7 +162,7 @@ class _Planner:
         self._add("harvest", seconds, flops, size, why if seconds > 2 * begin else "loading the language model")
 
     def _train(self) -> None:
-        slots, slower = self._slots()
+        slots, slower = self._slots(len(self.packs))
         lanes: list[list[tuple[str, float]]] = [[] for _ in range(slots)]
         flops = size = 0.0
         for pack in self.packs:
@@ -205,6 +180,30 @@ class _Planner:
         why = "the store" if arriving > 0.9 * training else "the SAEs' steps"
         self._add("train", seconds, flops, size, why if training > seconds / 2 else "starting trials")
 
+    def _stream(self) -> None:
+        count = self._slots(len(self.packs))[0] if self.gpus else 1
+        crews = make_crews(self.packs, count, list(self.resolved.table.hooks))
+        slots, slower = self._slots(len(crews))
+        lanes: list[list[tuple[str, float]]] = [[] for _ in range(slots)]
+        flops = model_seconds = 0.0
+        for crew in crews:
+            lane = min(lanes, key=lambda one: sum(seconds for _, seconds in one))
+            saes = [sae for pack in crew for sae in pack.saes]
+            passes = self.work.train * max(self._to_hook(sae) for sae in saes)
+            reading = passes / self.rates.model_flops * slower
+            lane.append(("start", (AGAIN_SECONDS if lane else self.rates.starts["trial"]) + self._load()))
+            lane.append(("language model", reading))
+            lane.append((crew[0].hook, sum(self._seconds_of(sae) for sae in saes) * slower))
+            flops += passes + sum(self._flops_of(sae) for sae in saes)
+            model_seconds += reading / slots
+        seconds = self._lanes("train", lanes)
+        why = "the language model" if model_seconds > seconds / 2 else "the SAEs' steps"
+        self._add("train", seconds, flops, 0.0, why)
+
+    def _to_hook(self, sae: PlannedSae) -> float:
+        """FLOPs of the language model for a token, until it has what an SAE needs."""
+        return max(self.resolved.table.require(hook).flops_per_token for hook in (sae.point.hook, sae.output_hook))
+
     def _evaluate(self) -> None:
         settings, sites = self.resolved.config.evaluate, list(by_site(self.resolved.saes).values())
         lanes: list[list[tuple[str, float]]] = [[] for _ in range(min(len(sites), self._models()))]
@@ -219,7 +218,7 @@ class _Planner:
             through = sum(map(is_spliced, saes)) if spliced else 0
             passes = 2 + through if through else 0
             to_the_end = passes * spliced * self.resolved.table.flops_per_token
-            to_the_hook = foreign * self.resolved.table.require(saes[0].output_hook).flops_per_token
+            to_the_hook = (foreign + (held if self.streamed else 0)) * self._to_hook(saes[0])
             computing = to_the_end / self.rates.logits_flops + to_the_hook / self.rates.model_flops
             starting = self._load() + (0 if lane else self.rates.starts["worker"])
             loading = max(loading, starting)
@@ -244,15 +243,15 @@ class _Planner:
         share = max(self.resources.gpus_per_model, self.resources.gpus_per_actor)
         return self.resources.harvest_actors or max(1, int(self.gpus / share))
 
-    def _slots(self) -> tuple[int, float]:
+    def _slots(self, packs: int) -> tuple[int, float]:
         """Packs at once, and how many times slower each is than one alone on the whole machine."""
         if self.gpus:
-            return max(1, min(len(self.packs), int(self.gpus / self.resources.gpus_per_pack))), 1.0
+            return max(1, min(packs, int(self.gpus / self.resources.gpus_per_pack))), 1.0
         threads = self.resources.threads
         most = max(1, self.cores // (threads or 1))
-        count = packs_at_once(len(self.packs), cores=self.cores, most=most, threads=threads)
+        count = packs_at_once(packs, cores=self.cores, most=most, threads=threads)
         each = threads or max(1, self.cores // count)
-        return min(count, len(self.packs)), (self.rates.threads / each) ** SCALING
+        return min(count, packs), (self.rates.threads / each) ** SCALING
 
     def _packs(self) -> list[Pack]:
         saes = self.resolved.saes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -12,6 +12,7 @@ from midiscover.rates import Rates
 from midiscover.summary import fixed, percent
 from midiscover.tables import empty
 
+SETTING = "resources.activations"
 BAR = 30
 """Columns of the stages over time."""
 SHAPE = (576, 4608, 4096, 60)
@@ -37,6 +38,12 @@ def plan_table(plan: Plan) -> RenderableType:
     total = [sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "bytes")]
     table.add_row("in all", duration(plan.seconds), "", "", fixed(total[0] / 1e12, 1), fixed(total[1] / 1e9, 2), "")
     return Group(table, *(Text(note, style="yellow") for note in plan.notes))
+
+
+def ways(plans: Mapping[str, Plan], chosen: str) -> list[str]:
+    """What the other way to have activations would take, where there is one."""
+    others = [f"{duration(plan.seconds)} with {SETTING} {way}" for way, plan in plans.items() if way != chosen]
+    return [f"Activations: {chosen}, by {SETTING}; the same would take {other}." for other in others]
 
 
 def scaling_table(plans: Sequence[Plan], price: float | None) -> RenderableType:

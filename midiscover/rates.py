@@ -157,6 +157,16 @@ def read_rates(storage: Storage, device: str) -> Rates:
     return _from_tree(json.loads(storage.read(known[fits[0]])), known[fits[0]])
 
 
+def known_rates(storage: Storage | None, device: str) -> Rates:
+    """Those of a device that the store has, else those of its data sheet. ConfigError where there is none either."""
+    if storage is not None:
+        try:
+            return read_rates(storage, device)
+        except NotFoundError:
+            pass
+    return of_sheet(device)
+
+
 def _from_tree(tree: dict[str, Any], key: str) -> Rates:
     if tree.pop("v", None) != VERSION:
         raise ConfigError(f"{key} is of another version of miDiscover; `midiscover calibrate` measures it anew.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from midiscover import ids
@@ -139,6 +140,10 @@ class Pack:
         return self.part(self.saes[:middle]), self.part(self.saes[middle:])
 
 
+Crew = tuple[Pack, ...]
+"""Packs that one process trains: one from the store, several where they share a live language model."""
+
+
 def resolve(config: RunConfig, store: str | None = None) -> Resolved:
     """Look up model, hooks and text, and name everything. UserError within seconds where one is not there.
 
@@ -245,6 +250,30 @@ def make_packs(saes: Sequence[PlannedSae], pack_size: int | None, missing: Colle
             if todo:
                 packs.append(Pack(id=ids.pack_id([sae.id for sae in part]), hook=todo[0].point.hook, saes=todo))
     return packs
+
+
+def pool_tokens(sae: PlannedSae) -> int:
+    """Rows of each hook that its loader shuffles together: transcoders read two, so half as many of each."""
+    shuffle_tokens = sae.point.train.shuffle_tokens
+    return shuffle_tokens if sae.output_hook == sae.point.hook else max(1, shuffle_tokens // 2)
+
+
+def make_crews(packs: Sequence[Pack], count: int, hooks: Sequence[str]) -> list[Crew]:
+    """Packs by the language model and the pools that they can share, in about `count` crews.
+
+    hooks: all of the model, in the order in which they fire; neighbours stay together, so that some crews can stop
+    early in the model.
+    """
+    groups: dict[tuple[object, ...], list[Pack]] = {}
+    for pack in sorted(packs, key=lambda pack: hooks.index(pack.saes[0].output_hook)):
+        sae = pack.saes[0]
+        groups.setdefault((sae.harvest_id, sae.point.train.seed, pool_tokens(sae)), []).append(pack)
+    crews: list[Crew] = []
+    for members in groups.values():
+        parts = min(len(members), max(1, count // len(groups)))
+        ends = [len(members) * i // parts for i in range(parts + 1)]
+        crews += [tuple(members[start:stop]) for start, stop in pairwise(ends)]
+    return crews
 
 
 def _output_hook(point: SaePoint) -> str:

@@ -34,6 +34,8 @@ RECORD_VERSION = 1
 SAELENS_VERSION = "6.54.12"
 """The SAELens release whose format is written; the tests load our folders in it."""
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+STREAMED = "streamed"
+"""Word of a record's lineage: its activations came from a live model, and none were stored."""
 
 
 def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bos: bool) -> dict[str, Any]:
@@ -115,6 +117,8 @@ def write_trained(
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "run": dict(run),
     }
+    if run.get("activations") == STREAMED:  # no manifest will tell
+        training["output_mean"] = trained.output_mean.tolist()
     storage.create(layout.training(planned.id), dump(training))
 
 

@@ -8,8 +8,8 @@ equals the uninterrupted one bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from midiscover.retirement import dominated
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 
-__all__ = ["Diverged", "Group", "Member", "Retired", "Source", "Trained", "Worker", "train"]
+__all__ = ["Diverged", "Group", "Member", "Retired", "Source", "Trained", "Worker", "train", "train_in_turns"]
 
 
 class Pair(NamedTuple):
@@ -35,11 +35,22 @@ class Pair(NamedTuple):
 class Source(Protocol):
     """A resumable stream of raw activations of one hook, or of the same tokens at two hooks."""
 
-    inputs: Normalisation
-    outputs: Normalisation
-    """The same as `inputs` but for a source of pairs."""
-    rows_per_epoch: int
     batch_size: int
+
+    @property
+    def inputs(self) -> Normalisation:
+        """Of the hook that is read."""
+        ...
+
+    @property
+    def outputs(self) -> Normalisation:
+        """The same as `inputs` but for a source of pairs."""
+        ...
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that are given out once in each epoch."""
+        ...
 
     def __len__(self) -> int:
         """Batches in the whole stream, all epochs together."""
@@ -47,6 +58,19 @@ class Source(Protocol):
 
     def batches(self, start: int) -> Iterator[Tensor | Pair]:
         """Batches from number `start` on, as an uninterrupted stream gives them: [batch_size, d_in], or pairs."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A source that has learned, on its way, what a later process needs of it."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Goes into each checkpoint; JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Called before anything else where there is a checkpoint."""
         ...
 
 
@@ -80,6 +104,21 @@ def train(
     checkpoint, and gets the same result; gradients are those of the whole batch. `batch_size` must be a multiple of
     the group's size, and no member of a kind that selects over the batch (`SHARES_NO_BATCH` in `saeconfig`).
     """
+    turns = train_in_turns(members, source, worker, group)
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value
+
+
+def train_in_turns(
+    members: Sequence[Member], source: Source, worker: Worker, group: Group | None = None
+) -> Generator[None, None, list[Trained | Diverged | Retired]]:
+    """`train`, step by step, for a process that trains several packs side by side; returns what `train` does."""
+    checkpoint = _Checkpoint.of(worker.load_checkpoint(), members)
+    if checkpoint is not None and checkpoint.source is not None and isinstance(source, Remembering):
+        source.restore(checkpoint.source)
     slots = [
         Slot(
             member,
@@ -92,10 +131,12 @@ def train(
         )
         for member in members
     ]
-    start, data = 0, worker.load_checkpoint()
-    if data is not None:
-        start = _restore(slots, data)
-    _Loop(slots, source, worker).run(start)
+    start = 0
+    if checkpoint is not None:
+        checkpoint.put_into(slots)
+        start = checkpoint.step
+    del checkpoint  # as large as the SAEs with their moments
+    yield from _Loop(slots, source, worker).run(start)
     return [slot.finish(len(source) * source.batch_size) for slot in slots]  # in the order of `members`
 
 
@@ -110,9 +151,11 @@ class _Loop:
         self.saved_at = self.started_at = time.monotonic()
         self.every = slots[0].member.train.checkpoint_every
 
-    def run(self, start: int) -> None:
+    def run(self, start: int) -> Iterator[None]:
+        """Yields after every step."""
         before = {slot.member.id: slot.seconds for slot in self.slots}
         taken = dict.fromkeys(before, 0)
+        spent, resumed = 0.0, time.monotonic()
         for step, raw in enumerate(self.source.batches(start), start=start):
             x, y = self._normalise(raw)
             if step == 0:
@@ -130,10 +173,13 @@ class _Loop:
                 taken[slot.member.id] += 1
             self._retire(step)
             self._after(step, start)
+            spent += time.monotonic() - resumed
+            yield
+            resumed = time.monotonic()
         if self.worker.device.type == "cuda":
             # Kernels run behind the calls that launch them, so only the pack's time is known, and shared out by steps.
             torch.cuda.synchronize(self.worker.device)
-            spent = time.monotonic() - self.started_at
+            spent += time.monotonic() - resumed
             for slot in self.slots:
                 slot.seconds = before[slot.member.id] + spent * taken[slot.member.id] / max(1, sum(taken.values()))
 
@@ -162,31 +208,46 @@ class _Loop:
             latest = {s.member.id: {n: s.history[n][-1] for n in HISTORY} for s in self.slots if s.history["step"]}
             self.worker.report(Progress(step + 1, self.steps, rate, latest))
         if now - self.saved_at >= self.every and step + 1 < self.steps:
-            self.worker.save_checkpoint(step + 1, _state(self.slots, step + 1))
+            self.worker.save_checkpoint(step + 1, self._state(step + 1))
             self.saved_at = now
 
+    def _state(self, step: int) -> bytes:
+        tensors: dict[str, Tensor] = {}
+        members = []
+        for i, slot in enumerate(self.slots):
+            own, fields = slot.state()
+            tensors |= {f"{i}/{name}": value for name, value in own.items()}
+            members.append(fields)
+        learned = {"source": self.source.state()} if isinstance(self.source, Remembering) else {}
+        return pack_state(tensors, {"step": step, "members": members} | learned)
 
-def _state(slots: Sequence[Slot], step: int) -> bytes:
-    tensors: dict[str, Tensor] = {}
-    members = []
-    for i, slot in enumerate(slots):
-        own, fields = slot.state()
-        tensors |= {f"{i}/{name}": value for name, value in own.items()}
-        members.append(fields)
-    return pack_state(tensors, {"step": step, "members": members})
 
+class _Checkpoint(NamedTuple):
+    """What `_Loop._state` wrote."""
 
-def _restore(slots: Sequence[Slot], data: bytes) -> int:
-    """Put a checkpoint into `slots`; returns the step to go on from, 0 where it lacks one of them.
+    step: int
+    """To go on from."""
+    tensors: dict[str, Tensor]
+    members: list[dict[str, Any]]
+    source: dict[str, Any] | None
 
-    It may hold more SAEs than are asked for: those of the pack that stand already.
-    """
-    tensors, fields = unpack_state(data)
-    held = {member["id"]: i for i, member in enumerate(fields["members"])}
-    if any(slot.member.id not in held for slot in slots):
-        return 0
-    for slot in slots:
-        prefix = f"{held[slot.member.id]}/"
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        slot.restore(own, fields["members"][held[slot.member.id]])
-    return int(fields["step"])
+    @classmethod
+    def of(cls, data: bytes | None, wanted: Sequence[Member]) -> Self | None:
+        """None where there is none, or where it lacks one of the members.
+
+        It may hold more SAEs than are asked for: those of the pack that stand already.
+        """
+        if data is None:
+            return None
+        tensors, fields = unpack_state(data)
+        if not {member.id for member in wanted} <= {member["id"] for member in fields["members"]}:
+            return None
+        return cls(int(fields["step"]), tensors, fields["members"], fields.get("source"))
+
+    def put_into(self, slots: Sequence[Slot]) -> None:
+        """Every slot as it was."""
+        held = {member["id"]: i for i, member in enumerate(self.members)}
+        for slot in slots:
+            prefix = f"{held[slot.member.id]}/"
+            own = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+            slot.restore(own, self.members[held[slot.member.id]])

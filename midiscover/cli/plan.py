@@ -13,10 +13,12 @@ from midiscover.configio import find_config, load_config
 from midiscover.cores import cores
 from midiscover.errors import ConfigError, NotFoundError
 from midiscover.launch import Parser, parse_calibrate, parse_overrides, prepare, run_job
-from midiscover.plan import Plan, plan_sweep, work_of
-from midiscover.rates import SHEETS, Rates, of_sheet, read_rates
+from midiscover.plan import Plan
+from midiscover.rates import SHEETS, Rates, known_rates, read_rates
 from midiscover.resolve import Resolved, resolve
 from midiscover.store.storage import Storage, open_store, store_uri
+from midiscover.ways import chosen_way, plan_ways
+from midiscover.work import work_of
 
 PICTURES = (".png", ".svg", ".pdf", ".html")
 
@@ -57,16 +59,19 @@ def _plan(argv: Sequence[str]) -> None:
     storage = _store(known.store)
     rates, work = _rates(storage, known.gpu, bool(known.gpus)), work_of(resolved, storage)
     bandwidth = None if known.bandwidth is None else 1e9 * known.bandwidth
-    plans = [
-        plan_sweep(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth)
-        for count in known.gpus or (0,)
+    ways = [
+        plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth) for count in known.gpus or (0,)
     ]
+    chosen = chosen_way(resolved, ways[0])
+    plans = [plans_of[chosen] for plans_of in ways]
     if known.out is not None:
         _draw(resolved, plans[0], known.out)
     if known.json:
         print(json.dumps([_tree(plan) for plan in plans], indent=1))
     else:
         _print(resolved, plans, known.price)
+        for sentence in plantables.ways(ways[0], chosen):
+            print(sentence)
 
 
 def _check(known: argparse.Namespace) -> None:
@@ -97,13 +102,7 @@ def _rates(storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
                 "them in about a minute."
             )
         return read_rates(storage, "cpu")
-    name = gpu or "h200"
-    if storage is not None:
-        try:
-            return read_rates(storage, name)
-        except NotFoundError:
-            pass
-    return of_sheet(name)
+    return known_rates(storage, gpu or "h200")
 
 
 def _tree(plan: Plan) -> dict[str, object]:

@@ -107,7 +107,7 @@ def commit_block(
     counts = torch.bincount(mask.long().cpu(), minlength=len(Mask)).tolist()
     masked = {code.name.lower(): counts[code] for code in Mask if code and counts[code]}
     data = encode({"acts": acts, "norm": norm, "mask": mask})
-    return _commit(storage, harvest_id, hook, data, _row(span, len(acts), data, masked, _moments(acts, usable)))
+    return _commit(storage, harvest_id, hook, data, _row(span, len(acts), data, masked, row_moments(acts, usable)))
 
 
 def commit_tokens(storage: Storage, harvest_id: str, span: BlockSpan, ids: Tensor) -> BlockRow:
@@ -158,9 +158,8 @@ def write_manifest(
             masked[name] = masked.get(name, 0) + count
     if not usable["train"]:
         raise StageError(f"No training row of {hook} is usable; masked: {masked}.")
-    total = torch.stack([_from_base64(row.sum) for row in train]).sum(0)
-    mean = total / usable["train"]
-    second = math.fsum(row.sum_sq or 0.0 for row in train) / usable["train"]
+    moments = [(_from_base64(row.sum), row.sum_sq or 0.0) for row in train]
+    mean, variance = mean_and_variance(moments, usable["train"])
     manifest = HookManifest(
         harvest_id=harvest_id,
         hook=hook,
@@ -169,7 +168,7 @@ def write_manifest(
         usable=usable,
         masked=masked,
         mean=tuple(mean.tolist()),
-        variance=max(0.0, second - float(mean @ mean)),
+        variance=variance,
         blocks=tuple(row.without_sums() for row in blocks),
         lineage=dict(lineage),
     )
@@ -312,7 +311,14 @@ def _complete(plan: Sequence[BlockSpan], rows: Mapping[int, BlockRow]) -> tuple[
     return blocks
 
 
-def _moments(acts: Tensor, usable: Tensor) -> tuple[Tensor, float]:
+def mean_and_variance(moments: Sequence[tuple[Tensor, float]], rows: int) -> tuple[Tensor, float]:
+    """The mean [d_in] float64 of so many rows, and their variance summed over d_in; moments: of blocks."""
+    mean = torch.stack([total for total, _ in moments]).sum(0) / rows
+    second = math.fsum(squares for _, squares in moments) / rows
+    return mean, max(0.0, second - float(mean @ mean))
+
+
+def row_moments(acts: Tensor, usable: Tensor) -> tuple[Tensor, float]:
     """Sum [d_in] and sum of squares of the usable rows in float64, which holds both to 1e-15 of the largest term."""
     total = torch.zeros(acts.shape[1], dtype=torch.float64, device=acts.device)
     squares = torch.zeros((), dtype=torch.float64, device=acts.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -28,7 +28,8 @@ from midiscover.store.storage import Storage
 
 _S3_READERS = 8  # one connection of an object store gives 50 to 100 MB/s
 _LOCAL_READERS = min(4, os.cpu_count() or 1)  # a first read is bound by sha256, 1.8 GB/s a core
-_NORMALISATION_ROWS = 65_536
+NORMALISATION_ROWS, NORMALISATION_BATCH = 65_536, 1024
+"""Training rows that the scale is taken from, and how many at a time."""
 
 
 class MeanAndScale(NamedTuple):
@@ -105,19 +106,9 @@ class ActivationStream:
     def batches(self, start: int) -> Generator[Tensor, None, None]:
         """Batches from number `start` on, exactly as an uninterrupted stream gives them."""
         position, end = start * self.batch_size, len(self) * self.batch_size
-        batch, filled = None, 0
         with closing(self._loaded(position, end)) as loaded:
-            for rows, order in loaded:
-                taken = 0
-                while taken < len(order):
-                    if batch is None:
-                        batch = torch.empty(self.batch_size, self.manifest.d_in, dtype=torch.bfloat16)
-                    count = min(self.batch_size - filled, len(order) - taken)
-                    _gather(rows, order[taken : taken + count], batch[filled : filled + count])
-                    filled, taken = filled + count, taken + count
-                    if filled == self.batch_size:
-                        full, batch, filled = batch, None, 0
-                        yield full
+            for (batch,) in assemble((((rows,), order) for rows, order in loaded), self.batch_size):
+                yield batch
 
     def _pools(self, epoch: int) -> tuple[tuple[BlockRow, ...], ...]:
         return pools(self.blocks, shuffle_tokens=self.shuffle_tokens, seed=self.seed, epoch=epoch)
@@ -224,32 +215,45 @@ def iterate_rows(
 ) -> Iterator[Tensor]:
     """Usable rows of a split in their order, [at most batch_size, d_in] bfloat16; the last batch may be shorter."""
     left = manifest.usable[split] if max_rows is None else min(max_rows, manifest.usable[split])
-    rest = torch.empty(0, manifest.d_in, dtype=torch.bfloat16)
     with closing(iterate_blocks(storage, manifest, split)) as blocks:
-        for block in blocks:
-            rows = torch.cat([rest, block.acts[block.mask == Mask.USABLE]])[:left]
-            full = len(rows) if len(rows) == left else len(rows) // batch_size * batch_size
-            if full:
-                yield from rows[:full].split(batch_size)
-            left -= full
-            if left == 0:
-                return
-            rest = rows[full:]
+        yield from rebatch((block.acts[block.mask == Mask.USABLE] for block in blocks), batch_size, left)
 
 
-def normalisation(storage: Storage, manifest: HookManifest, *, sample_rows: int = _NORMALISATION_ROWS) -> MeanAndScale:
+def rebatch(pieces: Iterable[Tensor], batch_size: int, limit: int) -> Iterator[Tensor]:
+    """The first `limit` rows of pieces [n, d], end to end, `batch_size` at a time; the last batch may be shorter."""
+    left, rest = limit, None
+    for piece in pieces:
+        rows = (piece if rest is None else torch.cat([rest, piece]))[:left]
+        full = len(rows) if len(rows) == left else len(rows) // batch_size * batch_size
+        if full:
+            yield from rows[:full].split(batch_size)
+        left -= full
+        rest = rows[full:]
+        if left == 0:
+            return
+    if rest is not None and len(rest):
+        yield rest
+
+
+def normalisation(storage: Storage, manifest: HookManifest, *, sample_rows: int = NORMALISATION_ROWS) -> MeanAndScale:
     """The mean of the manifest, and the scale from the first `sample_rows` usable training rows.
 
     StageError where the sampled rows are all equal.
     """
     mean = torch.tensor(manifest.mean, dtype=torch.float32)
+    rows = iterate_rows(storage, manifest, "train", NORMALISATION_BATCH, sample_rows)
+    return MeanAndScale(mean, scale_of(rows, mean, manifest.hook))
+
+
+def scale_of(batches: Iterable[Tensor], mean: Tensor, hook: str) -> float:
+    """What gives the centred rows of `batches` [n, d_in] the mean norm sqrt(d_in). StageError where all are equal."""
     total, count = 0.0, 0
-    for rows in iterate_rows(storage, manifest, "train", 1024, sample_rows):
+    for rows in batches:
         total += float(torch.linalg.vector_norm(rows.float() - mean, dim=1).sum(dtype=torch.float64))
         count += len(rows)
     if not total > 0:
-        raise StageError(f"All activations of {manifest.hook} are equal: there is nothing to learn from this hook.")
-    return MeanAndScale(mean, math.sqrt(manifest.d_in) * count / total)
+        raise StageError(f"All activations of {hook} are equal: there is nothing to learn from this hook.")
+    return math.sqrt(len(mean)) * count / total
 
 
 def iterate_blocks(storage: Storage, manifest: HookManifest, split: Split) -> Generator[Block, None, None]:
@@ -265,6 +269,30 @@ def iterate_blocks(storage: Storage, manifest: HookManifest, split: Split) -> Ge
                 yield current.result()
     finally:
         reader.shutdown(wait=True, cancel_futures=True)
+
+
+def assemble(
+    loaded: Iterable[tuple[Sequence[Tensor], Tensor]], batch_size: int
+) -> Generator[tuple[Tensor, ...], None, None]:
+    """Whole batches of the rows that are picked, one after another: a tensor [batch_size, d] for each column.
+
+    loaded: columns [n, d] bfloat16 on the CPU, such as the two hooks of pairs, and which of their rows to give out in
+    which order. What does not fill a batch at the end is left out.
+    """
+    batch: tuple[Tensor, ...] = ()
+    filled = 0
+    for columns, order in loaded:
+        taken = 0
+        while taken < len(order):
+            if not batch:
+                batch = tuple(torch.empty(batch_size, rows.shape[1], dtype=torch.bfloat16) for rows in columns)
+            count = min(batch_size - filled, len(order) - taken)
+            for rows, place in zip(columns, batch, strict=True):
+                _gather(rows, order[taken : taken + count], place[filled : filled + count])
+            filled, taken = filled + count, taken + count
+            if filled == batch_size:
+                full, batch, filled = batch, (), 0
+                yield full
 
 
 def _gather(rows: Tensor, order: Tensor, out: Tensor) -> None:

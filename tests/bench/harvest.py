@@ -52,10 +52,11 @@ from jobs.runtime import Cluster, Node, Slots, cores, ray_session
 from midiscover import tables
 from midiscover.config import CorpusConfig, HarvestConfig, ModelConfig, ResourcesConfig, RunConfig
 from midiscover.corpus import Corpus, CorpusManifest, find_corpus
-from midiscover.harvest import CPU_BATCH_TOKENS, Harvester, HarvestJob, position_mask, row_mask
+from midiscover.harvest import Harvester, HarvestJob
 from midiscover.ids import hook_layer
 from midiscover.launch import JobArgs, Prepared
 from midiscover.models import hook_table, resolve_model
+from midiscover.reading import CPU_BATCH_TOKENS, position_mask, row_mask
 from midiscover.resolve import Resolved, resolve
 from midiscover.store import layout
 from midiscover.store.blocks import commit_block, commit_tokens, read_manifest

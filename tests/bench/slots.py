@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ray_session() as cluster:
             slots = pack_slots(cluster, job.resolved.config.resources, len(packs))
             with watched("sweep", notes.note, stall_seconds=job.resolved.config.resources.stall_seconds) as board:
-                run_packs(replace(job, packs=packs, board=board, slots=slots))
+                run_packs(replace(job, crews=tuple((pack,) for pack in packs), board=board, slots=slots))
     report(stays(notes), slots.count)
     return 0
 

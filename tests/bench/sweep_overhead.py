@@ -5,7 +5,7 @@
 Three packs of three SAEs each, on a harvest of random activations made for it, one pack at a time with the same
 threads, one way after the other in each repeat:
 
-plain      `jobs.packs.run_pack` for each pack, in one process, with a board that only notes the time.
+plain      `jobs.crews.run_crew` for each pack, in one process, with a board that only notes the time.
 inline     `jobs.packs.run_packs`, as a sweep calls it: a Tune trial per pack, the board watched by the driver.
 ray_train  the same with each pack in a Ray Train TorchTrainer, for information.
 
@@ -33,7 +33,9 @@ from rich import box
 from rich.table import Table
 
 from jobs.board import Board, Event, watched
-from jobs.packs import PackJob, run_pack, run_packs
+from jobs.crews import run_crew
+from jobs.packs import run_packs
+from jobs.packworker import PackJob
 from jobs.runtime import Slots, cores, pack_slots, ray_session
 from midiscover import ids, tables
 from midiscover.config import HarvestConfig, ResourcesConfig, RunConfig, TrainConfig
@@ -170,7 +172,7 @@ def prepare(storage: LocalStorage, args: argparse.Namespace) -> PackJob:
     )
     return PackJob(
         resolved=resolved,
-        packs=tuple(make_packs(saes, None, {sae.id for sae in saes})),
+        crews=tuple((pack,) for pack in make_packs(saes, None, {sae.id for sae in saes})),
         storage=storage,
         board=NotingBoard(),
         slots=Slots(count=1, cpus=1, gpus=0, threads=args.threads),
@@ -198,8 +200,8 @@ def _write_harvest(storage: LocalStorage, config: RunConfig, args: argparse.Name
 def _plain(job: PackJob) -> Run:
     board = NotingBoard()
     began = time.monotonic()
-    for pack in job.packs:
-        run_pack(replace(job, board=board), pack)
+    for crew in job.crews:
+        run_crew(replace(job, board=board), crew)
     return _run(job, board, began)
 
 
@@ -209,7 +211,7 @@ def _ray(job: PackJob) -> tuple[Run, float]:
     called = time.monotonic()
     with ray_session() as cluster:
         began = time.monotonic()
-        slots = pack_slots(cluster, job.resolved.config.resources, len(job.packs))
+        slots = pack_slots(cluster, job.resolved.config.resources, len(job.crews))
         with watched("sweep", notes.note, stall_seconds=job.resolved.config.resources.stall_seconds) as board:
             run_packs(replace(job, board=board, slots=slots))
         return _run(job, notes, began), began - called

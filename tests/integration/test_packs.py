@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import jobs.packs
-from jobs.packs import PackJob, run_pack_tries
+import jobs.crews
+from jobs.crews import run_crew_tries
+from jobs.packworker import PackJob
 from jobs.runtime import Slots
 from midiscover.launch import Prepared, parse_job, prepare
 from midiscover.memory import Sizes, training_bytes
@@ -49,14 +50,14 @@ def trained(config: Path, store: str) -> tuple[Prepared, Board]:
     (pack,) = make_packs(saes, None, {sae.id for sae in saes})
     job: Any = PackJob(
         resolved=prepared.resolved,
-        packs=(pack,),
+        crews=((pack,),),
         storage=prepared.storage,
         board=board,  # type: ignore[arg-type]
         slots=Slots(count=1, cpus=1, gpus=0, threads=1),
         trainer="inline",
         prepend_bos=False,
     )
-    run_pack_tries(job, pack)
+    run_crew_tries(job, (pack,))
     return prepared, board
 
 
@@ -98,8 +99,8 @@ class OutOfMemory:
 def test_halves_go_on_from_the_checkpoint_of_the_whole(
     config: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = OutOfMemory(jobs.packs.train, most=2)
-    monkeypatch.setattr(jobs.packs, "train", small)
+    small = OutOfMemory(jobs.crews.train_in_turns, most=2)
+    monkeypatch.setattr(jobs.crews, "train_in_turns", small)
     prepared, board = trained(config, "halves")
     assert small.sizes == [4, 2, 2]
     retries = [data for kind, _, data in board.told if kind == "retry"]
@@ -121,11 +122,11 @@ def test_parts_are_reckoned_before_anything_runs_out(config: Path, monkeypatch: 
     (pack,) = make_packs(prepared.resolved.saes, None, {one.id for one in prepared.resolved.saes})
     job: Any = PackJob(
         resolved=prepared.resolved,
-        packs=(pack,),
+        crews=((pack,),),
         storage=prepared.storage,
         board=Board(),  # type: ignore[arg-type]
         slots=Slots(count=1, cpus=1, gpus=1, threads=1),
         trainer="inline",
         prepend_bos=False,
     )
-    assert [len(part.saes) for part in jobs.packs._parts(job, pack)] == [3, 1]
+    assert [len(part.saes) for (part,) in jobs.crews._parts(job, (pack,))] == [3, 1]

@@ -15,6 +15,7 @@ from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel
 from midiscover.packing import Windows
+from midiscover.reading import Reader
 from midiscover.store.blocks import Mask, block_plan, read_block
 from midiscover.texts import foreign_config, resolve_foreign
 from midiscover.train import Pair
@@ -24,9 +25,7 @@ HOOK, OUTPUT = "model.layers.0.mlp.down_proj:in", "model.layers.1.mlp"
 HARVEST = HarvestConfig(hooks=(HOOK, OUTPUT), block_tokens=7 * CONTEXT, outlier_norm=1.5)
 
 
-def test_rows_are_those_of_a_harvest_of_the_same_windows(
-    model: LanguageModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_those_of_a_harvest_of_the_same_windows(model: LanguageModel, corpus: Corpus) -> None:
     n = corpus.manifest.windows["train"]
     windows = Windows(*corpus.windows(0, n))
     job = HarvestJob(harvest_id="h.0000000000", hooks={HOOK: 56, OUTPUT: 24}, config=HARVEST)
@@ -39,12 +38,13 @@ def test_rows_are_those_of_a_harvest_of_the_same_windows(
     mask = {hook: torch.cat([block.mask for block in read]) for hook, read in blocks.items()}
     assert all((codes == Mask.OUTLIER).any() for codes in mask.values())
 
-    found = list(foreign_rows(model, windows, OUTPUT, OUTPUT, harvest=HARVEST, batch_size=20))
+    reader = Reader(model, job.hooks, HARVEST, CONTEXT)
+    found = list(foreign_rows(reader, windows, (OUTPUT, OUTPUT), 20))
     assert max(map(len, found)) == 20
     assert torch.equal(torch.cat(found), acts[OUTPUT][mask[OUTPUT] == 0])
 
-    monkeypatch.setattr("midiscover.foreign.BATCH_TOKENS", 2 * CONTEXT)
-    pairs = list(foreign_rows(model, windows, HOOK, OUTPUT, harvest=HARVEST, batch_size=1000))
+    reader.batch_windows = 2
+    pairs = list(foreign_rows(reader, windows, (HOOK, OUTPUT), 1000))
     assert all(isinstance(pair, Pair) for pair in pairs)
     both = (mask[HOOK] == 0) & (mask[OUTPUT] == 0)
     for found, hook in zip(zip(*pairs, strict=True), (HOOK, OUTPUT), strict=True):

@@ -12,9 +12,10 @@ from torch import Tensor
 from midiscover.config import CorpusConfig, HarvestConfig, ModelConfig
 from midiscover.corpus import Corpus, build_corpus
 from midiscover.errors import StageError
-from midiscover.harvest import Harvester, HarvestJob, position_mask, row_mask
+from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel
 from midiscover.models import resolve_model
+from midiscover.reading import position_mask, row_mask
 from midiscover.store.blocks import Mask, block_plan, committed, read_block, read_tokens
 from midiscover.store.storage import Storage, open_store
 from midiscover.texts import resolve_source

@@ -17,6 +17,7 @@ from midiscover.errors import CorpusError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
+from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
 from midiscover.saes import load_trained, write_trained
 from midiscover.source import open_source
@@ -105,8 +106,8 @@ def assert_foreign_metrics(
     part = resolved.part_of(planned)
     model, windows = model_place(part, SLOTS).load(), _foreign_text(resolved, storage)
     assert windows is not None
-    hooks = (site.hook, site.output_hook)
-    (rows,) = foreign_rows(model, windows, *hooks, harvest=part.config.harvest, batch_size=10**6)
+    reader = Reader(model, part.hooks, part.config.harvest, windows.ids.shape[1])
+    (rows,) = foreign_rows(reader, windows, (site.hook, site.output_hook), 10**6)
     x, y = (part.float() for part in ((rows, rows) if isinstance(rows, torch.Tensor) else rows))
     sae = load_trained(storage, planned.id)
     with torch.no_grad():

@@ -12,11 +12,12 @@ import pytest
 from midiscover.cli import main
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError
-from midiscover.plan import Plan, Work, plan_sweep, work_of
+from midiscover.plan import Plan, plan_sweep
 from midiscover.rates import Rates, StepCost, of_sheet, read_rates, write_rates
 from midiscover.resolve import Resolved, resolve
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.store.local import LocalStorage
+from midiscover.work import Work, work_of
 from tests.runs import write_run
 
 RATES = Rates(
