@@ -99,7 +99,7 @@ def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if len(candidates) < count:
         found = flat.topk(count, sorted=False)
         return found.values, found.indices
-    found = flat[candidates].topk(count, sorted=False)
+    found = _wide(flat[candidates]).topk(count, sorted=False)
     return found.values, candidates[found.indices]
 
 
@@ -109,11 +109,14 @@ def keep_top_of_batch(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Exactly so many are kept, however many are equal. The second is infinite where nothing is positive.
     """
     flat = pre.flatten()
-    # In bfloat16 the CPU's top-k takes more than twice as long.
-    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    values, indices = wide.topk(min(k * len(pre), flat.numel()), sorted=False)
+    values, indices = _wide(flat).topk(min(k * len(pre), flat.numel()), sorted=False)
     features = torch.zeros_like(flat).scatter(0, indices, torch.relu(values).to(flat.dtype)).view_as(pre)
     return features, smallest_kept(values.detach())
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: in bfloat16 the CPU's top-k takes more than twice as long."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def smallest_kept(values: Tensor) -> Tensor:

@@ -147,15 +147,19 @@ class PreActivations:
         self.x, self.encoder, self.bias, self.b_dec = x, encoder, bias, b_dec
         # A W_enc in bfloat16 is the copy that `sae.update` keeps on a GPU.
         self.kernels = kernels_of(x.device) if encoder.dtype == torch.bfloat16 else None
-        # Not where a CPU's products run in half the precision, which its sparse ones do not know.
-        known = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        self.may_be_sparse = bool(known or self.kernels) and x.numel() * encoder.shape[1] >= SPARSE_FROM
+        known = x.device.type == "cpu" or self.kernels is not None
+        self.may_be_sparse = known and x.numel() * encoder.shape[1] >= SPARSE_FROM
+        # Of a CPU's products only this one is in bfloat16, and says where entries are; these are computed anew.
+        self.finds_places = self.may_be_sparse and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         self.apart = self.may_be_sparse or self.kernels is not None
         with torch.set_grad_enabled(not self.apart and torch.is_grad_enabled()):
             if self.kernels:
                 centred = x if b_dec is None else x - b_dec
                 self.rows = centred.to(encoder.dtype)  # centred first: bfloat16 has 8 bits
                 self._computed = torch.addmm(bias.to(encoder.dtype), self.rows, encoder)
+            elif self.finds_places:
+                self.rows = x
+                self._computed = torch.addmm(bias, self._centred(), encoder)
             else:
                 # Written so, b_dec's gradient needs no product of [tokens, d_sae] with [d_sae, d_in], a sixth of a
                 # step, and the bias no pass of its own. On raw activations, whose mean is far from 0, the two terms
@@ -170,10 +174,17 @@ class PreActivations:
             return self._computed
         return Product.apply(self.rows, self.encoder, self.bias, self.b_dec, self.values, None)
 
+    def _centred(self) -> Tensor:
+        return self.x if self.b_dec is None else self.x - self.b_dec.detach()
+
     def at(self, pattern: Pattern) -> Tensor:
-        """[n] at the places of a pattern; float32 where kernels are used."""
-        found = self.values.view(-1)[pattern.token * pattern.d_sae + pattern.feature]
-        found = found.float() if self.kernels else found
+        """[n] at the places of a pattern; in float32 though `values` may be in bfloat16."""
+        if self.finds_places:
+            with torch.autocast("cpu", enabled=False):
+                found = pattern.dots(self._centred(), self.encoder.detach().T) + self.bias.detach()[pattern.feature]
+        else:
+            found = self.values.view(-1)[pattern.token * pattern.d_sae + pattern.feature]
+            found = found.float() if self.kernels else found
         return Product.apply(self.rows, self.encoder, self.bias, self.b_dec, found, pattern)
 
     def relu(self) -> Code:
@@ -258,7 +269,10 @@ def _too_many(sample: Tensor) -> bool:
 def relu_code(pre: PreActivations) -> Code:
     """relu of pre-activations."""
     pattern = pre.pattern(lambda values: values > 0)
-    return pre.relu() if pattern is None else SparseCode(pre.at(pattern), pattern)
+    if pattern is None:
+        return pre.relu()
+    found = pre.at(pattern)
+    return SparseCode(torch.relu(found) if pre.finds_places else found, pattern)
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Decoded(torch.autograd.Function):
 class Product(torch.autograd.Function):
     """(x, W_enc, bias, b_dec, (x - b_dec) @ W_enc + bias, None), or its entries [n] and their pattern -> the fifth.
 
-    x is centred already where W_enc is in bfloat16.
+    x is centred already where W_enc is in bfloat16; what is whole may be in bfloat16 for itself.
     """
 
     @staticmethod
@@ -58,7 +58,10 @@ class Product(torch.autograd.Function):
         if pattern is None and _halved(encoder):
             return *_of_halves(x, encoder, b_dec, grad, by_bias), None, None
         centred = x if b_dec is None or _halved(encoder) else x - b_dec
-        by_rows = grad.T @ centred if pattern is None else pattern.transposed_times(grad, centred)
+        if pattern is None:
+            by_rows = (grad.T @ centred.to(grad.dtype)).to(encoder.dtype)
+        else:
+            by_rows = pattern.transposed_times(grad, centred)
         return None, by_rows.T, by_bias, _by_b_dec(encoder, b_dec, by_bias), None, None
 
 

@@ -17,6 +17,7 @@ from midiscover.rates import Rates, StepCost, of_sheet, read_rates, write_rates
 from midiscover.resolve import Resolved, resolve
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.store.local import LocalStorage
+from midiscover.ways import chosen_way, plan_ways
 from midiscover.work import Work, work_of
 from tests.runs import write_run
 
@@ -59,6 +60,38 @@ def test_every_stage_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     spliced = 4 * 256 * run.table.flops_per_token / 5e8
     assert found["evaluate"] == pytest.approx(3 + 2 * (load + encoding + spliced))
     assert found["report"] == pytest.approx(5 + 2 * 96**2 * 24 * 1e-10)
+
+
+def test_a_streamed_sweep_runs_one_model_beside_all_packs(tmp_path: Path) -> None:
+    run = resolved(tmp_path, train={"epochs": 1, "batch_size": 128, "lr": 1e-3})
+    ways = plan_ways(run, WORK, RATES)
+    stored, streamed = ways["store"], ways["stream"]
+    load, to_hook = 2 * run.table.parameters / 1e6, run.table.hooks["model.layers.1.mlp.down_proj"].flops_per_token
+    assert [stage.name for stage in streamed.stages] == ["start", "train", "evaluate", "report"]
+    packs = stage_seconds(stored)["train"] - 4 - 0.5
+    assert stage_seconds(streamed)["train"] == pytest.approx(4 + load + 20_000 * to_hook / 1e9 + packs)
+    first = run.table.hooks["model.layers.0.mlp.down_proj"].flops_per_token
+    held_out = 4_000 * (first + to_hook) / 1e9
+    assert stage_seconds(streamed)["evaluate"] == pytest.approx(stage_seconds(stored)["evaluate"] + held_out)
+    assert sum(stage.bytes for stage in streamed.stages) == 0
+
+
+def test_the_settings_or_the_quicker_way_are_taken(tmp_path: Path) -> None:
+    def chosen(activations: str, rates: Rates, **train: object) -> str:
+        run = resolved(
+            tmp_path, resources={"activations": activations}, train={"epochs": 1, "batch_size": 128, "lr": 1e-3} | train
+        )
+        return chosen_way(run, plan_ways(run, WORK, rates))
+
+    slow_store = replace(RATES, write=1e4, read=1e4)
+    assert [chosen(way, slow_store) for way in ("store", "stream", "auto")] == ["store", "stream", "stream"]
+    # Where the model is slow and the store is quick, its second pass over the held-out text is what counts.
+    slow_model = replace(RATES, starts=dict.fromkeys(RATES.starts, 0.0), load_bytes=1e12, write=1e12, model_flops=1e6)
+    assert chosen("auto", slow_model) == "store"
+    assert chosen("stream", RATES, epochs=2) == "stream", "everything fits into one pool"
+    assert chosen("auto", slow_store, epochs=2, shuffle_tokens=5_000) == "store"
+    with pytest.raises(ConfigError, match="train.epochs is 2, and 20,000 rows are more than train.shuffle_tokens"):
+        chosen("stream", RATES, epochs=2, shuffle_tokens=5_000)
 
 
 def test_a_slow_store_is_named_as_what_bounds_the_harvest(tmp_path: Path) -> None:

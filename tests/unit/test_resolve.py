@@ -8,7 +8,7 @@ import pytest
 
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, ModelError
-from midiscover.resolve import Resolved, make_packs, resolve
+from midiscover.resolve import Resolved, make_crews, make_packs, pool_tokens, resolve
 from tests.runs import write_run
 
 
@@ -93,3 +93,25 @@ def test_one_output_hook_makes_one_transcoder_however_it_is_spelt(tmp_path: Path
 def test_neurons_have_two_features_for_each_dimension(tmp_path: Path) -> None:
     run = resolved(tmp_path, grid={"sae.control": ["none", "neurons"]})
     assert {(p.point.sae.control, p.d_sae // p.d_in) for p in run.saes} == {("none", 4), ("neurons", 2)}
+
+
+def test_crews_share_a_model_and_its_pools_and_stand_in_the_order_of_their_hooks(tmp_path: Path) -> None:
+    hooks = "model.layers.{1,0}.mlp.down_proj"
+    grid = {"sae.control": ["none", "random_model"], "train.seed": [0, 1]}
+    run = resolved(tmp_path, harvest={"hooks": hooks}, grid=grid)
+    packs, order = make_packs(run.saes, None, {sae.id for sae in run.saes}), list(run.table.hooks)
+    for count in (1, 4, 7):  # by two models and two seeds; fewer crews can't be
+        crews = make_crews(packs, count, order)
+        assert [[pack.hook for pack in crew] for crew in crews] == [
+            [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+        ] * 4
+        for crew in crews:
+            assert len({(sae.harvest_id, sae.point.train.seed) for pack in crew for sae in pack.saes}) == 1
+    assert [len(crew) for crew in make_crews(packs, 8, order)] == [1] * 8
+    assert sorted(pack.id for crew in make_crews(packs, 8, order) for pack in crew) == sorted(pack.id for pack in packs)
+
+
+def test_pairs_take_the_memory_of_rows(tmp_path: Path) -> None:
+    (sae,) = resolved(tmp_path, harvest={"hooks": f"{HOOK}:in"}, sae={"kind": "transcoder"}, grid={}).saes
+    (other,) = resolved(tmp_path, harvest={"hooks": HOOK}, grid={}).saes
+    assert (pool_tokens(sae), pool_tokens(other)) == (500_000, 1_000_000)

@@ -105,11 +105,36 @@ def test_the_share_that_fires_and_the_size_decide_which_it_is(monkeypatch: pytes
         assert float(code.l0()) == pytest.approx(share * D_SAE, rel=0.1)
 
 
-def test_in_bfloat16_codes_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [0.3, 0.05])
+def test_in_bfloat16_a_sparse_code_has_its_entries_in_float32(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product in bfloat16 says where they are; what they are is computed anew.
+
+    So the decoder's gradient, which goes by their values, is that of float32; the encoder's has entries too many or too
+    few where a pre-activation is within rounding of 0.
+    """
     monkeypatch.setattr(midiscover.sae.code, "SPARSE_FROM", 0)
-    x, encoder = rows(6, D_IN, 40).float(), rows(7, D_SAE, D_IN).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(relu_code(PreActivations(x, encoder, torch.full((D_SAE,), -9.0), None)), DenseCode)
+    x, encoder, decoder = rows(6, 48, 400).float(), rows(7, 64, 48).float(), rows(8, 48, 64).float()
+    shift = (x @ encoder).flatten().quantile(1 - share)
+    bias, b_dec = rows(9, 64, 1)[0].float() * 0.1 - shift, rows(10, 48, 1)[0].float() * 0.1
+
+    def found(*, halves: bool) -> tuple[torch.Tensor, list[Tensor]]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (encoder, bias, b_dec, decoder)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halves):
+            code = relu_code(PreActivations(x, *leaves[:3]))
+            loss = (code.decode(leaves[3]) - x).pow(2).sum() + code.total()
+        assert isinstance(code, SparseCode if share < 0.12 else DenseCode)
+        loss.backward()
+        return code.dense().float(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    (ours, ours_back), (exact, exact_back) = found(halves=True), found(halves=False)
+    if share < 0.12:
+        apart = (ours > 0) != (exact > 0)  # within the rounding of a product of terms that large
+        assert float(apart.float().mean()) < 1e-3
+        assert float(exact[apart].max()) < 2**-8 * float((x.abs() @ encoder.abs()).max())
+        torch.testing.assert_close(torch.where(apart, 0, ours), torch.where(apart, 0, exact), rtol=1e-5, atol=1e-5)
+    errors = [float((one - two).norm() / two.norm()) for one, two in zip(ours_back, exact_back, strict=True)]
+    assert max(errors) < 2e-2
+    assert errors[3] < (1e-3 if share < 0.12 else 2e-2)
 
 
 @pytest.mark.parametrize("below", [0.0, 1.0], ids=["dense", "sparse"])
