@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,19 @@ FVU_SLOPE, L1_SLOPE = 0.37, 0.8
 """FVU falls with L0^-0.37, and L0 with l1^(-1 / 0.8), along the demo's frontier at layer 15."""
 REFERENCE_STEPS = 30_000
 AGREEMENT = 1e-4
-TORCH = torch.__version__.partition("+")[0]
+TORCH, TRANSFORMERS = torch.__version__.partition("+")[0], version("transformers")
 # torch first and alone: it is the large one, and what comes after must not choose another.
 PINNED = [f"torch=={TORCH}"]
 VENVS = {
     "SAELens": (f"saelens-6.54.12-torch-{TORCH}", [PINNED, [*PINNED, "sae-lens==6.54.12"]]),
     # Without its dependencies, among them nnsight, umap and wandb, which its trainers do not use.
     "dictionary_learning": (
-        f"dictionary_learning-0.1.0-torch-{TORCH}",
-        [PINNED, ["einops", "numpy", "safetensors", "tqdm"], ["--no-deps", "dictionary-learning==0.1.0"]],
+        f"dictionary_learning-0.1.0-hf-torch-{TORCH}",
+        [
+            PINNED,
+            [*PINNED, "einops", "numpy", "safetensors", "tqdm", f"transformers=={TRANSFORMERS}"],
+            ["--no-deps", "dictionary-learning==0.1.0"],
+        ],
     ),
     "sparsify": (f"sparsify-1.3.3-torch-{TORCH}", [PINNED, [*PINNED, "eai-sparsify==1.3.3"]]),
 }

@@ -63,7 +63,9 @@ def taken(config: str, store: Path) -> Times:
     ended = time.time()
 
     def last(pattern: str) -> float:
-        return max(path.stat().st_mtime for path in store.glob(pattern))
+        return max(
+            (path.stat().st_mtime for path in store.glob(pattern)), default=began
+        )  # nothing, where it is streamed
 
     marks = [
         began,

@@ -1,13 +1,19 @@
-"""A whole sweep, from command to trained SAEs: `midiscover sweep` beside SAELens' MultiSAETrainingRunner.
+"""A whole sweep, from command to trained SAEs: `midiscover sweep` beside SAELens and dictionary_learning.
 
-    python -m tests.bench.sweeps --text sotu.jsonl [--tokens 100000] [--epochs 1] [--ways ours multi single]
+    python -m tests.bench.sweeps --text sotu.jsonl [--tokens 100000] [--epochs 1] [--ways stream multi ...]
 
 Three layers x three L1 coefficients of the embedded model, 4,608 features, the same text, context, batch and threads;
 each side with its own harvest, its own recipe and in its own environment, in turn. Ours is timed until the last SAE is
-trained, Ray's start included, its evaluation apart; theirs until the last is saved. `single` is one run of theirs for
-one SAE of the first hook, times nine: what nine runs would take at least. Both sides' SAEs are then measured by our
-evaluator on our held-out rows; FVU is compared at one L0, interpolated between a side's SAEs of a hook (log-log).
-Judges nothing: the exit code is 0.
+trained, Ray's start included, its evaluation apart; theirs until the last is saved. All sides in the precision that the
+machine multiplies fastest, which --precision sets: the model, and the products of the SAEs.
+
+store, stream  `midiscover sweep`, its activations stored or from a live model
+multi          SAELens' MultiSAETrainingRunner, all SAEs at once
+single         one run of SAELens for one SAE of the first hook, times nine: what nine runs would take at least
+dictionary     dictionary_learning's trainSAE, a run for each hook, on a stream of ours: see its script
+
+All SAEs are then measured by our evaluator on our held-out rows; FVU is compared at one L0, interpolated between a
+side's SAEs of a hook (log-log). Judges nothing: the exit code is 0.
 """
 
 from __future__ import annotations
@@ -30,23 +36,26 @@ from safetensors.torch import load_file
 
 from midiscover import tables
 from midiscover.config import ModelConfig
+from midiscover.configio import native_bfloat16
 from midiscover.evaluate import reconstruction_metrics
-from midiscover.lm import compute_dtype
 from midiscover.models import model_folder, resolve_model
 from midiscover.sae.registry import folded_sae
 from midiscover.store.blocks import read_manifest
 from midiscover.store.loader import iterate_rows
 from midiscover.store.storage import open_store
-from tests.bench.frontier import Side, environment
+from tests.bench.frontier import Side, environment, python_of
 from tests.bench.harvest import machine
 from tests.bench.plan import taken
-from tests.venvs import checked, saelens_python
+from tests.venvs import checked
 
 LAYERS = (10, 15, 20)
 D_IN, D_SAE = 576, 4608
-L1 = {"ours": (1.0, 2.0, 4.0), "SAELens": (1.0, 2.0, 4.0)}
-THEIR_LR = 1.9e-3
-"""SAELens' best of three at the middle sparsity in tests.bench.frontier, for as many steps and half the width."""
+OURS = ("store", "stream")
+L1 = {"store": (1.0, 2.0, 4.0), "multi": (1.0, 2.0, 4.0), "dictionary": (0.06, 0.12, 0.24)}
+"""Each in its own convention; --l1 WAY=A,B,C sets others."""
+THEIR_LR = {"multi": 1.9e-3, "dictionary": 5.7e-3}
+"""The best of three at the middle sparsity in tests.bench.frontier, for as many steps and half the width."""
+SCRIPTS = {"multi": "run_saelens_sweep.py", "dictionary": "run_dictionary_learning_sweep.py"}
 HELD_OUT = 8192
 
 
@@ -64,18 +73,18 @@ def hooks() -> list[str]:
     return [f"model.layers.{layer}.mlp.down_proj" for layer in LAYERS]
 
 
-def ours(args: argparse.Namespace, folder: Path) -> Run:
+def ours(args: argparse.Namespace, folder: Path, way: str) -> Run:
     """`midiscover sweep` into a new store."""
     config = {
         "name": "bench",
-        "model": {"id": "embedded", "dtype": "auto"},
+        "model": {"id": "embedded", "dtype": args.precision},
         "corpus": {"source": str(args.text), "max_tokens": args.tokens, "context_size": 128},
         "harvest": {"hooks": hooks()},
         "sae": {"kind": "standard", "d_sae": D_SAE},
-        "grid": {"sae.l1_coefficient": list(L1["ours"])},
-        "train": {"epochs": args.epochs, "batch_size": args.batch_size},
+        "grid": {"sae.l1_coefficient": list(args.l1[way])},
+        "train": {"epochs": args.epochs, "batch_size": args.batch_size, "dtype": args.precision},
         "evaluate": {"ce_tokens": 0},
-        "resources": {"threads": args.threads},
+        "resources": {"threads": args.threads, "activations": way},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -88,22 +97,23 @@ def ours(args: argparse.Namespace, folder: Path) -> Run:
 
 
 def theirs(args: argparse.Namespace, folder: Path, way: str) -> Run:
-    """SAELens, all SAEs at once, or one run times nine."""
-    dtype = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    """A peer's own sweep; where `single` is asked for, one SAE of it, times the number of SAEs."""
+    tool = "multi" if way == "single" else way
+    side = "SAELens" if tool == "multi" else "dictionary_learning"
     job = {
-        "way": way, "model": str(model_folder(resolve_model(ModelConfig(id="embedded")))), "model_dtype": dtype,
-        "text": str(args.text), "text_field": "text", "hooks": hooks(), "l1": L1["SAELens"], "d_in": D_IN,
+        "way": way, "model": str(model_folder(resolve_model(ModelConfig(id="embedded")))), "precision": args.precision,
+        "text": str(args.text), "text_field": "text", "hooks": hooks(), "l1": args.l1[tool], "d_in": D_IN,
         "d_sae": D_SAE, "tokens": args.tokens, "epochs": args.epochs, "batch_size": args.batch_size,
-        "context_size": 128, "lr": THEIR_LR, "threads": args.threads, "out": str(folder),
+        "context_size": 128, "lr": THEIR_LR[tool], "threads": args.threads, "out": str(folder),
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("peers") / "run_saelens_sweep.py"
-    there = environment(Side(name="SAELens", kind="standard", variants=(), lr=None), args)
+    script = Path(__file__).with_name("peers") / SCRIPTS[tool]
+    there = environment(Side(name=side, kind="standard", variants=(), lr=None), args)
     began = time.monotonic()
-    checked([str(saelens_python()), str(script), str(folder / "job.json")], env=there, timeout=7200)
+    checked([str(python_of(side)), str(script), str(folder / "job.json")], env=there, timeout=7200)
     seconds = time.monotonic() - began
     told = json.loads((folder / "told.json").read_text())
-    times = len(LAYERS) * len(L1["SAELens"]) if way == "single" else 1
+    times = len(LAYERS) * len(args.l1[tool]) if way == "single" else 1
     return Run(times * seconds, times * told["model_seconds"], {name: folder / name for name in told["saes"]})
 
 
@@ -137,47 +147,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=320)
-    parser.add_argument("--ways", nargs="+", default=["ours", "multi"], choices=["ours", "multi", "single"])
+    parser.add_argument(
+        "--ways", nargs="+", default=["store", "stream", "multi"], choices=[*OURS, "multi", "single", "dictionary"]
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default=None, help="else what is native here")
+    parser.add_argument("--l1", nargs="+", default=[], metavar="WAY=A,B,C")
     args = parser.parse_args(argv)
     args.text = args.text.resolve()
-    saelens_python()
-    print(machine())
+    args.precision = args.precision or ("bfloat16" if native_bfloat16() else "float32")
+    given = dict(one.split("=") for one in args.l1)
+    args.l1 = L1 | {way: tuple(map(float, values.split(","))) for way, values in given.items()}
+    args.l1["stream"] = args.l1["store"]
+    for side in ("SAELens", "dictionary_learning"):
+        python_of(side)
+    print(machine(), args.precision)
     with tempfile.TemporaryDirectory(prefix="midiscover-sweeps-") as folder:
         runs: dict[str, list[Run]] = {way: [] for way in args.ways}
         for repeat in range(args.repeats):
             for way in args.ways:
                 place = Path(folder) / f"{way}-{repeat}"
                 place.mkdir()
-                runs[way].append(ours(args, place) if way == "ours" else theirs(args, place, way))
+                runs[way].append((ours if way in OURS else theirs)(args, place, way))
                 print(f"{way}: {runs[way][-1].seconds:.0f} s", flush=True)
-        _tell(runs, Path(folder) / "ours-0" / "store", args)
+        _tell(runs, Path(folder), args)
     print(machine())
     return 0
 
 
-def _tell(runs: dict[str, list[Run]], store: Path, args: argparse.Namespace) -> None:
-    title = f"{len(LAYERS)} layers x {len(L1['ours'])} l1, {args.tokens:,} tokens, {args.epochs} epochs"
-    table = Table("", "seconds", "of it the model's", "times ours", title=title)
+def _tell(runs: dict[str, list[Run]], folder: Path, args: argparse.Namespace) -> None:
+    first = next(iter(runs))
+    title = f"{len(LAYERS)} layers x {len(L1['store'])} l1, {args.tokens:,} tokens, {args.epochs} epochs"
+    table = Table("", "seconds", "of it the model's", f"times {first}", title=title)
     for way, made in runs.items():
-        ratios = [one.seconds / own.seconds for own, one in zip(runs.get("ours", made), made, strict=True)]
+        ratios = [one.seconds / own.seconds for own, one in zip(runs[first], made, strict=True)]
         middle = (statistics.median(one.seconds for one in made), statistics.median(one.model_seconds for one in made))
         table.add_row(way, *(f"{value:.0f}" for value in middle), f"{statistics.median(ratios):.2f}")
     tables.show(table)
-    if not store.is_dir():
+    stored = folder / "store-0" / "store"  # whose held-out rows all are measured on
+    if not stored.is_dir():
         return
-    sides = {way: points(made[0], store) for way, made in runs.items() if way != "single"}
+    sides = {way: points(made[0], stored) for way, made in runs.items() if way != "single"}
     for way, by_hook in sides.items():
         for hook, pairs in by_hook.items():
             print(way, hook, *(f"L0 {l0:.1f} FVU {fvu:.4f}" for l0, fvu in pairs))
-    if {"ours", "multi"} <= set(sides):
-        for hook, own in sides["ours"].items():
-            low, high = max(own[0][0], sides["multi"][hook][0][0]), min(own[-1][0], sides["multi"][hook][-1][0])
+    for way in sides.keys() - set(OURS):
+        for hook, own in sides["store"].items():
+            low, high = max(own[0][0], sides[way][hook][0][0]), min(own[-1][0], sides[way][hook][-1][0])
             if low < high:
                 middle = (low * high) ** 0.5
-                ratio = fvu_at(own, middle) / fvu_at(sides["multi"][hook], middle)
-                print(f"{hook}: at L0 {middle:.0f} our FVU is {ratio:.3f} of SAELens'")
+                ratio = fvu_at(own, middle) / fvu_at(sides[way][hook], middle)
+                print(f"{hook}: at L0 {middle:.0f} our FVU is {ratio:.3f} of {way}'s")
 
 
 if __name__ == "__main__":
