@@ -93,7 +93,8 @@ def _turns(
     try:
         if todo:
             members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in todo]
-            results = yield from train_in_turns(members, opened(pack, todo[0]), worker, group)
+            how = {"stack": job.resolved.config.resources.stacked, "threads": job.slots.threads}
+            results = yield from train_in_turns(members, opened(pack, todo[0]), worker, group, **how)
             for planned, result in zip(todo, results, strict=True):
                 if worker.leads:
                     _commit(job, planned, result)

@@ -174,11 +174,8 @@ class Slot:
 
     def step(self, x: Tensor, y: Tensor, step: int) -> Point:
         """One step of Adam on a normalised batch: x [tokens, d_in], y [tokens, d_out]."""
-        config, sae = self.member.train, self.sae
-        if step in self.resample_steps:
-            moments = self.update.moments
-            if resample_(sae, moments, self.since_fired, x, y, window=self.window, seed=config.seed + step):
-                self.update.changed()
+        config = self.member.train
+        self.resample(x, y, step)
         weight = self.coefficient() * l1_scale(step, self.steps, config)
         self.update.prepare(self.lr * lr_scale(step, self.steps, config))
         dead = self._dead(step, len(x))
@@ -187,9 +184,20 @@ class Slot:
         else:
             self.weight.copy_(weight) if isinstance(weight, Tensor) else self.weight.fill_(weight)
             point = Point(*self.replayed(x) if y is x else self.replayed(x, y))
-        if self.control is not None:
-            self.control.observe(sae, point.l0, step)
+        self.observe(point, step)
         return point
+
+    def resample(self, x: Tensor, y: Tensor, step: int) -> None:
+        """Point dead features elsewhere where it is time for it."""
+        if step in self.resample_steps:
+            moments, seed = self.update.moments, self.member.train.seed + step
+            if resample_(self.sae, moments, self.since_fired, x, y, window=self.window, seed=seed):
+                self.update.changed()
+
+    def observe(self, point: Point, step: int) -> None:
+        """Let what steers L0 see where it is."""
+        if self.control is not None:
+            self.control.observe(self.sae, point.l0, step)
 
     def _take(self, x: Tensor, y: Tensor, weight: float | Tensor, dead: Tensor | None) -> Point:
         """A step on the device, which does not wait for it unless features are dead."""

@@ -19,6 +19,8 @@ from midiscover.progress import Progress
 from midiscover.retirement import dominated
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
+from midiscover.sidebyside import Batch, Cores
+from midiscover.stacked import Stepper, steppers
 
 __all__ = ["Diverged", "Group", "Member", "Retired", "Source", "Trained", "Worker", "train", "train_in_turns"]
 
@@ -93,7 +95,13 @@ class Worker(Protocol):
 
 
 def train(
-    members: Sequence[Member], source: Source, worker: Worker, group: Group | None = None
+    members: Sequence[Member],
+    source: Source,
+    worker: Worker,
+    group: Group | None = None,
+    *,
+    stack: bool = False,
+    threads: int = 1,
 ) -> list[Trained | Diverged | Retired]:
     """Train every member on the same stream, resuming from the worker's last checkpoint.
 
@@ -103,8 +111,11 @@ def train(
     group: the processes that share each batch. Each calls this with the same members, an equal source and the same
     checkpoint, and gets the same result; gradients are those of the whole batch. `batch_size` must be a multiple of
     the group's size, and no member of a kind that selects over the batch (`SHARES_NO_BATCH` in `saeconfig`).
+
+    stack: whether small L1 SAEs may be stepped together; see `stacked`. threads: on a CPU, cores that may step SAEs
+    side by side, as many as torch has threads; see `sidebyside`.
     """
-    turns = train_in_turns(members, source, worker, group)
+    turns = train_in_turns(members, source, worker, group, stack=stack, threads=threads)
     while True:
         try:
             next(turns)
@@ -113,7 +124,13 @@ def train(
 
 
 def train_in_turns(
-    members: Sequence[Member], source: Source, worker: Worker, group: Group | None = None
+    members: Sequence[Member],
+    source: Source,
+    worker: Worker,
+    group: Group | None = None,
+    *,
+    stack: bool = False,
+    threads: int = 1,
 ) -> Generator[None, None, list[Trained | Diverged | Retired]]:
     """`train`, step by step, for a process that trains several packs side by side; returns what `train` does."""
     checkpoint = _Checkpoint.of(worker.load_checkpoint(), members)
@@ -136,15 +153,19 @@ def train_in_turns(
         checkpoint.put_into(slots)
         start = checkpoint.step
     del checkpoint  # as large as the SAEs with their moments
-    yield from _Loop(slots, source, worker).run(start)
+    cores = Cores(threads if worker.device.type == "cpu" and group is None else 1)
+    try:
+        yield from _Loop(slots, source, worker, cores, stack=stack).run(start)
+    finally:
+        cores.close()
     return [slot.finish(len(source) * source.batch_size) for slot in slots]  # in the order of `members`
 
 
 class _Loop:
     """Steps, reports and checkpoints of one pack."""
 
-    def __init__(self, slots: Sequence[Slot], source: Source, worker: Worker) -> None:
-        self.slots, self.source, self.worker = slots, source, worker
+    def __init__(self, slots: Sequence[Slot], source: Source, worker: Worker, cores: Cores, *, stack: bool) -> None:
+        self.slots, self.source, self.worker, self.cores, self.stack = slots, source, worker, cores, stack
         self.steps = len(source)
         device = worker.device
         self.mean_in, self.mean_out = source.inputs.mean.to(device), source.outputs.mean.to(device)
@@ -152,9 +173,12 @@ class _Loop:
         self.every = slots[0].member.train.checkpoint_every
 
     def run(self, start: int) -> Iterator[None]:
-        """Yields after every step."""
+        """Yields after every step, or after some that were taken at once."""
         before = {slot.member.id: slot.seconds for slot in self.slots}
         taken = dict.fromkeys(before, 0)
+        together: list[Slot] = []
+        stepping: list[Stepper] = []
+        batches: list[Batch] = []
         spent, resumed = 0.0, time.monotonic()
         for step, raw in enumerate(self.source.batches(start), start=start):
             x, y = self._normalise(raw)
@@ -164,13 +188,16 @@ class _Loop:
             learning = [slot for slot in self.slots if slot.learns]
             if not learning:
                 break
-            for slot in learning:
-                began = time.perf_counter()
-                point = slot.step(x, y, step)
-                if self._reports(slot, step):
-                    slot.record(point, step, self.source.batch_size)
-                slot.seconds += time.perf_counter() - began
-                taken[slot.member.id] += 1
+            if learning != together:
+                together, stepping = learning, steppers(learning, self.source.batch_size, stack=self.stack)
+            batches.append(Batch(step, x, y))
+            # Who still learns is known anew where something is reported, so that no step is taken too many.
+            if len(batches) < self.cores.look_ahead(stepping, len(x)) and not self._reports_any(step):
+                continue
+            self.cores.run(stepping, batches, self._step)
+            for slot in together:
+                taken[slot.member.id] += len(batches)
+            batches = []
             self._retire(step)
             self._after(step, start)
             spent += time.monotonic() - resumed
@@ -182,6 +209,15 @@ class _Loop:
             spent += time.monotonic() - resumed
             for slot in self.slots:
                 slot.seconds = before[slot.member.id] + spent * taken[slot.member.id] / max(1, sum(taken.values()))
+
+    def _step(self, one: Stepper, batch: Batch) -> None:
+        began = time.perf_counter()
+        for slot, point in zip(one.slots, one.step(batch.x, batch.y, batch.step), strict=True):
+            if self._reports(slot, batch.step):
+                slot.record(point, batch.step, self.source.batch_size)
+        spent = time.perf_counter() - began
+        for slot in one.slots:
+            slot.seconds += spent / len(one.slots)
 
     def _normalise(self, raw: Tensor | Pair) -> tuple[Tensor, Tensor]:
         device, source = self.worker.device, self.source
@@ -195,6 +231,9 @@ class _Loop:
     def _reports(self, slot: Slot, step: int) -> bool:
         return step % slot.member.train.report_every == 0 or step == self.steps - 1
 
+    def _reports_any(self, step: int) -> bool:
+        return any(self._reports(slot, step) for slot in self.slots)
+
     def _retire(self, step: int) -> None:
         """Drop members that others dominate; what stays is not touched."""
         for slot, other in dominated(self.slots, step, self.steps):
@@ -203,7 +242,7 @@ class _Loop:
     def _after(self, step: int, start: int) -> None:
         """Report where a point was recorded; checkpoint when it is time, and at the end."""
         now = time.monotonic()
-        if any(self._reports(slot, step) for slot in self.slots):
+        if self._reports_any(step):
             rate = (step + 1 - start) * self.source.batch_size / max(now - self.started_at, 1e-9)
             latest = {s.member.id: {n: s.history[n][-1] for n in HISTORY} for s in self.slots if s.history["step"]}
             self.worker.report(Progress(step + 1, self.steps, rate, latest))

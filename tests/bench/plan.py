@@ -63,6 +63,7 @@ def taken(config: str, store: Path) -> Times:
     ended = time.time()
 
     def last(pattern: str) -> float:
+        """When it was written; where activations are streamed there are none."""
         return max(
             (path.stat().st_mtime for path in store.glob(pattern)), default=began
         )  # nothing, where it is streamed

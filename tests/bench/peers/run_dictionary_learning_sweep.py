@@ -1,12 +1,14 @@
-"""A grid of L1 SAEs by dictionary_learning's trainSAE, in its environment: python run_dictionary_learning_sweep.py JOB.json
+"""A grid of L1 SAEs by dictionary_learning's trainSAE, in its environment: python run_dictionary_learning_sweep.py JOB
 
 A run for each hook, as its demo makes them, the SAEs of a hook beside each other on one stream. The stream is ours: its
 own buffer needs nnsight 0.3, which knows neither this PyTorch nor this transformers. It runs the model to the hook and
-stops there, once for each epoch, and shuffles 8 batches at a time; the norm is taken of 8 batches (100). Answers with the seconds of the model's passes.
+stops there, once for each epoch, and shuffles 8 batches at a time; the norm is taken of 8 batches (100). Answers with
+the seconds of the model's passes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -65,10 +67,8 @@ class Stream:
     @torch.no_grad()
     def _rows(self, windows: Tensor) -> Tensor:
         began = time.perf_counter()
-        try:
+        with contextlib.suppress(Stop):
             self.model(windows, use_cache=False)
-        except Stop:
-            pass
         self.seconds += time.perf_counter() - began
         return self.found.flatten(0, 1).float()
 

@@ -1,0 +1,104 @@
+"""Steps of several SAEs on several CPU cores: small ones side by side, a core each; large ones in turn, on all cores.
+
+Threads that share a small step wait for each other for a third of its time; cores that each take another SAE's do not.
+Whether an SAE is small depends on its own size alone, so that its weights do not depend on who shares its pack.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from midiscover.stacked import Stepper
+
+SMALL_BELOW = 2**32
+"""Multiply-adds of x @ W_enc below which a step is taken by one core. By measurement: tests/bench/RESULTS.md."""
+MOST_STEPS = 8
+"""Batches that are looked ahead, so that cores need not wait for each other at every step."""
+
+
+class Batch(NamedTuple):
+    """A normalised batch and its number."""
+
+    step: int
+    x: Tensor
+    y: Tensor
+
+
+Take = Callable[[Stepper, Batch], None]
+
+
+class Cores:
+    """Those of this process, for the steps of one pack; `close` it."""
+
+    def __init__(self, count: int) -> None:
+        """count: threads of torch. 1: everything in the calling thread."""
+        self.count = count
+        self.pool: ThreadPoolExecutor | None = None
+        if count > 1:
+            self.pool = ThreadPoolExecutor(count, "stepper", torch.set_num_threads, (1,))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True)
+
+    def look_ahead(self, steppers: Sequence[Stepper], batch_size: int) -> int:
+        """Batches that `run` should be given at once."""
+        return MOST_STEPS if any(self._small(one, batch_size) for one in steppers) else 1
+
+    def run(self, steppers: Sequence[Stepper], batches: Sequence[Batch], take: Take) -> None:
+        """`take` every stepper through all batches, each in order. Raises the first error of any."""
+        small = [one for one in steppers if self._small(one, len(batches[0].x))]
+        for one in steppers:
+            if one not in small:
+                for batch in batches:
+                    take(one, batch)
+        if not small or self.pool is None:
+            return
+        shared = _Shared(small, batches, take)
+        running = [self.pool.submit(shared.work) for _ in range(min(self.count, len(small)))]
+        wait(running)
+        for future in running:
+            future.result()
+
+    def _small(self, one: Stepper, batch_size: int) -> bool:
+        sae = one.slots[0].sae
+        return self.pool is not None and batch_size * sae.d_in * sae.d_sae < SMALL_BELOW
+
+
+class _Shared:
+    """What threads take their next step from: always of the stepper that is furthest behind and free."""
+
+    def __init__(self, steppers: Sequence[Stepper], batches: Sequence[Batch], take: Take) -> None:
+        self.steppers, self.batches, self.take = steppers, batches, take
+        self.done = [0] * len(steppers)
+        self.free = set(range(len(steppers)))
+        self.lock = threading.Lock()
+
+    def work(self) -> None:
+        """Steps until none is left that another thread has not begun."""
+        while (i := self._next()) is not None:
+            try:
+                self.take(self.steppers[i], self.batches[self.done[i]])
+            except BaseException:
+                with self.lock:
+                    self.free.clear()  # others end as well
+                raise
+            with self.lock:
+                self.done[i] += 1
+                self.free.add(i)
+
+    def _next(self) -> int | None:
+        with self.lock:
+            left = [i for i in self.free if self.done[i] < len(self.batches)]
+            if not left:
+                return None
+            found = min(left, key=lambda i: (self.done[i], i))
+            self.free.remove(found)
+            return found
