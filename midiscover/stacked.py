@@ -20,7 +20,7 @@ from midiscover.member import Point, Slot
 from midiscover.sae.schedule import l1_scale, lr_scale
 from midiscover.sae.standard import StandardSae
 
-STACKED_BELOW = 2**25
+STACKED_BELOW = 2**23
 """Multiply-adds of x @ W_enc below which SAEs are stepped together. By measurement: tests/bench/stacked.py."""
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 

@@ -81,10 +81,10 @@ class OutOfMemory:
     def __init__(self, train: Callable[..., Any], most: int) -> None:
         self.train, self.most, self.sizes = train, most, []
 
-    def __call__(self, members: list, source: Any, worker: Any, group: Any) -> Any:
+    def __call__(self, members: list, source: Any, worker: Any, group: Any, **how: Any) -> Any:
         self.sizes.append(len(members))
         if len(members) <= self.most:
-            return self.train(members, source, worker, group)
+            return self.train(members, source, worker, group, **how)
         report = worker.report
 
         def fail(progress: Any) -> None:
@@ -93,7 +93,7 @@ class OutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
         worker.report = fail
-        return self.train(members, source, worker, group)
+        return self.train(members, source, worker, group, **how)
 
 
 def test_halves_go_on_from_the_checkpoint_of_the_whole(
