@@ -30,6 +30,7 @@ from midiscover.reading import CPU_BATCH_TOKENS
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, SaeConfig, StandardConfig, TopKConfig
+from midiscover.sidebyside import MOST_STEPS, SMALL_BELOW
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage
@@ -42,6 +43,8 @@ BATCHES = (1024, 4096)
 L0S = (60, 240)
 STEPS, UNCOUNTED = 5, 1
 """Of each training, and how many of the first are not counted."""
+STEPS_SIDE_BY_SIDE = 1 + MOST_STEPS
+"""The same where cores step an SAE each: the first is reported, and the rest is taken at once."""
 STEPS_ON_GPU, UNCOUNTED_ON_GPU = 24, 8
 """The same on a GPU, where the first compile kernels and record the step."""
 CORPUS_TOKENS = 40_000
@@ -151,12 +154,12 @@ def _config(kind: str, shape: Shape, l0: int) -> SaeConfig:
 class _Rows:
     """The same random rows again and again, as `midiscover.train.Source`; notes when each batch is asked for."""
 
-    def __init__(self, d_in: int, batch_size: int, device: torch.device, *, pairs: bool) -> None:
+    def __init__(self, d_in: int, batch_size: int, device: torch.device, *, steps: int, pairs: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         self.rows = torch.randn(batch_size, d_in, generator=generator).to(device)
         self.inputs = self.outputs = Normalisation(torch.zeros(d_in), 1.0, float(d_in))
-        self.steps = STEPS_ON_GPU if device.type == "cuda" else STEPS
-        self.batch_size, self.rows_per_epoch = batch_size, batch_size * self.steps
+        self.steps = steps
+        self.batch_size, self.rows_per_epoch = batch_size, batch_size * steps
         self.device, self.pairs = device, pairs
         self.asked: list[float] = []
 
@@ -169,6 +172,8 @@ class _Rows:
             _settle(self.device)
             self.asked.append(time.perf_counter())
             yield Pair(self.rows, self.rows) if self.pairs else self.rows
+        _settle(self.device)
+        self.asked.append(time.perf_counter())
 
 
 class Nobody:
@@ -189,10 +194,18 @@ class Nobody:
 
 
 def _step_seconds(config: SaeConfig, shape: Shape, settings: TrainConfig, device: torch.device) -> float:
+    """Of one SAE's step; of as many SAEs as there are cores, where a sweep would step them side by side."""
     still = replace(settings, lr=STILL, epochs=1, report_every=10**6, checkpoint_every=1e9, retire_after=None)
-    source = _Rows(shape.d_in, still.batch_size, device, pairs="transcoder" in config.kind)
-    train([Member(id="probe", config=config, train=still, d_sae=shape.d_sae)], source, Nobody(device))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    side_by_side = threads > 1 and still.batch_size * shape.d_in * shape.d_sae < SMALL_BELOW
+    steps = STEPS_ON_GPU if device.type == "cuda" else STEPS_SIDE_BY_SIDE if side_by_side else STEPS
+    source = _Rows(shape.d_in, still.batch_size, device, steps=steps, pairs="transcoder" in config.kind)
+    count = threads if side_by_side else 1
+    members = [Member(id=str(i), config=config, train=still, d_sae=shape.d_sae) for i in range(count)]
+    train(members, source, Nobody(device), threads=threads)
     asked = source.asked[UNCOUNTED_ON_GPU if device.type == "cuda" else UNCOUNTED :]
+    if side_by_side:
+        return (asked[-1] - asked[0]) / (len(asked) - 1) / count
     return statistics.median(end - begin for begin, end in pairwise(asked))
 
 

@@ -1,13 +1,14 @@
 """What a training step costs: ours, sparse and dense, beside SAELens', dictionary_learning's and sparsify's.
 
     python -m tests.bench.step [--repeats 3] [--steps 24] [--batch-size 4096] [--l0 50] [--kinds standard topk] [--ours]
-                              [--json FILE]
+                              [--precision bfloat16] [--json FILE]
 
 Each side trains in its own trainer class and its own environment, as in tests.bench.frontier (whose runners these are),
 on the same planted activations; a step's time is the median between two batches that it asks for. The sides take turns
 in each repeat, on the same threads. Ours runs at the L0 that is asked for (k, or biases that begin there); the peers'
 products are dense, so their time does not depend on theirs. The bound is the one product that stays dense, x @ W_enc,
-measured in the same turn. With --ours only our own steps, for all kinds. Judges nothing: the exit code is 0.
+measured in the same turn. In bfloat16 each side computes as it documents: ours by `train.dtype`, SAELens by its
+autocast; dictionary_learning has none on a CPU, and stays in float32. With --ours only our own steps, for all kinds. Judges nothing: the exit code is 0.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def seconds_a_step(side: str, kind: str, folder: Path, args: argparse.Namespace)
         "batch_size": args.batch_size,
         "d_sae": D_SAE,
         "threads": args.threads,
+        "precision": args.precision,
         "rows": str(folder),
         "out": str(folder),
     }
@@ -65,9 +67,9 @@ def seconds_a_step(side: str, kind: str, folder: Path, args: argparse.Namespace)
     return told["seconds_a_step"], told["own"]["l0"]
 
 
-def product_seconds(batch: int) -> float:
+def product_seconds(batch: int, precision: str) -> float:
     """Of x @ W_enc, the least of some."""
-    x, encoder = torch.randn(batch, D_IN), torch.randn(D_IN, D_SAE)
+    x, encoder = (torch.randn(shape).to(getattr(torch, precision)) for shape in ((batch, D_IN), (D_IN, D_SAE)))
     found = []
     for _ in range(6):
         began = time.perf_counter()
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=["standard", "topk"], choices=KINDS)
     parser.add_argument("--ours", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path, help="a file to write every repeat to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -109,11 +112,11 @@ def _table(
     with tempfile.TemporaryDirectory(prefix="midiscover-step-") as folder:
         planted(Path(folder), steps=args.steps, batch=args.batch_size, d_in=D_IN, d_sae=D_SAE, l0=args.l0)
         for _ in range(args.repeats):
-            products.append(product_seconds(args.batch_size))
+            products.append(product_seconds(args.batch_size, args.precision))
             for side in sides:
                 spent, l0[side] = seconds_a_step(side, kind, Path(folder), args)
                 seconds[side].append(spent)
-    shape = f"{kind}, {args.batch_size:,} x {D_IN} x {D_SAE:,}"
+    shape = f"{kind}, {args.precision}, {args.batch_size:,} x {D_IN} x {D_SAE:,}"
     table = Table(shape, "ms a step", "lowest", "highest", "times ours", "L0", box=box.SIMPLE_HEAD)
     for side, found in seconds.items():
         shares = [other / ours for other, ours in zip(found, seconds[OURS], strict=True)]

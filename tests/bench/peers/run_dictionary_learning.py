@@ -67,7 +67,8 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
     else:
         config |= {"k": round(job.sparsity)}
     with tempfile.TemporaryDirectory() as folder:
-        precision = getattr(torch, job.precision)
+        # On a CPU its trainSAE has no autocast, and would give bfloat16 rows to float32 weights.
+        precision = getattr(torch, job.precision) if job.device != "cpu" else torch.float32
         trainSAE(
             batches, [config], job.steps,
             save_dir=folder, normalize_activations=True, device=job.device, autocast_dtype=precision,
