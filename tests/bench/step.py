@@ -8,7 +8,8 @@ on the same planted activations; a step's time is the median between two batches
 in each repeat, on the same threads. Ours runs at the L0 that is asked for (k, or biases that begin there); the peers'
 products are dense, so their time does not depend on theirs. The bound is the one product that stays dense, x @ W_enc,
 measured in the same turn. In bfloat16 each side computes as it documents: ours by `train.dtype`, SAELens by its
-autocast; dictionary_learning has none on a CPU, and stays in float32. With --ours only our own steps, for all kinds. Judges nothing: the exit code is 0.
+autocast; the others have none on a CPU, and stay in float32. With --ours only our own steps, for all kinds. Judges
+nothing: the exit code is 0.
 """
 
 from __future__ import annotations
