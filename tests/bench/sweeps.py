@@ -8,6 +8,7 @@ trained, Ray's start included, its evaluation apart; theirs until the last is sa
 machine multiplies fastest, which --precision sets: the model, and the products of the SAEs.
 
 store, stream  `midiscover sweep`, its activations stored or from a live model
+fewer          the same as stream on the first --fewer tokens: how soon it is as good as a peer on all of them
 multi          SAELens' MultiSAETrainingRunner, all SAEs at once
 single         one run of SAELens for one SAE of the first hook, times nine: what nine runs would take at least
 dictionary     dictionary_learning's trainSAE, a run for each hook, on a stream of ours: see its script
@@ -19,6 +20,7 @@ side's SAEs of a hook (log-log). Judges nothing: the exit code is 0.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -50,9 +52,9 @@ from tests.venvs import checked
 
 LAYERS = (10, 15, 20)
 D_IN, D_SAE = 576, 4608
-OURS = ("store", "stream")
-L1 = {"store": (1.0, 2.0, 4.0), "multi": (1.0, 2.0, 4.0), "dictionary": (0.06, 0.12, 0.24)}
-"""Each in its own convention; --l1 WAY=A,B,C sets others."""
+OURS = ("store", "stream", "fewer")
+L1 = {"store": (1.0, 2.0, 4.0), "multi": (2.0, 4.0, 8.0), "dictionary": (0.03, 0.06, 0.12)}
+"""Each in its own convention, to end between L0 10 and 200; --l1 WAY=A,B,C sets others."""
 THEIR_LR = {"multi": 1.9e-3, "dictionary": 5.7e-3}
 """The best of three at the middle sparsity in tests.bench.frontier, for as many steps and half the width."""
 SCRIPTS = {"multi": "run_saelens_sweep.py", "dictionary": "run_dictionary_learning_sweep.py"}
@@ -75,16 +77,21 @@ def hooks() -> list[str]:
 
 def ours(args: argparse.Namespace, folder: Path, way: str) -> Run:
     """`midiscover sweep` into a new store."""
+    tokens = args.fewer if way == "fewer" else args.tokens
     config = {
         "name": "bench",
         "model": {"id": "embedded", "dtype": args.precision},
-        "corpus": {"source": str(args.text), "max_tokens": args.tokens, "context_size": 128},
+        "corpus": {
+            "source": str(args.text),
+            "max_tokens": tokens,
+            "context_size": 128,
+        },
         "harvest": {"hooks": hooks()},
         "sae": {"kind": "standard", "d_sae": D_SAE},
         "grid": {"sae.l1_coefficient": list(args.l1[way])},
         "train": {"epochs": args.epochs, "batch_size": args.batch_size, "dtype": args.precision},
         "evaluate": {"ce_tokens": 0},
-        "resources": {"threads": args.threads, "activations": way},
+        "resources": {"threads": args.threads, "activations": "store" if way == "store" else "stream"},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -145,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with a field `text`")
     parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--fewer", type=int, default=60_000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=320)
     parser.add_argument(
@@ -159,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.precision = args.precision or ("bfloat16" if native_bfloat16() else "float32")
     given = dict(one.split("=") for one in args.l1)
     args.l1 = L1 | {way: tuple(map(float, values.split(","))) for way, values in given.items()}
-    args.l1["stream"] = args.l1["store"]
+    args.l1["stream"] = args.l1["fewer"] = args.l1["store"]
     for side in ("SAELens", "dictionary_learning"):
         python_of(side)
     print(machine(), args.precision)
@@ -192,13 +200,13 @@ def _tell(runs: dict[str, list[Run]], folder: Path, args: argparse.Namespace) ->
     for way, by_hook in sides.items():
         for hook, pairs in by_hook.items():
             print(way, hook, *(f"L0 {l0:.1f} FVU {fvu:.4f}" for l0, fvu in pairs))
-    for way in sides.keys() - set(OURS):
-        for hook, own in sides["store"].items():
-            low, high = max(own[0][0], sides[way][hook][0][0]), min(own[-1][0], sides[way][hook][-1][0])
+    for own, way in itertools.product(sides.keys() & {"store", "fewer"}, sides.keys() - set(OURS)):
+        for hook, mine in sides[own].items():
+            low, high = max(mine[0][0], sides[way][hook][0][0]), min(mine[-1][0], sides[way][hook][-1][0])
             if low < high:
                 middle = (low * high) ** 0.5
-                ratio = fvu_at(own, middle) / fvu_at(sides[way][hook], middle)
-                print(f"{hook}: at L0 {middle:.0f} our FVU is {ratio:.3f} of {way}'s")
+                ratio = fvu_at(mine, middle) / fvu_at(sides[way][hook], middle)
+                print(f"{hook}: at L0 {middle:.0f} the FVU of {own} is {ratio:.3f} of {way}'s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""A sweep of hooks x L1 coefficients on planted activations at phi-2's width, beside SAELens and dictionary_learning.
+
+    pip install "sae-lens==6.54.12"; pip install --no-deps "dictionary-learning==0.1.0"; python -m tests.bench.gpu_sweep
+    python -m tests.bench.gpu_sweep --small --no-peers   # the same program on a CPU, in seconds, to see that it runs
+
+The language model's pass is not part of it: every side gets the same rows, which lie on the device, one set for all
+hooks. Ours trains a pack a hook; the peers train their SAEs one after another by their own trainers, as their sweeps
+step them, in bfloat16 as they document it. Seconds of each side's whole process, its start and saving included, and the
+same less what a process with one step an SAE takes. Judges nothing: the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from midiscover import tables
+from tests.bench.gpu_step import OURS, ROOT, RUNNERS
+from tests.bench.step_sides import planted
+
+L1 = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+
+def seconds_of(side: str, folder: Path, args: argparse.Namespace, steps: int) -> float:
+    """Of a process that trains every SAE of the grid for `steps` steps."""
+    variant, scale = {OURS: ("recipe", 1.0), "SAELens": ("tutorial", 1.0)}.get(side, ("AprilUpdate", 0.02))
+    jobs = [
+        {
+            "name": f"{hook}-{l1:g}", "kind": "standard", "variant": variant, "lr": 3e-4, "sparsity": scale * l1,
+            "seed": hook, "steps": steps, "batch_size": args.batch_size, "d_sae": args.d_sae, "threads": args.threads,
+            "rows": str(folder / str(steps)), "out": str(folder), "device": args.device, "precision": args.precision,
+        }
+        for hook in range(args.hooks)
+        for l1 in L1[: args.coefficients]
+    ]  # fmt: skip
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("peers") / RUNNERS.get(side, "run_ours_packs.py")
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(script), str(path)], env=os.environ | quiet, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{side}: {done.stdout}{done.stderr}")
+    return time.perf_counter() - began
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a toy shape, for a CPU")
+    parser.add_argument("--hooks", type=int, default=5)
+    parser.add_argument("--coefficients", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--threads", type=int, default=8)
+    args = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available() and not args.small
+    args.device, args.precision = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
+    args.batch_size, args.d_in, args.d_sae = (256, 64, 256) if args.small else (4096, 2560, 20_480)
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    saes = args.hooks * args.coefficients
+    table = Table(
+        "side", "s in all", "s of the steps", "SAE-tokens/s", "times ours",
+        title=f"{name}: {args.hooks} x {args.coefficients} SAEs, {args.steps} steps of {args.batch_size:,} rows",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="midiscover-sweep-") as folder:
+        for steps in (1, args.steps):
+            (Path(folder) / str(steps)).mkdir()
+            shape = {"steps": steps, "batch": args.batch_size, "d_in": args.d_in, "d_sae": args.d_sae}
+            planted(Path(folder) / str(steps), **shape, l0=64, device=args.device)
+        mine = 0.0
+        for side in [OURS, *([] if args.no_peers else RUNNERS)]:
+            whole = seconds_of(side, Path(folder), args, args.steps)
+            stepping = whole - seconds_of(side, Path(folder), args, 1)
+            mine = mine or stepping
+            rate = saes * (args.steps - 1) * args.batch_size / stepping
+            table.add_row(side, f"{whole:.1f}", f"{stepping:.1f}", f"{rate:,.0f}", f"{stepping / mine:.2f}")
+            print(side, f"{whole:.1f} s, {stepping:.1f} of the steps", flush=True)
+    tables.show(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
