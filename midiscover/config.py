@@ -285,7 +285,8 @@ class ResourcesConfig:
     activations: Literal["store", "stream", "auto"] = "store"
     """store: the language model runs once and writes activation blocks, which every later stage reads. stream: it runs
     in the process that trains the SAEs of all hooks, and nothing is stored; for one epoch, or for as many as
-    train.shuffle_tokens holds; features harvest what they need. auto: what `midiscover plan` finds quicker."""
+    train.shuffle_tokens holds, rows of every hook in memory at once; features harvest what they need. auto: what
+    `midiscover plan` finds quicker."""
     keep_activations: str = KEEP
     """always; until_done: the sweep removes them when all its SAEs stand; or days, such as 14d, after which
     `midiscover store gc` removes them. Those that another sweep keeps stay. What needs them later harvests again."""
