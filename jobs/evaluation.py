@@ -31,7 +31,7 @@ from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import FOREIGN, MetricSums
 from midiscover.saes import SPARSITY, load_trained
-from midiscover.source import harvested, iterate_pairs
+from midiscover.source import iterate_pairs
 from midiscover.store import layout
 from midiscover.store.blocks import read_manifest
 from midiscover.store.documents import dump, read_json
@@ -71,12 +71,13 @@ def measure_site(
     evaluation = resolved.evaluation_id
     saes = {p.id: load_trained(storage, p.id, device="cuda" if place.gpu else "cpu") for p in planned}
     spliced = {p.id: saes[p.id] for p in planned if is_spliced(p)} if resolved.config.evaluate.ce_tokens else {}
-    stored = all(read_manifest(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
+    sums = _stored(resolved, storage, site, saes, board)
     reader = None
-    if spliced or foreign is not None or not stored:
-        model, corpus = place.load(), Corpus.open(storage, resolved.corpus_id)
-        reader = Reader(model, resolved.hooks, resolved.config.harvest, corpus.manifest.context_size)
-    sums = _held_out(resolved, storage, site, saes, board, None if stored else reader)
+    if spliced or foreign is not None or sums is None:
+        config = resolved.config
+        reader = Reader(place.load(), resolved.hooks, config.harvest, config.corpus.context_size)
+        sums = sums or _held_out(reader, resolved, storage, site, saes, board)
+    assert sums is not None, "from the store, or else from the reader"
     splice = _spliced(reader.model, resolved, storage, site, spliced, board) if reader and spliced else None
     abroad = _foreign(reader, site, saes, foreign, board) if reader and foreign is not None else {}
     for p in planned:
@@ -88,22 +89,30 @@ def measure_site(
         storage.create(layout.evaluation(p.id, evaluation), dump(document))
 
 
-def _held_out(
-    resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board, reader: Reader | None
-) -> dict[str, MetricSums]:
-    """From the stored held-out rows, or where there are none from those that `reader` gives."""
+def _stored(
+    resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board
+) -> dict[str, MetricSums] | None:
+    """From the stored held-out rows; None where there are none."""
     limit = resolved.config.evaluate.max_tokens
     rows: Iterable[Tensor | Pair]
-    if reader is not None:
-        windows = held_out_windows(Corpus.open(storage, resolved.corpus_id), resolved.config.harvest.block_tokens)
-        rows = usable_rows(reader, windows, (site.hook, site.output_hook), ROWS_PER_BATCH, limit)
-        return reconstruction_metrics(saes, _seen(rows, site, board), _training_mean(storage, next(iter(saes))))
-    inputs, outputs = (harvested(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
+    inputs, outputs = (read_manifest(storage, site.harvest_id, hook) for hook in (site.hook, site.output_hook))
+    if inputs is None or outputs is None:
+        return None
     if site.hook == site.output_hook:
         rows = iterate_rows(storage, inputs, "held_out", ROWS_PER_BATCH, limit)
     else:
         rows = iterate_pairs(storage, inputs, outputs, "held_out", ROWS_PER_BATCH, limit)
     return reconstruction_metrics(saes, _seen(rows, site, board), torch.tensor(outputs.mean))
+
+
+def _held_out(
+    reader: Reader, resolved: Resolved, storage: Storage, site: Site, saes: Mapping[str, Sae], board: Board
+) -> dict[str, MetricSums]:
+    """From the held-out rows that the language model gives now."""
+    windows = held_out_windows(Corpus.open(storage, resolved.corpus_id), resolved.config.harvest.block_tokens)
+    limit = resolved.config.evaluate.max_tokens
+    rows = usable_rows(reader, windows, (site.hook, site.output_hook), ROWS_PER_BATCH, limit)
+    return reconstruction_metrics(saes, _seen(rows, site, board), _training_mean(storage, next(iter(saes))))
 
 
 def _training_mean(storage: Storage, sae_id: str) -> Tensor:

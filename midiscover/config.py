@@ -128,6 +128,10 @@ class TrainConfig:
     checkpoint_every: float = 60.0
     """Seconds between two checkpoints of a pack."""
 
+    def pool_tokens(self, hooks: int) -> int:
+        """Rows of each hook that are shuffled together where a source reads so many: they share the memory of one."""
+        return max(1, self.shuffle_tokens // hooks)
+
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr", "shuffle_tokens", "report_every", "checkpoint_every"):
             value = getattr(self, name)

@@ -23,12 +23,20 @@ from midiscover.reading import Reader
 from midiscover.sae.base import Normalisation
 from midiscover.store.blocks import Mask, block_plan, mean_and_variance, row_moments
 from midiscover.store.loader import NORMALISATION_BATCH, NORMALISATION_ROWS, assemble, rebatch, scale_of
-from midiscover.store.manifest import BlockRow, BlockSpan, Split
+from midiscover.store.manifest import Split
 from midiscover.store.order import pools, row_order
 from midiscover.train import Pair
 
 Hooks = tuple[str, str]
 """The hook that is read and the one that is reconstructed; the same but for transcoders."""
+
+
+class Piece(NamedTuple):
+    """Windows [start, stop) of a corpus, of which a harvest would make a block."""
+
+    start_window: int
+    stop_window: int
+    rows: int
 
 
 class Pool(NamedTuple):
@@ -78,13 +86,8 @@ class LivePools:
         self.reader, self.corpus, self.hooks = reader, corpus, hooks
         self.reading = set(hooks)
         """Names of the sources that will still ask for pools."""
-        spans = _spans(corpus, "train", reader.config.block_tokens)
-        self.order = pools(
-            [_unread(span, corpus.manifest.context_size) for span in spans],
-            shuffle_tokens=shuffle_tokens,
-            seed=seed,
-            epoch=0,
-        )
+        pieces = _pieces(corpus, "train", reader.config.block_tokens)
+        self.order = pools(pieces, shuffle_tokens=shuffle_tokens, seed=seed, epoch=0)
         if epochs > 1 and len(self.order) > 1:
             raise ConfigError(
                 f"resources.activations stream runs the model once, and train.epochs is {epochs}: its {self.rows:,} "
@@ -122,7 +125,7 @@ class LivePools:
             if not self.awaited[number]:
                 del self.kept[number], self.awaited[number]
 
-    def _compute(self, blocks: Sequence[BlockRow]) -> Pool:
+    def _compute(self, blocks: Sequence[Piece]) -> Pool:
         names = sorted({hook for source in self.reading for hook in self.hooks[source]})
         rows, widths = sum(row.rows for row in blocks), self.reader.hooks
         acts = {hook: torch.empty(rows, widths[hook], dtype=torch.bfloat16) for hook in names}
@@ -226,7 +229,7 @@ class LiveSource:
         count, visit = len(self.live.order), 0
         while left > 0:
             # Where outliers were fewer at first than later the text ends early: its last pool is gone through again.
-            number, epoch = (visit % count, visit // count) if count == 1 else (min(visit, count - 1), visit // count)
+            number, epoch = min(visit, count - 1), visit // count
             if visit >= count > 1 and not self._usable[number]:
                 raise StageError(f"None of the last {len(self.live.order[number])} blocks of {names[0]} is usable.")
             if number not in self._usable or position < self._usable[number]:
@@ -273,28 +276,16 @@ def _usable_of(reader: Reader, first: int, windows: Windows, hooks: Hooks) -> tu
 
 def held_out_windows(corpus: Corpus, block_tokens: int) -> Iterator[tuple[int, Windows]]:
     """The held-out windows of a corpus, in pieces as a harvest cuts them into blocks."""
-    for span in _spans(corpus, "held_out", block_tokens):
-        yield span.start_window, corpus.windows(span.start_window, span.stop_window)
+    for piece in _pieces(corpus, "held_out", block_tokens):
+        yield piece.start_window, corpus.windows(piece.start_window, piece.stop_window)
 
 
-def _spans(corpus: Corpus, split: Split, block_tokens: int) -> list[BlockSpan]:
+def _pieces(corpus: Corpus, split: Split, block_tokens: int) -> list[Piece]:
+    """What a harvest would make blocks of."""
     windows, context_size = corpus.manifest.windows, corpus.manifest.context_size
     plan = block_plan(windows["train"], windows["held_out"], context_size=context_size, block_tokens=block_tokens)
-    return [span for span in plan if span.split == split]
-
-
-def _unread(span: BlockSpan, context_size: int) -> BlockRow:
-    """A block of which only its place is known."""
-    rows = (span.stop_window - span.start_window) * context_size
-    return BlockRow(
-        index=span.index,
-        split=span.split,
-        start_window=span.start_window,
-        stop_window=span.stop_window,
-        rows=rows,
-        usable=rows,
-        masked={},
-        file="",
-        sha256="",
-        bytes=0,
-    )
+    return [
+        Piece(span.start_window, span.stop_window, (span.stop_window - span.start_window) * context_size)
+        for span in plan
+        if span.split == split
+    ]

@@ -254,8 +254,7 @@ def make_packs(saes: Sequence[PlannedSae], pack_size: int | None, missing: Colle
 
 def pool_tokens(sae: PlannedSae) -> int:
     """Rows of each hook that its loader shuffles together: transcoders read two, so half as many of each."""
-    shuffle_tokens = sae.point.train.shuffle_tokens
-    return shuffle_tokens if sae.output_hook == sae.point.hook else max(1, shuffle_tokens // 2)
+    return sae.point.train.pool_tokens(len({sae.point.hook, sae.output_hook}))
 
 
 def make_crews(packs: Sequence[Pack], count: int, hooks: Sequence[str]) -> list[Crew]:

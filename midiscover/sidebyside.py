@@ -83,22 +83,23 @@ class _Shared:
 
     def work(self) -> None:
         """Steps until none is left that another thread has not begun."""
-        while (i := self._next()) is not None:
+        while (begun := self._next()) is not None:
+            i, batch = begun
             try:
-                self.take(self.steppers[i], self.batches[self.done[i]])
+                self.take(self.steppers[i], batch)
             except BaseException:
                 with self.lock:
-                    self.free.clear()  # others end as well
+                    self.batches = ()  # others end with the step that they are in
                 raise
             with self.lock:
                 self.done[i] += 1
                 self.free.add(i)
 
-    def _next(self) -> int | None:
+    def _next(self) -> tuple[int, Batch] | None:
         with self.lock:
             left = [i for i in self.free if self.done[i] < len(self.batches)]
             if not left:
                 return None
             found = min(left, key=lambda i: (self.done[i], i))
             self.free.remove(found)
-            return found
+            return found, self.batches[self.done[found]]

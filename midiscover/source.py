@@ -73,7 +73,7 @@ class PairSource:
                 batch_size=train.batch_size,
                 epochs=train.epochs,
                 seed=train.seed,
-                shuffle_tokens=max(1, train.shuffle_tokens // 2),
+                shuffle_tokens=train.pool_tokens(2),
                 masks=masks,
             )
             for manifest in (inputs, outputs)

@@ -14,11 +14,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from midiscover.member import Point, Slot
 from midiscover.sae.schedule import l1_scale, lr_scale
 from midiscover.sae.standard import StandardSae
+from midiscover.sae.update import adam_, rows_of
 
 STACKED_BELOW = 2**23
 """Multiply-adds of x @ W_enc below which SAEs are stepped together. By measurement: tests/bench/stacked.py."""
@@ -75,10 +75,12 @@ class Stack:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
-        self.rows = {name: _beside([_row(slot.sae.get_parameter(name).data) for slot in slots]) for name in PARAMETERS}
+        self.rows = {
+            name: torch.stack([rows_of(slot.sae.get_parameter(name).data) for slot in slots]) for name in PARAMETERS
+        }
         self.moments = {name: self._moments(name) for name in PARAMETERS}
         self.taken = {name: held["step"].expand(len(slots)).clone() for name, held in self.moments.items()}
-        self.since_fired = _beside([slot.since_fired for slot in slots])
+        self.since_fired = torch.stack([slot.since_fired for slot in slots])
         for i, slot in enumerate(slots):
             slot.since_fired = self.since_fired[i]
             for name in PARAMETERS:
@@ -96,7 +98,7 @@ class Stack:
             if state is not None:
                 found["step"].copy_(state["step"])
                 for key in ("exp_avg", "exp_avg_sq"):
-                    found[key][i].copy_(_row(state[key]))
+                    found[key][i].copy_(rows_of(state[key]))
         return found
 
     @torch.no_grad()
@@ -147,22 +149,8 @@ class Stack:
 
     def _adam(self, gradients: dict[str, Tensor]) -> None:
         update = self.slots[0].update
-        adam(
-            [self.rows[name] for name in PARAMETERS],
-            [gradients[name] for name in PARAMETERS],
-            [self.moments[name]["exp_avg"] for name in PARAMETERS],
-            [self.moments[name]["exp_avg_sq"] for name in PARAMETERS],
-            [],
-            [self.moments[name]["step"] for name in PARAMETERS],
-            fused=True,
-            amsgrad=False,
-            beta1=update.betas[0],
-            beta2=update.betas[1],
-            lr=update.lr,
-            weight_decay=0,
-            eps=1e-8,
-            maximize=False,
-        )
+        rows, grads = ([held[name] for name in PARAMETERS] for held in (self.rows, gradients))
+        adam_(rows, grads, [self.moments[name] for name in PARAMETERS], lr=update.lr, betas=update.betas)
         for name, taken in self.taken.items():
             taken.copy_(self.moments[name]["step"])
 
@@ -176,15 +164,6 @@ def _clip_each(gradients: dict[str, Tensor], most: float) -> None:
             grad.mul_(factors.view(-1, *[1] * (grad.ndim - 1)))
 
 
-def _beside(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors))
-
-
-def _row(tensor: Tensor) -> Tensor:
-    """W_enc by feature, as it lies in memory; others as they are."""
-    return tensor if tensor.is_contiguous() else tensor.T
-
-
 def _placed(row: Tensor, name: str) -> Tensor:
-    """The inverse of `_row`."""
+    """The inverse of `rows_of`."""
     return row.T if name == "W_enc" else row

@@ -66,22 +66,7 @@ class Update:
             if parameter not in self.moments:
                 self.moments[parameter] = _none_yet(parameter)
         held = [self.moments[parameter] for parameter, _ in moved]
-        adam(
-            [_rows(parameter) for parameter, _ in moved],
-            [_rows(grad) for _, grad in moved],
-            [_rows(state["exp_avg"]) for state in held],
-            [_rows(state["exp_avg_sq"]) for state in held],
-            [],
-            [state["step"] for state in held],
-            fused=True,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=self.lr,
-            weight_decay=0,
-            eps=1e-8,
-            maximize=False,
-        )
+        adam_([parameter for parameter, _ in moved], [grad for _, grad in moved], held, lr=self.lr, betas=self.betas)
 
     def _clip(self, most: float) -> None:
         norm = gradient_norm(self.gradients())
@@ -146,8 +131,8 @@ class HalvedUpdate(Update):
             grad = parameter.grad if half is None else half.grad
             if grad is None or not state:
                 continue
-            tensors = [_rows(tensor) for tensor in (parameter.data, grad, state["exp_avg"], state["exp_avg_sq"])]
-            half = None if half is None else _rows(half)
+            tensors = [rows_of(tensor) for tensor in (parameter.data, grad, state["exp_avg"], state["exp_avg_sq"])]
+            half = None if half is None else rows_of(half)
             assert all(tensor.is_contiguous() for tensor in tensors), f"{name} lies in memory by feature"
             unit = name == "W_dec" and self.sae.unit_decoder
             self.kernels.adam_(*tensors, half=half, scale=scale, knobs=self.knobs, betas=self.betas, unit=unit)
@@ -162,12 +147,39 @@ class HalvedUpdate(Update):
             half.copy_(self.masters[name])
 
 
+def adam_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: Sequence[dict[str, Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+) -> None:
+    """A step of PyTorch's fused Adam on each parameter, whose moments are those of `Moments`."""
+    adam(
+        [rows_of(parameter) for parameter in parameters],
+        [rows_of(gradient) for gradient in gradients],
+        [rows_of(state["exp_avg"]) for state in moments],
+        [rows_of(state["exp_avg_sq"]) for state in moments],
+        [],
+        [state["step"] for state in moments],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=0,
+        eps=1e-8,
+        maximize=False,
+    )
+
+
 def by_feature(encoder: Tensor) -> Tensor:
     """W_enc [d_in, d_sae] with the d_in numbers of a feature side by side in memory."""
     return encoder.T.contiguous().T
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """The tensor, or what it is the transpose of in memory."""
     return tensor if tensor.is_contiguous() else tensor.T
 

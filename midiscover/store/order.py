@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +28,19 @@ class ShuffleQuality(NamedTuple):
     """Expected where the rows of the whole split are drawn at random: the price of a bounded pool is the difference."""
 
 
-def pools(
-    blocks: Sequence[BlockRow], *, shuffle_tokens: int, seed: int, epoch: int
-) -> tuple[tuple[BlockRow, ...], ...]:
+class HasRows(Protocol):
+    """A block, read or not."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens in it."""
+        ...
+
+
+Some = TypeVar("Some", bound=HasRows)
+
+
+def pools(blocks: Sequence[Some], *, shuffle_tokens: int, seed: int, epoch: int) -> tuple[tuple[Some, ...], ...]:
     """The blocks of an epoch in pools of at most `shuffle_tokens` rows, or of one block where that is larger.
 
     Pools are as even as whole blocks allow: a small last pool would be badly shuffled. Where everything fits in one
@@ -44,7 +54,7 @@ def pools(
     return tuple(tuple(blocks[i] for i in order[start:stop]) for start, stop in pairwise(ends))
 
 
-def pool_rows(blocks: Sequence[BlockRow], *, shuffle_tokens: int) -> tuple[int, int]:
+def pool_rows(blocks: Sequence[HasRows], *, shuffle_tokens: int) -> tuple[int, int]:
     """How many pools an epoch has, and how many rows the largest of any epoch may have."""
     total, largest = sum(row.rows for row in blocks), max(row.rows for row in blocks)
     if total <= shuffle_tokens:
