@@ -123,7 +123,8 @@ def _live(job: PackJob, crew: Crew) -> Callable[[Pack, PlannedSae], Source]:
 
     model = replace(model_place(part, job.slots), cards=1).load()
     corpus = Corpus.open(job.storage, part.corpus_id)
-    reader = Reader(model, part.hooks, part.config.harvest, corpus.manifest.context_size, seen)
+    ahead = corpus.manifest.tokens["train"]
+    reader = Reader(model, part.hooks, part.config.harvest, corpus.manifest.context_size, seen, ahead=ahead)
     live = LivePools(
         reader,
         corpus,

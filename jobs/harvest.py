@@ -184,7 +184,7 @@ def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: 
             bars, sum(span.stop_window - span.start_window for span, _ in todo) * corpus.context_size
         )
         with watched("harvest", counter.on_event, stall_seconds=resolved.config.resources.stall_seconds) as board:
-            _run_actors(resolved, storage, todo, slots, board)
+            _run_actors(resolved, storage, todo, slots, board, counter.total // slots.count)
         counter.say()
 
 
@@ -201,7 +201,12 @@ def commit_manifests(resolved: Resolved, corpus: CorpusManifest, storage: Storag
 
 
 def _run_actors(
-    resolved: Resolved, storage: Storage, todo: list[tuple[BlockSpan, list[str]]], slots: Slots, board: Board
+    resolved: Resolved,
+    storage: Storage,
+    todo: list[tuple[BlockSpan, list[str]]],
+    slots: Slots,
+    board: Board,
+    tokens_each: int,
 ) -> None:
     import ray.data  # takes a second, which a run that finds everything there should not wait for
 
@@ -209,7 +214,12 @@ def _run_actors(
     size = min(SPANS_PER_LEASE, math.ceil(len(todo) / shares))
     items = [{"span": _span_fields(span), "hooks": hooks} for span, hooks in todo]
     leases = [json.dumps(items[i : i + size]) for i in range(0, len(items), size)]
-    job = HarvestJob(harvest_id=resolved.harvest_id, hooks=resolved.hooks, config=resolved.config.harvest)
+    job = HarvestJob(
+        harvest_id=resolved.harvest_id,
+        hooks=resolved.hooks,
+        config=resolved.config.harvest,
+        tokens=tokens_each,
+    )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     data = ray.data.from_items([{"lease": lease} for lease in leases], override_num_blocks=len(leases)).map_batches(

@@ -33,6 +33,8 @@ class HarvestJob:
     hooks: Mapping[str, int]
     """Hook path -> d_in."""
     config: HarvestConfig
+    tokens: int = 0
+    """About how many this actor will read."""
 
 
 class Harvester:
@@ -49,7 +51,8 @@ class Harvester:
         """on_tokens is called with the number of tokens of each finished forward pass."""
         self.job, self.corpus, self.storage = job, corpus, storage
         self.on_gpu = model.device.type == "cuda"
-        self.reader = Reader(model, job.hooks, job.config, corpus.manifest.context_size, on_tokens)
+        context_size = corpus.manifest.context_size
+        self.reader = Reader(model, job.hooks, job.config, context_size, on_tokens, ahead=job.tokens)
 
     def run(self, todo: Sequence[tuple[BlockSpan, Sequence[str]]]) -> Iterator[tuple[BlockSpan, dict[str, BlockRow]]]:
         """Commit the blocks of each (span, hooks still missing there); yields a span once its blocks stand."""

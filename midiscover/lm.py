@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from midiscover.attach import Edit, attach, be_quiet, embedding_rows, first_line, fuse_gelu
+from midiscover.compiled import CompiledAttention
 from midiscover.config import Dtype
 from midiscover.errors import ModelError
 from midiscover.hookfacts import hook_facts
@@ -49,6 +50,7 @@ class LanguageModel:
         self.device = model.device
         if self.device.type == "cuda":
             fuse_gelu(model)
+        self.compiled: CompiledAttention | None = None
         self.vocab_size = embedding_rows(model)
         """Embedding rows; may be more than the tokenizer has ids (phi-2: 51,200)."""
 
@@ -91,6 +93,15 @@ class LanguageModel:
                 f"The weights of {identity.name} lack or do not fit {absent[0]}; the folder is incomplete."
             )
         return cls(identity, model if device_map else model.to(device), load_tokenizer(identity))
+
+    def compile(self) -> None:
+        """Make passes on a GPU faster by a fifth and more, after some seconds at the first; nothing on a CPU.
+
+        Numbers differ by bfloat16's rounding. A model that is spread over several devices stays as it is.
+        """
+        alone = not getattr(self.model, "hf_device_map", None)
+        if self.device.type == "cuda" and alone and self.compiled is None:
+            self.compiled = CompiledAttention(self.model)
 
     @torch.inference_mode()
     def activations(self, ids: Tensor, hooks: Iterable[str], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -153,6 +164,8 @@ class LanguageModel:
     def hooked(self, edits: Mapping[str, Edit]) -> Iterator[None]:
         """Every pass in the body goes through these edits."""
         with contextlib.ExitStack() as stack:
+            if self.compiled is not None:
+                stack.enter_context(self.compiled.without(edits))
             for hook, edit in edits.items():
                 stack.callback(attach(self._module(hook), hook, edit).remove)
             yield

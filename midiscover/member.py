@@ -132,14 +132,15 @@ class Slot:
         self.unstepped = config.control in UNSTEPPED_CONTROLS
         if config.control == "neurons" and isinstance(config, PenaltyConfig):
             config = replace(config, initial_density=None)  # the neurons as they are
-        sae = make_sae(config, inputs.mean.numel(), member.d_sae, outputs.mean.numel())
+        with device:
+            sae = make_sae(config, inputs.mean.numel(), member.d_sae, outputs.mean.numel())
         sae.initialise_(train.seed)
         if config.control == "neurons":
             sae.initialise_neurons_()
         else:
             sae.uncentre_(inputs.scale * inputs.mean)
         sae.W_dec.requires_grad_(config.control != "frozen_decoder")
-        self.sae = sae.to(device)
+        self.sae = sae
         self.lr = peak_lr(train, d_sae=member.d_sae, steps=steps)
         halved = train.dtype == "bfloat16" and group is None
         self.update = make_update(sae, lr=self.lr, betas=train.betas, halved=halved)
@@ -283,7 +284,7 @@ class Slot:
             prefix = f"adam/{name}/"
             held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if held:
-                self.update.moments[parameter] = {k: _as(parameter, v) for k, v in held.items()}
+                self.update.take_up(parameter, held)
         self.update.changed()
         if self.control is not None:
             self.control.state = tensors["control"].to(device)
@@ -309,10 +310,3 @@ class Slot:
             lr=self.lr,
             coefficient=float(self.coefficient()),
         )
-
-
-def _as(parameter: Tensor, value: Tensor) -> Tensor:
-    """On the parameter's device, and where it has its shape, in its order in memory."""
-    if value.shape != parameter.shape:
-        return value.to(parameter.device)
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from midiscover.compiled import PAYS_FROM
 from midiscover.config import HarvestConfig
 from midiscover.errors import StageError
 from midiscover.lm import LanguageModel
@@ -90,10 +91,17 @@ class Reader:
         config: HarvestConfig,
         context_size: int,
         on_tokens: Callable[[int], None] = lambda _tokens: None,
+        *,
+        ahead: int = 0,
     ) -> None:
-        """hooks: path -> d_in. on_tokens is called with the number of tokens of each finished forward pass."""
+        """hooks: path -> d_in. on_tokens is called with the number of tokens of each finished forward pass.
+
+        ahead: tokens that will be read, where it is known; if they are many, the model is made faster first.
+        """
         self.model, self.hooks, self.config, self.context_size = model, hooks, config, context_size
         self.on_tokens = on_tokens
+        if ahead >= PAYS_FROM:
+            model.compile()
         self.special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
         self.batch_windows = max(1, self._batch_tokens() // context_size)
 

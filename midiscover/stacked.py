@@ -93,7 +93,8 @@ class Stack:
         """Of one parameter of all: they have taken as many steps."""
         held = [slot.update.moments.get(slot.sae.get_parameter(name)) for slot in self.slots]
         rows = self.rows[name]
-        found = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
+        found = {name: torch.zeros_like(rows) for name in ("exp_avg", "exp_avg_sq")}
+        found["step"] = torch.zeros((), device=rows.device)
         for i, state in enumerate(held):
             if state is not None:
                 found["step"].copy_(state["step"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from midiscover.sae.code import Code, PreActivations, product
 
 DENSE_INIT_NORM = 0.1
+FOLDED_AT_ONCE = 512
+"""Features whose weights are in float64 at a time: what a CPU's cache holds, and little beside a full card."""
 
 
 class Normalisation(NamedTuple):
@@ -116,8 +119,7 @@ class Sae(nn.Module, ABC):
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
         """Random decoder directions, the encoder their transpose, zero biases; the same on every machine."""
-        rows = random_directions(self.d_sae, self.d_out, torch.Generator().manual_seed(seed))
-        self.W_dec.copy_(rows * self.initial_norm)
+        self.W_dec.copy_(starting_directions(self.d_sae, self.d_out, seed)).mul_(self.initial_norm)
         if not self.transcodes:
             self.W_enc.copy_(self.W_dec.T * self.encoder_norm)
         for name in (*self.per_feature, "b_dec"):
@@ -216,23 +218,36 @@ class Sae(nn.Module, ABC):
         `inputs` and `outputs` are the same but for transcoders. Features come out in raw units: multiplied by the
         norm of their decoder row and divided by the scale of the outputs.
         """
-        weights = self.folded(_double(inputs), _double(outputs))
-        return {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
+        inputs, outputs = _double(inputs, self.W_dec.device), _double(outputs, self.W_dec.device)
+        features, whole = self._doubles()
+        parts = []
+        for part in torch.arange(self.d_sae).split(FOLDED_AT_ONCE):  # no matrix is there in float64 as a whole
+            some = slice(int(part[0]), int(part[-1]) + 1)
+            w = whole | {name: value[..., some] if name == "W_enc" else value[some] for name, value in features.items()}
+            w = {name: value.double() for name, value in w.items()}
+            parts.append(_singles(self.folded(w, inputs, outputs)))
+        matrices = {name: torch.cat([part[name] for part in parts], 1 if name == "W_enc" else 0) for name in parts[0]}
+        rest = self.folded_rest({name: value.double() for name, value in whole.items()}, inputs, outputs)
+        return matrices | _singles(rest)
 
-    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
-        """`fold` in float64."""
-        w = self.doubles()
+    def _doubles(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and buffers: those of single features, and the rest."""
+        state = {name: value.detach() for name, value in self.state_dict().items()}
+        own = ("W_enc", "W_dec", *self.per_feature)
+        return {name: state[name] for name in own}, {name: v for name, v in state.items() if name not in own}
+
+    def folded(self, w: Mapping[str, Tensor], inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        """What `fold` makes of some features' share of the parameters `w`, everything in float64."""
         norms = feature_norms(w["W_dec"], outputs.scale)
         return {
             "W_enc": w["W_enc"] * inputs.scale * norms,
             **{name: w[name] * norms for name in self.per_feature},
             "W_dec": w["W_dec"] / outputs.scale / norms[:, None],
-            "b_dec": outputs.mean + w["b_dec"] / outputs.scale,
         }
 
-    def doubles(self) -> dict[str, Tensor]:
-        """Parameters and buffers as float64 on the CPU."""
-        return {name: value.detach().to("cpu", torch.float64) for name, value in self.state_dict().items()}
+    def folded_rest(self, w: Mapping[str, Tensor], inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:  # noqa: ARG002 - for transcoders
+        """What `fold` makes of the parameters `w` that belong to no feature, everything in float64."""
+        return {"b_dec": outputs.mean + w["b_dec"] / outputs.scale}
 
     @classmethod
     def from_folded(cls, cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Self:
@@ -247,6 +262,12 @@ class Sae(nn.Module, ABC):
         """The settings that matter for encoding, from a cfg.json."""
 
 
+@lru_cache(maxsize=1)
+def starting_directions(count: int, dim: int, seed: int) -> Tensor:
+    """[count, dim] unit vectors, the same for all SAEs of a pack; who has made the last of them clears the cache."""
+    return random_directions(count, dim, torch.Generator().manual_seed(seed))
+
+
 def random_directions(count: int, dim: int, generator: torch.Generator) -> Tensor:
     """[count, dim] unit vectors, evenly distributed."""
     rows = torch.randn(count, dim, generator=generator)
@@ -258,8 +279,12 @@ def feature_norms(decoder: Tensor, scale: float) -> Tensor:
     return (decoder.norm(dim=1) / scale).clamp(min=1e-8)
 
 
-def _double(n: Normalisation) -> Normalisation:
-    return n._replace(mean=n.mean.detach().to("cpu", torch.float64))
+def _double(n: Normalisation, device: torch.device) -> Normalisation:
+    return n._replace(mean=n.mean.detach().to(device, torch.float64))
+
+
+def _singles(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float().cpu().contiguous() for name, value in weights.items()}
 
 
 def squared_error(y_hat: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,10 +55,9 @@ class BatchTopKSae(TopKSae):
             self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
         return code
 
-    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
-        w = self.doubles()
+    def folded(self, w: Mapping[str, Tensor], inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
         norms = feature_norms(w["W_dec"], outputs.scale)
-        return super().folded(inputs, outputs) | {"threshold": w["threshold"] * norms}
+        return super().folded(w, inputs, outputs) | {"threshold": w["threshold"] * norms}
 
     def saelens_fields(self) -> dict[str, Any]:
         return {}

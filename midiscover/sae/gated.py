@@ -80,8 +80,8 @@ class GatedSae(Sae):
     def make_rarer_(self, shift: Tensor) -> None:
         self.b_gate.sub_(shift)
 
-    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
-        return super().folded(inputs, outputs) | {"r_mag": self.doubles()["r_mag"]}  # a log of a ratio, without a unit
+    def folded(self, w: Mapping[str, Tensor], inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        return super().folded(w, inputs, outputs) | {"r_mag": w["r_mag"]}  # a log of a ratio, without a unit
 
     @classmethod
     def config_of(cls, cfg: Mapping[str, Any]) -> GatedConfig:

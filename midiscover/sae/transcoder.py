@@ -75,8 +75,8 @@ class TranscoderSae(Sae):
     def output(self, x: Tensor, features: Tensor) -> Tensor:
         return self.past(x, self.decode(features))
 
-    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
-        weights = super().folded(inputs, outputs)
+    def folded(self, w: Mapping[str, Tensor], inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        weights = super().folded(w, inputs, outputs)
         # scale * (x - mean) @ W_enc: without b_dec at the input, the mean goes into the encoder's bias.
         return weights | {"b_enc": weights["b_enc"] - inputs.mean @ weights["W_enc"]}
 
@@ -110,10 +110,9 @@ class SkipTranscoderSae(TranscoderSae):
     def past(self, x: Tensor, decoded: Tensor) -> Tensor:
         return decoded + x @ self.W_skip.T
 
-    def folded(self, inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
-        weights = super().folded(inputs, outputs)
-        skip = self.doubles()["W_skip"] * (inputs.scale / outputs.scale)
-        return weights | {"W_skip": skip, "b_dec": weights["b_dec"] - skip @ inputs.mean}
+    def folded_rest(self, w: Mapping[str, Tensor], inputs: Normalisation, outputs: Normalisation) -> dict[str, Tensor]:
+        skip = w["W_skip"] * (inputs.scale / outputs.scale)
+        return {"W_skip": skip, "b_dec": super().folded_rest(w, inputs, outputs)["b_dec"] - skip @ inputs.mean}
 
     @classmethod
     def config_of(cls, cfg: Mapping[str, Any]) -> SkipTranscoderConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -57,6 +57,12 @@ class Update:
         self._adam()
         self.sae.after_step()
 
+    def take_up(self, parameter: Tensor, held: Mapping[str, Tensor]) -> None:
+        """Adam's moments of a parameter from a checkpoint."""
+        state = self.moments.setdefault(parameter, _none_yet(parameter))
+        for name, value in held.items():
+            state[name].copy_(value)
+
     def changed(self) -> None:
         """To be told where weights or moments were changed from outside."""
 
@@ -96,7 +102,8 @@ class HalvedUpdate(Update):
         }
         self.taken = 0
         self.knobs = torch.zeros(2, device=sae.W_enc.device)
-        self.moments = {parameter: _none_yet(parameter) for parameter in self.learned}
+        # Nobody but a checkpoint asks for the count: on the CPU, where to write it down launches nothing.
+        self.moments = {parameter: _none_yet(parameter) | {"step": torch.zeros(())} for parameter in self.learned}
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -185,7 +192,9 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def _none_yet(parameter: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.zeros(())} | {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    # PyTorch's fused Adam wants the count of steps where the parameter is.
+    none = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=parameter.device)} | none
 
 
 def make_update(sae: Sae, *, lr: float, betas: tuple[float, float], halved: bool) -> Update:

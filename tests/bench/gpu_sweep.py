@@ -5,8 +5,8 @@
 
 The language model's pass is not part of it: every side gets the same rows, which lie on the device, one set for all
 hooks. Ours trains a pack a hook; the peers train their SAEs one after another by their own trainers, as their sweeps
-step them, in bfloat16 as they document it. Seconds of each side's whole process, its start and saving included, and the
-same less what a process with one step an SAE takes. Judges nothing: the exit code is 0.
+step them, in bfloat16 as they document it. Seconds of the trainings themselves, their making of SAEs included, imports
+and saving not; and the steps alone, at the pace of the last three quarters. Judges nothing: the exit code is 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,30 +30,32 @@ from tests.bench.step_sides import planted
 L1 = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
 
-def seconds_of(side: str, folder: Path, args: argparse.Namespace, steps: int) -> float:
-    """Of a process that trains every SAE of the grid for `steps` steps."""
+def seconds_of(side: str, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """Of the trainings of every SAE of the grid, and of their steps at a steady pace."""
     variant, scale = {OURS: ("recipe", 1.0), "SAELens": ("tutorial", 1.0)}.get(side, ("AprilUpdate", 0.02))
     jobs = [
         {
             "name": f"{hook}-{l1:g}", "kind": "standard", "variant": variant, "lr": 3e-4, "sparsity": scale * l1,
-            "seed": hook, "steps": steps, "batch_size": args.batch_size, "d_sae": args.d_sae, "threads": args.threads,
-            "rows": str(folder / str(steps)), "out": str(folder), "device": args.device, "precision": args.precision,
+            "seed": hook, "steps": args.steps, "batch_size": args.batch_size, "d_sae": args.d_sae,
+            "threads": args.threads, "rows": str(folder), "out": str(folder / side), "device": args.device,
+            "precision": args.precision, "keep": False,
         }
         for hook in range(args.hooks)
         for l1 in L1[: args.coefficients]
     ]  # fmt: skip
-    path = folder / "jobs.json"
+    (folder / side).mkdir()
+    path = folder / side / "jobs"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).with_name("peers") / RUNNERS.get(side, "run_ours_packs.py")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(script), str(path)], env=os.environ | quiet, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{side}: {done.stdout}{done.stderr}")
-    return time.perf_counter() - began
+    told = [json.loads(answer.read_text()) for answer in (folder / side).glob("*.json")]
+    return sum(one["seconds"] for one in told), sum(one["seconds_a_step"] for one in told) * args.steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,17 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "side", "s in all", "s of the steps", "SAE-tokens/s", "times ours",
         title=f"{name}: {args.hooks} x {args.coefficients} SAEs, {args.steps} steps of {args.batch_size:,} rows",
     )  # fmt: skip
+    mine = 0.0
     with tempfile.TemporaryDirectory(prefix="midiscover-sweep-") as folder:
-        for steps in (1, args.steps):
-            (Path(folder) / str(steps)).mkdir()
-            shape = {"steps": steps, "batch": args.batch_size, "d_in": args.d_in, "d_sae": args.d_sae}
-            planted(Path(folder) / str(steps), **shape, l0=64, device=args.device)
-        mine = 0.0
+        shape = {"steps": args.steps, "batch": args.batch_size, "d_in": args.d_in, "d_sae": args.d_sae}
+        planted(Path(folder), **shape, l0=64, device=args.device)
         for side in [OURS, *([] if args.no_peers else RUNNERS)]:
-            whole = seconds_of(side, Path(folder), args, args.steps)
-            stepping = whole - seconds_of(side, Path(folder), args, 1)
+            whole, stepping = seconds_of(side, Path(folder), args)
             mine = mine or stepping
-            rate = saes * (args.steps - 1) * args.batch_size / stepping
+            rate = saes * args.steps * args.batch_size / stepping
             table.add_row(side, f"{whole:.1f}", f"{stepping:.1f}", f"{rate:,.0f}", f"{stepping / mine:.2f}")
             print(side, f"{whole:.1f} s, {stepping:.1f} of the steps", flush=True)
     tables.show(table)

@@ -71,8 +71,11 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         precision = getattr(torch, job.precision) if job.device != "cpu" else torch.float32
         trainSAE(
             batches, [config], job.steps,
-            save_dir=folder, normalize_activations=True, device=job.device, autocast_dtype=precision,
+            save_dir=folder if job.keep else None, normalize_activations=True,
+            device=job.device, autocast_dtype=precision,
         )  # fmt: skip
+        if not job.keep:
+            return Made.nothing()
         state = torch.load(Path(folder) / "trainer_0" / "ae.pt", weights_only=True, map_location=job.device)
     if job.kind == "standard":
         ae, bias, cfg = AutoEncoder(d_in, job.d_sae), "bias", {"architecture": "standard"}

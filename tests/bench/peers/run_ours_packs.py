@@ -1,12 +1,14 @@
 """Our own trainer on a grid of jobs, those of one seed as one pack: python run_ours_packs.py JOBS.json
 
-Writes nothing but `done`: what it costs is asked for, not what it makes.
+Writes a file of seconds for the first job of each pack, as the others do for each job: what it costs is asked for, not
+what it makes.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 
@@ -23,10 +25,12 @@ from tests.workers import SilentWorker
 def main() -> None:
     jobs = [Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())]
     torch.set_num_threads(jobs[0].threads)
-    source = RowSource(Batches(jobs[0]))
+    batches = Batches(jobs[0])
+    source = RowSource(batches)
     worker = SilentWorker()
     worker.device = torch.device(jobs[0].device)
-    for _, pack in groupby(jobs, lambda job: job.seed):
+    for _, jobs_of_pack in groupby(jobs, lambda job: job.seed):
+        pack = list(jobs_of_pack)
         members = [
             Member(
                 id=job.name,
@@ -42,8 +46,12 @@ def main() -> None:
             )
             for job in pack
         ]
+        began = time.perf_counter()
         train(members, source, worker)
-    (Path(jobs[0].out) / "done").touch()
+        if worker.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = {"seconds": time.perf_counter() - began, "seconds_a_step": batches.seconds_a_step()}
+        (Path(pack[0].out) / f"{pack[0].name}.json").write_text(json.dumps(seconds))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
     # The norm is estimated on batches that their loop takes from the stream; training then begins at the first.
     trainer = SAETrainer(cfg, sae, chain(islice(batches, cfg.n_batches_for_norm_estimate), batches))
     trainer.fit()
+    if not job.keep:
+        return Made.nothing()
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
         saved = SAE.load_from_disk(folder, device=job.device)

@@ -3,7 +3,8 @@
     python run_SIDE.py JOBS.json
 
 Runs in a peer's own environment and knows nothing of miDiscover. JOBS.json is a list of jobs (`Job`). Each is
-answered by NAME.safetensors (W_enc, b_enc, W_dec, b_dec of raw inputs, float32) and, last, by NAME.json.
+answered by NAME.safetensors (W_enc, b_enc, W_dec, b_dec of raw inputs, float32) and, last, by NAME.json; one that is
+not to be kept by the latter alone.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Job(NamedTuple):
     device: str = "cpu"
     precision: str = "float32"
     """Of the matrix products; with `bfloat16` each side's own way to it."""
+    keep: bool = True
+    """Whether the weights are written and measured; else only what the training cost is told."""
 
 
 class Batches:
@@ -88,6 +91,11 @@ class Made(NamedTuple):
     numbers: dict[str, float]
     """L0 and FVU of the held-out rows (FVU about their own mean), as the peer's own code gives them."""
 
+    @classmethod
+    def nothing(cls) -> Made:
+        """Of a job that is not to be kept."""
+        return cls({}, {}, {})
+
 
 def measured(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, float]:
     """L0 and FVU about the rows' own mean, with a peer's encode and decode; rows [rows, d_in] float32."""
@@ -112,10 +120,12 @@ def main(train: Callable[[Job, Batches, Tensor], Made]) -> None:
         torch.manual_seed(job.seed)
         began, cpu = time.perf_counter(), time.process_time()
         made = train(job, batches, held_out)
+        if job.device != "cpu":
+            torch.cuda.synchronize()
         seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
         seconds["seconds_a_step"] = batches.seconds_a_step()
         path = Path(job.out) / job.name
-        save_file(
-            {name: value.detach().float().contiguous() for name, value in made.weights.items()}, f"{path}.safetensors"
-        )
+        if job.keep:
+            weights = {name: value.detach().float().contiguous() for name, value in made.weights.items()}
+            save_file(weights, f"{path}.safetensors")
         Path(f"{path}.json").write_text(json.dumps({"cfg": made.cfg, "own": made.numbers, **seconds}))
