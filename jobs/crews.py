@@ -18,6 +18,7 @@ from jobs.harvest import model_place
 from jobs.leases import here
 from jobs.packworker import PackJob, PackWorker
 from jobs.runtime import own_error
+from midiscover.cores import compute_on
 from midiscover.corpus import Corpus
 from midiscover.errors import UserError
 from midiscover.live import LivePools, LiveSource
@@ -55,7 +56,7 @@ def run_crew(job: PackJob, crew: Crew, group: TorchGroup | None = None) -> None:
 
 
 def _run(job: PackJob, crew: Crew, group: TorchGroup | None = None) -> None:
-    torch.set_num_threads(job.slots.threads)
+    compute_on(job.slots.threads)
     try:
         opened = _live(job, crew) if job.streams else _stored(job)
     except Exception as error:

@@ -19,6 +19,7 @@ from jobs.board import Board, Event, watched
 from jobs.harvest import ModelPlace, model_place
 from jobs.progress import Bars
 from jobs.runtime import Slots, last_line, own_error
+from midiscover.cores import compute_on
 from midiscover.corpus import Corpus
 from midiscover.errors import StageError
 from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_metrics
@@ -67,7 +68,7 @@ def measure_site(
     board: Board,
 ) -> None:
     """Measure SAEs of one site and write what was found; `resolved` is the part of the run that they belong to."""
-    torch.set_num_threads(place.threads)
+    compute_on(place.threads)
     evaluation = resolved.evaluation_id
     saes = {p.id: load_trained(storage, p.id, device="cuda" if place.gpu else "cpu") for p in planned}
     spliced = {p.id: saes[p.id] for p in planned if is_spliced(p)} if resolved.config.evaluate.ce_tokens else {}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ray
-import torch
 
 from jobs.board import Board, Event, watched
 from jobs.harvest import commit_manifests, ensure_corpus, harvest
@@ -23,6 +22,7 @@ from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_
 from midiscover import tables
 from midiscover.config import FeaturesConfig, ResourcesConfig, RunConfig
 from midiscover.configio import build_config, to_tree
+from midiscover.cores import compute_on
 from midiscover.corpus import Corpus, find_corpus
 from midiscover.errors import ConfigError, StageError, TrackingError
 from midiscover.features.collect import Part, collect_chunk, merged
@@ -95,7 +95,7 @@ class FeatureActor:
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """One chunk in; out come how many SAEs have their part, and how many rows were read for them."""
-        torch.set_num_threads(self.threads)
+        compute_on(self.threads)
         for text in batch["chunk"]:
             item = json.loads(text)
             site, number, count = Site(*item["site"]), item["chunk"], item["chunks"]
@@ -123,7 +123,7 @@ def finish_sae(
     run: Run, site: Site, sae_id: str, chunks: int, identity: ModelIdentity, threads: int, gpu: bool
 ) -> dict[str, Any]:
     """Merge the parts of one SAE, write its records, remove the parts; returns the manifest."""
-    torch.set_num_threads(threads)
+    compute_on(threads)
     storage = run.storage
     keys = [run.part_key(sae_id, chunk, chunks) for chunk in range(chunks)]
     sae = load_trained(storage, sae_id)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_session, run_main
 from midiscover.config import Dtype
+from midiscover.cores import compute_on
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
 from midiscover.errors import MiDiscoverError, StageError
 from midiscover.harvest import Harvester, HarvestJob
@@ -64,7 +64,7 @@ class ModelPlace:
 
     def load(self) -> LanguageModel:
         """Set torch's threads (Ray has set them from the actor's CPUs) and load the model."""
-        torch.set_num_threads(self.threads)
+        compute_on(self.threads)
         model = LanguageModel.load(
             self.identity,
             dtype=self.dtype,

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from midiscover.cores import cores
+from midiscover.cores import compute_on, cores
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import MiDiscoverError, UserError
 from midiscover.features.concept_scores import score_texts
@@ -86,7 +86,7 @@ class Interpreter:
         self.config = config
         self.device = _device(config)
         if self.device == "cpu":  # Ray gives an actor as many as it has CPUs
-            torch.set_num_threads(config.threads or max(1, cores() // config.replicas))
+            compute_on(config.threads or max(1, cores() // config.replicas))
         self.storage = open_store(config.store, create=False, patient=False)
         self.shelf = SaeShelf(self.storage, self.device, config.sae_bytes)
         self.cache = ActivationCache(config.cache_bytes)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midiscover.sae.pattern import Pattern, kernels_of, places_of
+from midiscover.sae.pattern import Pattern, kernels_of, places_of, positive
 from midiscover.sae.products import Decoded, EncodedJump, EncodedRelu, Product
 
 SPARSE_BELOW = 0.12
@@ -268,7 +268,7 @@ def _too_many(sample: Tensor) -> bool:
 
 def relu_code(pre: PreActivations) -> Code:
     """relu of pre-activations."""
-    pattern = pre.pattern(lambda values: values > 0)
+    pattern = pre.pattern(positive)
     if pattern is None:
         return pre.relu()
     found = pre.at(pattern)

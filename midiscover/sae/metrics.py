@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midiscover.sae.pattern import places_of
+from midiscover.sae.pattern import places_of, positive
 
 DENSITY_EDGES = [round(-6 + 0.25 * i, 2) for i in range(25)]
 """Edges of the histogram of log10 firing rates: 10^-6 to 1."""
@@ -50,7 +50,7 @@ class MetricSums:
         error = (x_hat.float() - x.float()).double()
         x64 = x.double()
         # By their places: a sum of bools takes as long as a product of matrices.
-        places = places_of(features > 0)
+        places = places_of(positive(features))
         self.tokens += len(x)
         self.fired += torch.bincount(places % features.shape[1], minlength=features.shape[1])
         self.l0 += len(places)

@@ -16,6 +16,8 @@ from torch.nn.functional import embedding_bag
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # once a process, on stderr
 
 KERNEL_DEVICES = ("cuda",)
+SHORT = 2**16
+"""Features that 16 bits can number."""
 
 
 def kernels_of(device: torch.device) -> ModuleType | None:
@@ -67,6 +69,11 @@ class Pattern:
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """[n] the places' numbers by feature, and [d_sae + 1] where each feature's begin."""
+        if self.feature.device.type == "cpu" and self.d_sae <= SHORT:  # which NumPy sorts ten times as fast as torch
+            feature = self.feature.numpy()
+            order = torch.from_numpy(np.argsort(feature.astype(np.uint16), kind="stable"))
+            counts = torch.from_numpy(np.bincount(feature, minlength=self.d_sae))
+            return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         keys = self.feature.int() if self.kernels else self.feature  # half the bits to sort by
         ordered, order = keys.sort(stable=True)
         return order, _starts(ordered, self.d_sae)
@@ -138,3 +145,15 @@ def places_of(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":  # torch's own takes twice as long
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero()[:, 0]
+
+
+def positive(values: Tensor) -> Tensor:
+    """values > 0, contiguous and without a gradient; bool."""
+    if values.device.type != "cpu" or values.dtype not in _SIGNED:
+        return values > 0
+    # As whole numbers of the same bits, which NumPy compares twenty times as fast as torch compares bfloat16. What is
+    # not a number counts as positive, so that it reaches the loss.
+    return torch.from_numpy(values.detach().view(_SIGNED[values.dtype]).numpy() > 0)
+
+
+_SIGNED = {torch.bfloat16: torch.int16, torch.float32: torch.int32}

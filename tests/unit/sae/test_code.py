@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import midiscover.sae.code
+import midiscover.sae.pattern
 from midiscover.sae.base import StepContext
 from midiscover.sae.code import DenseCode, PreActivations, SparseCode, product, relu_code
-from midiscover.sae.pattern import Pattern, places_of
+from midiscover.sae.pattern import Pattern, places_of, positive
 from midiscover.sae.registry import ARCHITECTURES, make_sae
 from tests.unit.sae.naive import CONFIGS, rows
 
@@ -54,6 +55,26 @@ def test_rows_of_features_in_any_order_are_a_pattern() -> None:
     dense = torch.zeros(3, 4).scatter(1, features, values.view(3, 2))
     assert torch.allclose(found.times(values, wide), dense @ wide)
     assert torch.allclose(found.transposed_times(values, wide[:3]), dense.T @ wide[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_positive_is_what_is_above_0(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    edges = torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 2, -tiny / 2, 1, -1, float("inf"), -float("inf")], dtype=dtype)
+    values = torch.cat([edges, torch.randn(1014, generator=torch.Generator().manual_seed(0)).to(dtype)]).view(32, 32)
+    assert torch.equal(positive(values), values > 0)
+    assert torch.equal(positive(values[::3]), values[::3] > 0)
+
+
+@pytest.mark.parametrize("short", [2**16, 8])
+def test_places_by_feature_are_in_the_order_of_a_stable_sort(
+    dense: Tensor, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midiscover.sae.pattern, "SHORT", short)
+    pattern = Pattern.of_places(places_of(dense != 0), *dense.shape)
+    order, starts = pattern.by_feature
+    assert torch.equal(order, pattern.feature.sort(stable=True).indices)
+    assert starts.tolist() == [int((pattern.feature < feature).sum()) for feature in range(dense.shape[1] + 1)]
 
 
 def test_both_codes_do_the_same(dense: Tensor) -> None:
