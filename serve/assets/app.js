@@ -81,6 +81,7 @@ function show(reading) {
     row.addEventListener("keydown", (event) => { if (event.key === "Enter") { choose(row, feature); } });
     return row;
   }));
+  at("unknown").hidden = found.features.some((feature) => feature.label);
   at("found").hidden = false;
   if (found.features.length) { choose(at("features").firstChild, found.features[0]); }
 }
