@@ -36,6 +36,9 @@ def plan_parser() -> Parser:
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
     parser.add_argument("--gpus", type=_counts, metavar="N[,N...]", help="on so many GPUs; several: beside each other")
+    parser.add_argument(
+        "--simulate", dest="gpus", action="store_const", const=(8, 64, 512), help="the same as --gpus 8,64,512"
+    )
     parser.add_argument("--gpu", metavar="NAME", help="which; a name of calibrated rates, or of a data sheet")
     parser.add_argument("--price", type=float, metavar="US$", help="of a GPU for an hour")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of the store in all; else of each worker only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def test_two_harvests_are_equal_byte_for_byte(model: LanguageModel, tmp_path: Pa
         list(harvester(model, corpus, storage).run([(span, list(HOOKS)) for span in plan(corpus)]))
     one, two = ({key: s.read(key) for key in s.list("activations")} for s in stores)
     assert one == two
+
+
+def test_on_a_gpu_threads_take_turns_more_often_while_it_runs(
+    model: LanguageModel, corpus: Corpus, storage: Storage
+) -> None:
+    before, seen = sys.getswitchinterval(), []
+    one = harvester(model, corpus, storage)
+    one.on_gpu = True
+    for _ in one.run([(span, list(HOOKS)) for span in plan(corpus)]):
+        seen.append(sys.getswitchinterval())
+    assert seen == [pytest.approx(before / 10)] * len(plan(corpus))
+    assert sys.getswitchinterval() == before
 
 
 def test_the_batch_is_halved_when_memory_ends(

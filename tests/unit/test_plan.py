@@ -176,6 +176,8 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
     assert main(["plan", str(config), "--store", str(store), "--gpus", "1,4", "--price", "2", "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)
     assert [plan["gpus"] for plan in plans] == [1, 4]
+    assert main(["plan", str(config), "--store", str(store), "--simulate", "--json"]) == 0
+    assert [plan["gpus"] for plan in json.loads(capsys.readouterr().out)] == [8, 64, 512]
     assert main(["plan", str(config), "--store", str(store), "--gpus", "1,4", "--price", "2"]) == 0
     told = capsys.readouterr().out
     assert "rates of NVIDIA H200, reckoned from its data sheet, not measured" in told
