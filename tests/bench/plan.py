@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +44,9 @@ class Times(NamedTuple):
         return sum(self)
 
 
-def planned(config: str, store: Path) -> Times:
+def planned(config: str, store: Path, *flags: str) -> Times:
     """What the plan says."""
-    done = midiscover("plan", config, "--store", str(store), "--json")
+    done = midiscover("plan", config, "--store", str(store), "--json", *flags)
     assert done.code == 0, done.err
     (plan,) = json.loads(done.out)
     seconds: dict[str, float] = {}
@@ -55,10 +55,10 @@ def planned(config: str, store: Path) -> Times:
     return Times(seconds["start"] + seconds["harvest"], seconds["train"], seconds["evaluate"], seconds["report"])
 
 
-def taken(config: str, store: Path) -> Times:
+def taken(config: str, store: Path, env: Mapping[str, str] | None = None) -> Times:
     """What the sweep takes."""
     began = time.time()
-    done = midiscover("sweep", config, "--store", str(store), timeout=2 * HOUR)
+    done = midiscover("sweep", config, "--store", str(store), env=env, timeout=2 * HOUR)
     assert done.code == 0, done.err
     ended = time.time()
 
