@@ -97,11 +97,12 @@ SHEETS = {
     "l4": Sheet("NVIDIA L4", 121e12, 0.3e12, 24e9),
     "a10": Sheet("NVIDIA A10", 125e12, 0.6e12, 24e9),
 }
-MODEL_SHARE, STEP_SHARE = 0.4, 0.45
-"""Of a sheet's FLOP/s: what a harvest and the products of an SAE's step are taken to reach."""
+MODEL_SHARE, STEP_SHARE = 0.45, 0.65
+"""Of a sheet's FLOP/s: what a harvest and the products of an SAE's step are taken to reach. An H200 reached 0.40, or
+0.52 compiled, and 0.71 (tests/bench/RESULTS.md)."""
 BANDWIDTH_SHARE = 0.9
-STEP_BYTES = 69
-"""Of memory traffic for each weight and step: casts, Adam, clip, norms."""
+STEP_BYTES = 33
+"""Of memory traffic for each weight and step: Adam with its moments, the gradient and the copy in bfloat16."""
 CODE_BYTES = 20
 """Of memory traffic for each feature and token."""
 ROW = 2048

@@ -4,8 +4,8 @@
 
 The nodes are raylets on this machine, each pinned to one core, behind a head without work; a node with its core stands
 for a GPU. One node is calibrated, and the same sweep of three layers x three L1 coefficients is planned for each number
-of them by those rates and run into a new store, one thread each. Head, driver and agents share the cores with the nodes,
-which on machines of their own they would not. Judges nothing: the exit code is 0.
+of them by those rates and run into a new store, one thread each. Head, driver and agents share the nodes' cores, which
+on machines of their own they would not. Judges nothing: the exit code is 0.
 """
 
 from __future__ import annotations
