@@ -89,7 +89,12 @@ def ours(args: argparse.Namespace, folder: Path, way: str) -> Run:
         "harvest": {"hooks": hooks()},
         "sae": {"kind": "standard", "d_sae": D_SAE},
         "grid": {"sae.l1_coefficient": list(args.l1[way])},
-        "train": {"epochs": args.epochs, "batch_size": args.batch_size, "dtype": args.precision},
+        "train": {
+            "epochs": args.epochs,
+            "batch_size": args.batch_size,
+            "dtype": args.precision,
+            "lr": args.lr.get(way),
+        },
         "evaluate": {"ce_tokens": 0},
         "resources": {"threads": args.threads, "activations": "store" if way == "store" else "stream"},
     }
@@ -162,9 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default=None, help="else what is native here")
     parser.add_argument("--l1", nargs="+", default=[], metavar="WAY=A,B,C")
+    parser.add_argument("--lr", nargs="+", default=[], metavar="WAY=X", help="of ours; else the recipe's")
     args = parser.parse_args(argv)
     args.text = args.text.resolve()
     args.precision = args.precision or ("bfloat16" if native_bfloat16() else "float32")
+    args.lr = {way: float(value) for way, value in (one.split("=") for one in args.lr)}
     given = dict(one.split("=") for one in args.l1)
     args.l1 = L1 | {way: tuple(map(float, values.split(","))) for way, values in given.items()}
     args.l1["stream"] = args.l1["fewer"] = args.l1["store"]
