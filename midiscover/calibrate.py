@@ -27,7 +27,7 @@ from midiscover.models import HookTable
 from midiscover.progress import Progress
 from midiscover.rates import Rates, StepCost
 from midiscover.reading import CPU_BATCH_TOKENS
-from midiscover.sae.base import Normalisation, starting_directions
+from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, SaeConfig, StandardConfig, TopKConfig
 from midiscover.sidebyside import MOST_STEPS, SMALL_BELOW
@@ -214,7 +214,6 @@ def _encode(shape: Shape, device: torch.device) -> float:
     config = StandardConfig(d_sae=shape.d_sae, initial_density=L0S[0] / shape.d_sae)
     sae: Any = make_sae(config, shape.d_in, shape.d_sae, shape.d_in)
     sae.initialise_(0)
-    starting_directions.cache_clear()
     sae.to(device)
     rows = torch.randn(BATCHES[-1], shape.d_in, generator=torch.Generator().manual_seed(0)).to(device)
     sae.calibrate_(rows)

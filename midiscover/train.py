@@ -17,7 +17,7 @@ from torch import Tensor
 from midiscover.member import HISTORY, Diverged, Group, Member, Retired, Slot, Trained
 from midiscover.progress import Progress
 from midiscover.retirement import dominated
-from midiscover.sae.base import Normalisation, starting_directions
+from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sidebyside import Batch, Cores
 from midiscover.stacked import Stepper, steppers
@@ -148,7 +148,6 @@ def train_in_turns(
         )
         for member in members
     ]
-    starting_directions.cache_clear()
     start = 0
     if checkpoint is not None:
         checkpoint.put_into(slots)

@@ -45,8 +45,18 @@ class LocalCluster:
         """Variables of a user who submits: the token and the address, and nothing else that nodes have."""
         return {"RAY_AUTH_TOKEN": self.token, "MIDISCOVER_CLUSTER": self.url}
 
-    def add_worker(self, cpus: int = 2) -> subprocess.Popen[bytes]:
-        """One more node."""
+    def add_worker(self, cpus: int = 2, core: int | None = None) -> subprocess.Popen[bytes]:
+        """One more node; core: the only one it may use; a raylet takes it from its starter and hands it on."""
+        if core is None:
+            return self._add(cpus)
+        mine = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {core})
+        try:
+            return self._add(cpus)
+        finally:
+            os.sched_setaffinity(0, mine)
+
+    def _add(self, cpus: int) -> subprocess.Popen[bytes]:
         before = self.alive()
         # A folder of its own: in a shared one, a node that unpacks a job's code takes the other's from under it.
         temp = self.temp / f"w{len(self.nodes)}"

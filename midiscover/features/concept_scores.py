@@ -16,7 +16,7 @@ from torch import Tensor
 from midiscover.ids import recorded_settings
 from midiscover.interpret import encode_texts, hook_of
 from midiscover.lm import LanguageModel
-from midiscover.sae.base import Sae, starting_directions
+from midiscover.sae.base import Sae
 from midiscover.sae.registry import make_sae
 from midiscover.saes import LoadedSae
 
@@ -125,7 +125,6 @@ def as_it_began(loaded: LoadedSae, rows: Tensor, seed: int) -> Began:
     module = loaded.module
     sae = make_sae(_settings(loaded), module.d_in, module.d_sae, module.d_out)
     sae.initialise_(seed)
-    starting_directions.cache_clear()
     mean = rows.mean(0)
     scale = math.sqrt(module.d_in) / float((rows - mean).norm(dim=1).mean().clamp(min=1e-8))
     sae.uncentre_(scale * mean)

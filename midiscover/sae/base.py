@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -119,7 +118,8 @@ class Sae(nn.Module, ABC):
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
         """Random decoder directions, the encoder their transpose, zero biases; the same on every machine."""
-        self.W_dec.copy_(starting_directions(self.d_sae, self.d_out, seed)).mul_(self.initial_norm)
+        rows = random_directions(self.d_sae, self.d_out, torch.Generator().manual_seed(seed))
+        self.W_dec.copy_(rows).mul_(self.initial_norm)
         if not self.transcodes:
             self.W_enc.copy_(self.W_dec.T * self.encoder_norm)
         for name in (*self.per_feature, "b_dec"):
@@ -219,18 +219,18 @@ class Sae(nn.Module, ABC):
         norm of their decoder row and divided by the scale of the outputs.
         """
         inputs, outputs = _double(inputs, self.W_dec.device), _double(outputs, self.W_dec.device)
-        features, whole = self._doubles()
+        features, whole = self._by_feature()
+        whole = {name: value.double() for name, value in whole.items()}
         parts = []
         for part in torch.arange(self.d_sae).split(FOLDED_AT_ONCE):  # no matrix is there in float64 as a whole
             some = slice(int(part[0]), int(part[-1]) + 1)
-            w = whole | {name: value[..., some] if name == "W_enc" else value[some] for name, value in features.items()}
-            w = {name: value.double() for name, value in w.items()}
+            own = {name: value[..., some] if name == "W_enc" else value[some] for name, value in features.items()}
+            w = whole | {name: value.double() for name, value in own.items()}
             parts.append(_singles(self.folded(w, inputs, outputs)))
         matrices = {name: torch.cat([part[name] for part in parts], 1 if name == "W_enc" else 0) for name in parts[0]}
-        rest = self.folded_rest({name: value.double() for name, value in whole.items()}, inputs, outputs)
-        return matrices | _singles(rest)
+        return matrices | _singles(self.folded_rest(whole, inputs, outputs))
 
-    def _doubles(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _by_feature(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and buffers: those of single features, and the rest."""
         state = {name: value.detach() for name, value in self.state_dict().items()}
         own = ("W_enc", "W_dec", *self.per_feature)
@@ -260,12 +260,6 @@ class Sae(nn.Module, ABC):
     @abstractmethod
     def config_of(cls, cfg: Mapping[str, Any]) -> Any:
         """The settings that matter for encoding, from a cfg.json."""
-
-
-@lru_cache(maxsize=1)
-def starting_directions(count: int, dim: int, seed: int) -> Tensor:
-    """[count, dim] unit vectors, the same for all SAEs of a pack; who has made the last of them clears the cache."""
-    return random_directions(count, dim, torch.Generator().manual_seed(seed))
 
 
 def random_directions(count: int, dim: int, generator: torch.Generator) -> Tensor:

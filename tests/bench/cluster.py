@@ -95,11 +95,8 @@ def _efficiency(folder: Path, args: argparse.Namespace) -> None:
         fresh_database(server) as database,
         local_cluster(folder, 0, {"MIDISCOVER_DATABASE_URL": database}) as cluster,
     ):
-        mine = os.sched_getaffinity(0)
-        for core in sorted(mine)[:2]:
-            os.sched_setaffinity(0, {core})  # which a raylet takes from its starter, and hands on to its workers
-            cluster.add_worker(cpus=2)
-            os.sched_setaffinity(0, mine)
+        for core in sorted(os.sched_getaffinity(0))[:2]:
+            cluster.add_worker(core=core)
         joined = {**cluster.variables, "RAY_ADDRESS": cluster.gcs}
         for repeat in range(args.repeats):
             for way in rates:

@@ -33,6 +33,16 @@ RUNNERS = {"SAELens": "run_saelens.py", "dictionary_learning": "run_dictionary_l
 ROOT = Path(__file__).parents[2]
 
 
+def run_jobs(script: str, jobs: Path) -> None:
+    """Have a side's script answer a file of jobs, in this Python; what it says is told where it fails."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, str(Path(__file__).with_name("peers") / script), str(jobs)]
+    done = subprocess.run(line, env=os.environ | quiet, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script}: {done.stdout}{done.stderr}")
+
+
 def seconds_a_step(side: str, kind: str, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     """Of one training in a process of its own, and the L0 it ended at."""
     variant, lr, sparsity = (VARIANTS[side], STILL, None) if side in VARIANTS else PEERS[side, kind]
@@ -42,14 +52,7 @@ def seconds_a_step(side: str, kind: str, folder: Path, args: argparse.Namespace)
     job |= {"precision": "bfloat16"}
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps([job]))
-    script = Path(__file__).with_name("peers") / RUNNERS.get(side, "run_ours.py")
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(jobs)], env=os.environ | quiet, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{side}, {kind}: {done.stdout}{done.stderr}")
+    run_jobs(RUNNERS.get(side, "run_ours.py"), jobs)
     told = json.loads((folder / "step.json").read_text())
     return told["seconds_a_step"], told["own"]["l0"]
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ import torch
 from rich.table import Table
 
 from midiscover import tables
-from tests.bench.gpu_step import OURS, ROOT, RUNNERS
+from tests.bench.gpu_step import OURS, RUNNERS, run_jobs
 from tests.bench.step_sides import planted
 
 L1 = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
@@ -46,14 +44,7 @@ def seconds_of(side: str, folder: Path, args: argparse.Namespace) -> tuple[float
     (folder / side).mkdir()
     path = folder / side / "jobs"
     path.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("peers") / RUNNERS.get(side, "run_ours_packs.py")
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(path)], env=os.environ | quiet, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{side}: {done.stdout}{done.stderr}")
+    run_jobs(RUNNERS.get(side, "run_ours_packs.py"), path)
     told = [json.loads(answer.read_text()) for answer in (folder / side).glob("*.json")]
     return sum(one["seconds"] for one in told), sum(one["seconds_a_step"] for one in told) * args.steps
 

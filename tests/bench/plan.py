@@ -44,6 +44,13 @@ class Times(NamedTuple):
         return sum(self)
 
 
+def calibrate(config: str, store: Path, env: Mapping[str, str] | None = None) -> None:
+    """Measure the rates that plans with this store reckon with."""
+    done = midiscover("calibrate", config, "--store", str(store), env=env, timeout=HOUR)
+    assert done.code == 0, done.err
+    print(f"{config}: calibrated in {done.seconds:.0f} s", flush=True)
+
+
 def planned(config: str, store: Path, *flags: str) -> Times:
     """What the plan says."""
     done = midiscover("plan", config, "--store", str(store), "--json", *flags)
@@ -78,6 +85,18 @@ def taken(config: str, store: Path, env: Mapping[str, str] | None = None) -> Tim
     return Times(*(b - a for a, b in zip(marks, marks[1:], strict=False)))
 
 
+def comparison(label: str) -> Table:
+    """Of plans and runs, still empty."""
+    return Table(label, "", *(f"{name}, s" for name in Times._fields), "in all, s", "plan / run", box=box.SIMPLE_HEAD)
+
+
+def compare(table: Table, label: str, said: Times, took: Times) -> None:
+    """Add a plan and its run, and show the table."""
+    for name, times, ratio in (("plan", said, ""), ("run", took, f"{said.whole / took.whole:.2f}")):
+        table.add_row(label, name, *(f"{one:.0f}" for one in times), f"{times.whole:.0f}", ratio)
+    tables.show(table)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,22 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the stores are made; a temporary folder by default")
     args = parser.parse_args(argv)
     print(machine())
-    table = Table(
-        "config", "", *(f"{name}, s" for name in Times._fields), "in all, s", "plan / run", box=box.SIMPLE_HEAD
-    )
+    table = comparison("config")
     if args.folder:
         args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="midiscover-bench-", dir=args.folder) as folder:
         for config in args.configs:
             store = Path(folder) / Path(config).stem
-            calibrated = midiscover("calibrate", config, "--store", str(store), timeout=HOUR)
-            assert calibrated.code == 0, calibrated.err
-            print(f"{config}: calibrated in {calibrated.seconds:.0f} s", flush=True)
-            said, took = planned(config, store), taken(config, store)
-            for name, times in (("plan", said), ("run", took)):
-                ratio = f"{said.whole / took.whole:.2f}" if name == "run" else ""
-                table.add_row(config, name, *(f"{one:.0f}" for one in times), f"{times.whole:.0f}", ratio)
-            tables.show(table)
+            calibrate(config, store)
+            compare(table, config, planned(config, store), taken(config, store))
     print(f"Goal: within {GOAL:.0%} in all.\n{machine()}")
     return 0
 

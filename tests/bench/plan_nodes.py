@@ -18,14 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from rich import box
-from rich.table import Table
 
-from midiscover import tables
 from tests.bench.harvest import machine
-from tests.bench.plan import GOAL, HOUR, Times, planned, taken
-from tests.clusters import LocalCluster, local_cluster
-from tests.jobs_cli import midiscover
+from tests.bench.plan import GOAL, calibrate, compare, comparison, planned, taken
+from tests.clusters import local_cluster
 from tests.postgres import fresh_database, postgres
 
 LAYERS = (10, 15, 20)
@@ -49,16 +45,6 @@ def written(folder: Path, tokens: int) -> str:
     return str(path)
 
 
-def add_pinned(cluster: LocalCluster, core: int) -> None:
-    """A node on one core, which its raylet takes from its starter and hands on to its workers."""
-    mine = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        cluster.add_worker(cpus=2)
-    finally:
-        os.sched_setaffinity(0, mine)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     free = sorted(os.sched_getaffinity(0))
     print(machine())
-    table = Table(
-        "nodes", "", *(f"{name}, s" for name in Times._fields), "in all, s", "plan / run", box=box.SIMPLE_HEAD
-    )
+    table = comparison("nodes")
     with (
         tempfile.TemporaryDirectory(prefix="midiscover-bench-") as folder,
         postgres() as server,
@@ -80,17 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         joined = {**cluster.variables, "RAY_ADDRESS": cluster.gcs}
         for count in args.nodes:
             for _ in range(count - len(cluster.nodes) + 1):
-                add_pinned(cluster, free[len(cluster.nodes) - 1])
+                cluster.add_worker(core=free[len(cluster.nodes) - 1])
             if not rates.exists():
-                done = midiscover("calibrate", config, "--store", str(rates), env=joined, timeout=HOUR)
-                assert done.code == 0, done.err
-                print(f"calibrated in {done.seconds:.0f} s", flush=True)
+                calibrate(config, rates, joined)
             said = planned(config, rates, "--gpus", str(count), "--gpu", "cpu")
-            took = taken(config, Path(folder) / f"store-{count}", joined)
-            for name, times in (("plan", said), ("run", took)):
-                ratio = f"{said.whole / took.whole:.2f}" if name == "run" else ""
-                table.add_row(str(count), name, *(f"{one:.0f}" for one in times), f"{times.whole:.0f}", ratio)
-            tables.show(table)
+            compare(table, str(count), said, taken(config, Path(folder) / f"store-{count}", joined))
     print(f"Goal: within {GOAL:.0%} in all.\n{machine()}")
     return 0
 

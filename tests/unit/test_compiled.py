@@ -68,8 +68,6 @@ def test_what_is_compiled_was_run_compiled(pair: tuple[LanguageModel, LanguageMo
         assert dynamic
         return lambda *args, **kwargs: (calls.append(written), written(*args, **kwargs))[1]
 
-    folder = lm.identity.folder
-    assert folder is not None
     again = LanguageModel.load(lm.identity, dtype="float32", attention=lm.model.config._attn_implementation)
     again.compiled = CompiledAttention(again.model, compiler)
     paths = again.compiled.paths
