@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midiscover.config import TrainConfig
-from midiscover.sae.base import Normalisation, Sae, StepContext
+from midiscover.sae.base import Dead, Normalisation, Sae, StepContext
 from midiscover.sae.l0control import CoefficientControl, L0Control, ThresholdControl
 from midiscover.sae.registry import make_sae
 from midiscover.sae.replay import Replayed
@@ -41,6 +41,10 @@ class Group(Protocol):
         ...
 
 
+ASKED_EVERY = 16
+"""Steps after which a GPU is asked again how many features are dead."""
+FEWEST_COLUMNS = 1024
+"""Dead features for which a recorded step has room at least: kernels are compiled for each such number."""
 HISTORY = ("step", "tokens", "loss", "mse", "sparsity", "l0", "fvu", "lr", "coefficient")
 
 
@@ -145,14 +149,12 @@ class Slot:
         halved = train.dtype == "bfloat16" and group is None
         self.update = make_update(sae, lr=self.lr, betas=train.betas, halved=halved)
         self.weight = torch.zeros((), device=device)
-        self.replayed: Replayed | None = None
-        if isinstance(self.update, HalvedUpdate) and device.type == "cuda":
-            me = weakref.proxy(self)  # no circle that would keep a card's memory until a garbage collection
-            self.replayed = Replayed(lambda x, y=None: me._take(x, x if y is None else y, me.weight, None))
+        self.records = isinstance(self.update, HalvedUpdate) and device.type == "cuda"
+        self.recordings: dict[int, Replayed] = {}
         self.window = dead_window(train, rows_per_epoch)
         self.aux_window = aux_window(train, self.window, rows_per_epoch)
         self.since_fired = torch.zeros(member.d_sae, dtype=torch.int64, device=device)
-        self.none_dead_before = 0
+        self.dead_at_most = self.known_before = 0
         self.history: dict[str, list[float]] = {name: [] for name in HISTORY}
         self.seconds = 0.0
         self.diverged: int | None = None
@@ -179,14 +181,24 @@ class Slot:
         self.resample(x, y, step)
         weight = self.coefficient() * l1_scale(step, self.steps, config)
         self.update.prepare(self.lr * lr_scale(step, self.steps, config))
-        dead = self._dead(step, len(x))
-        if self.replayed is None or dead is not None:
-            point = self._take(x, y, weight, dead)
-        else:
+        dead_at_most = self._dead_at_most(step, len(x))
+        if self.records:
             self.weight.copy_(weight) if isinstance(weight, Tensor) else self.weight.fill_(weight)
-            point = Point(*self.replayed(x) if y is x else self.replayed(x, y))
+            replayed = self._recording(dead_at_most)
+            point = Point(*replayed(x) if y is x else replayed(x, y))
+        else:
+            point = self._take(x, y, weight, dead_at_most)
         self.observe(point, step)
         return point
+
+    def _recording(self, dead_at_most: int) -> Replayed:
+        """Of steps with so many columns for dead features."""
+        if dead_at_most not in self.recordings:
+            me = weakref.proxy(self)  # no circle that would keep a card's memory until a garbage collection
+            self.recordings[dead_at_most] = Replayed(
+                lambda x, y=None: me._take(x, x if y is None else y, me.weight, dead_at_most)
+            )
+        return self.recordings[dead_at_most]
 
     def resample(self, x: Tensor, y: Tensor, step: int) -> None:
         """Point dead features elsewhere where it is time for it."""
@@ -200,9 +212,10 @@ class Slot:
         if self.control is not None:
             self.control.observe(self.sae, point.l0, step)
 
-    def _take(self, x: Tensor, y: Tensor, weight: float | Tensor, dead: Tensor | None) -> Point:
-        """A step on the device, which does not wait for it unless features are dead."""
+    def _take(self, x: Tensor, y: Tensor, weight: float | Tensor, dead_at_most: int) -> Point:
+        """A step on the device, which does not wait for it."""
         config, sae = self.member.train, self.sae
+        dead = Dead(self.since_fired >= self.aux_window, dead_at_most) if dead_at_most else None
         context = StepContext(sparsity=weight, dead=dead, mean=self._mean if self.group else None)
         halves = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
         with self.update.computing(), halves:
@@ -231,15 +244,24 @@ class Slot:
         self.group.mean_([value])
         return value
 
-    def _dead(self, step: int, batch_size: int) -> Tensor | None:
-        if not self.sae.uses_dead or step < self.none_dead_before:
-            return None
-        longest = int(self.since_fired.max())
-        if longest >= self.aux_window:
-            return self.since_fired >= self.aux_window
-        # Until the longest silent feature can be dead no step has to ask the device.
-        self.none_dead_before = step - (longest - self.aux_window) // batch_size
-        return None
+    def _dead_at_most(self, step: int, batch_size: int) -> int:
+        """Features that may count as dead in a step; 0 where nothing asks for them.
+
+        Asking waits for the device: until the longest silent one can be dead nobody does, and where steps are recorded
+        one answer, made a round number so that recordings serve again, holds for several.
+        """
+        if not self.sae.uses_dead or step < self.known_before:
+            return self.dead_at_most
+        ahead = ASKED_EVERY if self.records else 1
+        alive = int(self.aux_window - 1 - self.since_fired.max()) // batch_size + 1
+        if alive >= ahead:
+            self.dead_at_most, self.known_before = 0, step + alive
+            return 0
+        count = int((self.since_fired >= self.aux_window - (ahead - 1) * batch_size).sum())
+        if self.records:
+            count = min(self.member.d_sae, max(FEWEST_COLUMNS, 1 << (count - 1).bit_length()))
+        self.dead_at_most, self.known_before = count, step + ahead
+        return count
 
     def record(self, point: Point, step: int, batch_size: int) -> None:
         """A point of the loss curve; where the loss is not finite, the end of this SAE."""

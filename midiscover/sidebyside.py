@@ -9,17 +9,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from midiscover.cores import cores
 from midiscover.stacked import Stepper
 
 SMALL_BELOW = 2**32
 """Multiply-adds of x @ W_enc below which a step is taken by one core. By measurement: tests/bench/RESULTS.md."""
 MOST_STEPS = 8
 """Batches that are looked ahead, so that cores need not wait for each other at every step."""
+LARGE_FROM = 2**23
+"""Numbers of a matrix from which several SAEs are made, or folded, at once: each takes tenths of a second of a core."""
+MADE_AT_ONCE = 2**31
+"""Numbers, temporary ones as well, that may be held for that at once."""
 
 
 class Batch(NamedTuple):
@@ -31,6 +36,17 @@ class Batch(NamedTuple):
 
 
 Take = Callable[[Stepper, Batch], None]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def for_each(items: Sequence[T], work: Callable[[T], R], *, numbers: int) -> list[R]:
+    """`work` of every item, in their order, several at once where they are large; numbers: of a matrix of one's SAE."""
+    at_once = min(len(items), cores(), MADE_AT_ONCE // (4 * max(1, numbers))) if numbers >= LARGE_FROM else 1
+    if at_once <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(at_once, "maker", torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(work, items))
 
 
 class Cores:

@@ -19,7 +19,7 @@ from midiscover.progress import Progress
 from midiscover.retirement import dominated
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
-from midiscover.sidebyside import Batch, Cores
+from midiscover.sidebyside import Batch, Cores, for_each
 from midiscover.stacked import Stepper, steppers
 
 __all__ = ["Diverged", "Group", "Member", "Retired", "Source", "Trained", "Worker", "train", "train_in_turns"]
@@ -136,18 +136,14 @@ def train_in_turns(
     checkpoint = _Checkpoint.of(worker.load_checkpoint(), members)
     if checkpoint is not None and checkpoint.source is not None and isinstance(source, Remembering):
         source.restore(checkpoint.source)
-    slots = [
-        Slot(
-            member,
-            source.inputs,
-            source.outputs,
-            rows_per_epoch=source.rows_per_epoch,
-            steps=len(source),
-            device=worker.device,
-            group=group,
-        )
-        for member in members
-    ]
+    numbers = max((member.d_sae * source.outputs.mean.numel() for member in members), default=0)
+
+    def slot_of(member: Member) -> Slot:
+        rows, steps = source.rows_per_epoch, len(source)
+        ends = source.inputs, source.outputs
+        return Slot(member, *ends, rows_per_epoch=rows, steps=steps, device=worker.device, group=group)
+
+    slots = for_each(members, slot_of, numbers=numbers)
     start = 0
     if checkpoint is not None:
         checkpoint.put_into(slots)
@@ -158,7 +154,8 @@ def train_in_turns(
         yield from _Loop(slots, source, worker, cores, stack=stack).run(start)
     finally:
         cores.close()
-    return [slot.finish(len(source) * source.batch_size) for slot in slots]  # in the order of `members`
+    tokens = len(source) * source.batch_size
+    return for_each(slots, lambda slot: slot.finish(tokens), numbers=numbers)  # in the order of `members`
 
 
 class _Loop:

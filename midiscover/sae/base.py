@@ -46,14 +46,28 @@ class Losses(NamedTuple):
     """What fired."""
 
 
+class Dead(NamedTuple):
+    """Features that count as dead."""
+
+    mask: Tensor
+    """[d_sae] bool."""
+    at_most: int
+    """No fewer than there are; known without asking the device, which a step would have to wait for."""
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """[at_most] features: the dead ones, rising, and others where there are not so many; and which are dead."""
+        found = self.mask.byte().sort(descending=True, stable=True).indices[: self.at_most]
+        return found, self.mask[found]
+
+
 class StepContext(NamedTuple):
     """What a loss needs besides the batch."""
 
     sparsity: float | Tensor
     """Weight of the sparsity penalty at this step: the coefficient times its warm-up. A scalar tensor where it is
     steered, so that no step waits for a GPU."""
-    dead: Tensor | None
-    """[d_sae] bool, features that count as dead; None where nothing asks for them or none is."""
+    dead: Dead | None
+    """None where nothing asks for them or none is."""
     mean: Callable[[Tensor], Tensor] | None = None
     """Mean of a value without gradient over the processes that share the batch; None: the batch is whole."""
 

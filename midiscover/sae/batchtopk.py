@@ -81,9 +81,7 @@ def _by_kernels(pre: PreActivations, k: int, *, sparse: bool) -> tuple[Code, Ten
     smallest = smallest_kept(found.detach())
     if sparse:
         return SparseCode(torch.relu(found), pattern), smallest
-    kept = torch.zeros_like(pre.values, dtype=torch.bool)
-    kept.view(-1).scatter_(0, pattern.token * pattern.d_sae + pattern.feature, True)
-    return DenseCode(torch.where(kept, torch.relu(pre.whole()), 0)), smallest
+    return DenseCode(pre.relu_at(pattern)), smallest
 
 
 def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

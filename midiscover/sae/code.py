@@ -187,6 +187,12 @@ class PreActivations:
             found = found.float() if self.kernels else found
         return Product.apply(self.rows, self.encoder, self.bias, self.b_dec, found, pattern)
 
+    def relu_at(self, pattern: Pattern) -> Tensor:
+        """[tokens, d_sae]: relu of `whole` at the places of a pattern, zero elsewhere."""
+        kept = torch.zeros_like(self.values, dtype=torch.bool)
+        kept.view(-1).scatter_(0, pattern.token * pattern.d_sae + pattern.feature, True)
+        return torch.where(kept, torch.relu(self.whole()), 0)
+
     def relu(self) -> Code:
         """relu of `whole`; where kernels are used, `values` is not to be read any more."""
         if not self.kernels:
@@ -236,9 +242,10 @@ class PreActivations:
         below = SPARSE_BELOW_ON_GPU if self.kernels else SPARSE_BELOW
         return self.may_be_sparse and k <= below * self.values.shape[1]
 
-    def columns(self, features: Tensor) -> PreActivations:
-        """Those of some features, by index [m]."""
-        return PreActivations(self.x, self.encoder[:, features], self.bias[features], self.b_dec)
+    def columns(self, features: Tensor, firing: Tensor) -> PreActivations:
+        """Those of some features, by index [m], no two the same; those not `firing` [m] bool fire nowhere."""
+        bias = torch.where(firing, self.bias.index_select(0, features), -torch.inf)
+        return PreActivations(self.x, self.encoder.T.index_select(0, features).T, bias, self.b_dec)
 
 
 def product(features: Tensor, decoder: Tensor) -> Tensor:

@@ -64,14 +64,15 @@ class TopKSae(Sae):
         if context.dead is None or self.config.auxk_coefficient == 0:
             return residual.new_zeros(())
         # Only the dead columns: with all of them AuxK would cost three more of a step's five large products, however
-        # few are dead. Their number is the one thing that a step with dead features waits for.
-        columns = context.dead.nonzero().flatten()
-        code = top_code(pre.columns(columns), min(self.config.k_aux or max(1, self.d_in // 2), len(columns)))
+        # few are dead.
+        columns, dead = context.dead.columns()
+        code = top_code(pre.columns(columns, dead), min(self.config.k_aux or max(1, self.d_in // 2), len(columns)))
         centre = residual.mean(0)
         variance = (residual - (context.mean(centre) if context.mean else centre)).pow(2).sum(-1).mean()
         if context.mean:
             variance = context.mean(variance)
-        return squared_error(code.decode(self.W_dec[columns]), residual) / variance.clamp(min=1e-8)
+        error = squared_error(code.decode(self.W_dec.index_select(0, columns)), residual)
+        return torch.where(dead.any(), error / variance.clamp(min=1e-8), 0)
 
     def saelens_fields(self) -> dict[str, Any]:
         # With unit decoder rows the rescaling changes nothing, and it makes SAELens' fold_W_dec_norm legal.
@@ -84,10 +85,15 @@ class TopKSae(Sae):
 
 def top_code(pre: PreActivations, k: int) -> Code:
     """relu of the k largest pre-activations of each token."""
-    if not pre.prefers_sparse(k):
-        return DenseCode(keep_top(pre.whole(), k))
-    pattern = pre.top(k)
-    return SparseCode(torch.relu(pre.at(pattern)), pattern)
+    width = pre.values.shape[1]
+    if k == width:
+        return pre.relu()
+    if pre.prefers_sparse(k):
+        pattern = pre.top(k)
+        return SparseCode(torch.relu(pre.at(pattern)), pattern)
+    if pre.kernels and width <= pre.kernels.WIDEST:  # `topk` takes several times as long there
+        return DenseCode(pre.relu_at(pre.top(k)))
+    return DenseCode(keep_top(pre.whole(), k))
 
 
 def keep_top(pre: Tensor, k: int) -> Tensor:

@@ -76,7 +76,7 @@ def step_seconds(config: SaeConfig, batches: Sequence[Tensor], steps: int) -> tu
     l0 = run(WARM, steps)
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000 / steps, l0, slot.replayed is not None and slot.replayed.graph is not None
+    return begin.elapsed_time(end) / 1000 / steps, l0, any(one.graph for one in slot.recordings.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from itertools import groupby
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from midiscover import work
 from midiscover.cli import main
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError
@@ -144,9 +146,22 @@ def test_more_than_a_card_holds_is_said(tmp_path: Path) -> None:
     assert "2 SAEs of model.layers.0.mlp.down_proj are 2 times what a card holds" in plan.notes[0]
 
 
-def test_the_text_is_counted_by_its_limits(tmp_path: Path) -> None:
-    run = resolved(tmp_path)
-    assert work_of(run, None) == Work(21_600, 2_400, exact=False)
+def test_few_long_documents_are_counted_on_the_side_that_each_falls_to(tmp_path: Path) -> None:
+    texts = [f"{number} " + "word " * 839 for number in range(10, 32)]  # 4,198 characters
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    given = {"source": str(tmp_path / "long.jsonl"), "max_tokens": 12_500, "held_out": 0.3, "seed": 4}
+    draws = [int(hashlib.sha256(f"4\n{text}".encode()).hexdigest()[:16], 16) / 2**64 for text in texts]
+    held_out = sum(1000 * (draw < 0.3) for draw in draws[:12]) + 500 * (draws[12] < 0.3)
+    assert 1500 < held_out < 5000
+    expected = Work(12_500 - held_out, held_out, exact=False)
+    assert work_of(resolved(tmp_path, corpus=given), None) == expected
+    short = work_of(resolved(tmp_path, corpus=given | {"max_tokens": 999_999}), None)
+    assert short.train + short.held_out == 22_000
+
+
+def test_the_text_is_counted_by_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "READ_BELOW", 0)
+    assert work_of(resolved(tmp_path), None) == Work(21_600, 2_400, exact=False)
     source = {"source": str(tmp_path / "text.jsonl"), "context_size": 32}
     few = work_of(resolved(tmp_path, corpus=source | {"max_samples": 10}), None)
     many = work_of(resolved(tmp_path, corpus=source | {"max_samples": 20}), None)
@@ -170,7 +185,7 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
     write_rates(LocalStorage(store), RATES)
     assert main(["plan", str(config), "--store", str(store), "--out", str(picture)]) == 0
     told = capsys.readouterr().out
-    assert "4 SAEs in 2 packs, about 21,600 training and 2,400 held-out tokens; rates of CPU" in told
+    assert "4 SAEs in 2 packs, about 22,707 training and 1,293 held-out tokens; rates of CPU" in told
     assert "Longest: " in told
     assert "harvest 1" in picture.read_text()
     assert main(["plan", str(config), "--store", str(store), "--gpus", "1,4", "--price", "2", "--json"]) == 0

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import midiscover.sidebyside
+from midiscover.member import Slot
 from midiscover.saeconfig import StandardConfig, TopKConfig
-from midiscover.sidebyside import Batch, Cores
+from midiscover.sidebyside import Batch, Cores, for_each
 from midiscover.train import Diverged, Member, Retired, Trained, train
 from tests.unit.test_train import TRAIN, MemorySource, MemoryWorker, assert_equal, source, trained
 
@@ -40,6 +41,27 @@ def test_weights_do_not_depend_on_the_cores(source: MemorySource) -> None:
         assert_equal(one, two)
     (single,) = trained(train(members()[:1], source, MemoryWorker(), threads=2))
     assert_equal(single, alone[0])
+
+
+def test_large_saes_are_made_and_folded_at_once_and_are_the_same(
+    source: MemorySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = trained(train(members(), source, MemoryWorker()))
+    folding: set[str] = set()
+    finish = Slot.finish
+
+    def seen(self: Slot, tokens: int) -> Any:
+        folding.add(threading.current_thread().name)
+        return finish(self, tokens)
+
+    monkeypatch.setattr(midiscover.sidebyside, "cores", lambda: 2)
+    monkeypatch.setattr(midiscover.sidebyside, "LARGE_FROM", 1)
+    monkeypatch.setattr(Slot, "finish", seen)
+    for one, two in zip(trained(train(members(), source, MemoryWorker())), alone, strict=True):
+        assert_equal(one, two)
+    assert folding <= {"maker_0", "maker_1"}
+    monkeypatch.setattr(midiscover.sidebyside, "MADE_AT_ONCE", 1)
+    assert for_each([3, 1, 2], lambda n: (n, threading.current_thread().name), numbers=9)[0] == (3, "MainThread")
 
 
 def test_a_resumed_pack_goes_on_wherever_its_look_ahead_ended(source: MemorySource) -> None:

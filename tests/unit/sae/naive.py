@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from midiscover.sae.base import Sae, StepContext
+from midiscover.sae.base import Dead, Sae, StepContext
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import (
     BatchTopKConfig,
@@ -77,6 +77,11 @@ def batch(sae: Sae) -> tuple[Tensor, Tensor]:
 def some_dead() -> Tensor:
     """[D_SAE] bool."""
     return torch.arange(D_SAE) % 4 == 0
+
+
+def dead_of(mask: Tensor, *, spare: int = 0) -> Dead:
+    """With room for so many more than there are."""
+    return Dead(mask, int(mask.sum()) + spare)
 
 
 Formula = Callable[[Sae, Tensor, Tensor, StepContext], Tensor]
@@ -216,7 +221,7 @@ def _largest_of_batch(pres: list[list[Tensor]]) -> list[dict[int, Tensor]]:
 def _auxk(sae: Sae, pres: list[list[Tensor]], residuals: list[Tensor], context: StepContext) -> Tensor:
     """The four strongest dead features on the residual, over its variance (Gao et al. 2024, A.2)."""
     assert context.dead is not None
-    dead = [i for i in range(D_SAE) if context.dead[i]]
+    dead = [i for i in range(D_SAE) if context.dead.mask[i]]
     residuals = [residual.detach() for residual in residuals]
     mean = sum(residuals, torch.zeros(())) / len(residuals)
     variance = _mean([_error(residual, mean) for residual in residuals])

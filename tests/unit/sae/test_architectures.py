@@ -19,7 +19,7 @@ from midiscover.sae.base import Normalisation, Sae, StepContext
 from midiscover.sae.code import DenseCode, SparseCode
 from midiscover.sae.registry import ARCHITECTURES, FOLDED, folded_sae, make_sae
 from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, TopKConfig
-from tests.unit.sae.naive import CONFIGS, D_IN, D_SAE, NAIVE, TOKENS, batch, make, make_used, rows, some_dead
+from tests.unit.sae.naive import CONFIGS, D_IN, D_SAE, NAIVE, TOKENS, batch, dead_of, make, make_used, rows, some_dead
 
 KINDS = sorted(ARCHITECTURES)
 INPUTS = Normalisation(torch.linspace(2, 3, D_IN, dtype=torch.float64), 0.37, 1.0)
@@ -40,8 +40,8 @@ def cfg_of(sae: Sae) -> dict[str, object]:
     return sizes | sae.saelens_fields()
 
 
-def context(sae: Sae) -> StepContext:
-    return StepContext(sparsity=0.35, dead=some_dead() if sae.uses_dead else None)
+def context(sae: Sae, spare: int = 2) -> StepContext:
+    return StepContext(sparsity=0.35, dead=dead_of(some_dead(), spare=spare) if sae.uses_dead else None)
 
 
 def test_every_architecture_has_a_config_and_a_naive_formula_here() -> None:

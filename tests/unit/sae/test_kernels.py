@@ -6,17 +6,19 @@ Where there is no GPU Triton interprets the kernels, so that every line of them 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+import midiscover.member
 import midiscover.sae.code
 import midiscover.sae.pattern
 from midiscover.config import TrainConfig
 from midiscover.member import Member, Slot
-from midiscover.sae.base import Normalisation, Sae, StepContext
+from midiscover.sae.base import Dead, Normalisation, Sae, StepContext
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.jumprelu import JumpReluStep
 from midiscover.sae.registry import ARCHITECTURES
@@ -178,7 +180,7 @@ def gradients(one: Slot, x: Tensor, y: Tensor, *, autocast: bool) -> dict[str, T
     dead = torch.arange(sae.d_sae, device=device) % 10 == 0
     x, y = (rows.to(device, sae.b_dec.dtype) for rows in (x, y))
     with one.update.computing(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-        losses = sae.loss(x, y, StepContext(sparsity=0.3, dead=dead if sae.uses_dead else None))
+        losses = sae.loss(x, y, StepContext(sparsity=0.3, dead=Dead(dead, 7) if sae.uses_dead else None))
     losses.total.backward()
     halves = one.update.halves if isinstance(one.update, HalvedUpdate) else {}
     found = {name: halves.get(name, parameter).grad for name, parameter in sae.named_parameters()}
@@ -248,3 +250,43 @@ def test_a_training_goes_on_bit_for_bit_and_learns_as_in_float32(kind: str, kern
     assert float(point.mse) == pytest.approx(float(expected.mse), rel=0.02)
     assert float(point.l0) == pytest.approx(float(expected.l0), rel=0.05)
     assert halved.sae.W_enc.dtype == torch.float32
+
+
+class Unrecorded:
+    """In a recording's place where there is no card to record."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
+        self.function = function
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_recorded_steps_ask_seldom_for_dead_features_and_learn_the_same(
+    kind: str, kernel_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midiscover.member, "ASKED_EVERY", 2)
+    monkeypatch.setattr(midiscover.member, "FEWEST_COLUMNS", 8)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(midiscover.member, "Replayed", Unrecorded)
+    recorded, asking = (slot(CONFIGS[kind], "bfloat16", DEVICE) for _ in range(2))
+    x = rows(1, recorded.sae.d_in, BATCH).float().to(DEVICE)
+    rooms: list[int] = []
+    for one in (recorded, asking):
+        one.aux_window, one.records = 3 * BATCH, one is recorded
+        use(one.sae)
+        one.update.changed()
+    for step in range(STEPS + 2):
+        batch = x + 0.1 * normal(step, *x.shape)
+        for one in (recorded, asking):
+            one.step(batch, batch, step)
+        rooms.append(recorded.dead_at_most)
+        assert int((recorded.since_fired - BATCH >= recorded.aux_window).sum()) <= recorded.dead_at_most
+        assert torch.equal(recorded.since_fired, asking.since_fired)
+    assert asking.dead_at_most > 0, "features are dead at the end"
+    assert rooms[0] == 0
+    assert set(rooms) <= {0, 8, 16, 32, 40}
+    assert len(recorded.recordings) == len(set(rooms)) > 1
+    for (name, one), two in zip(recorded.sae.named_parameters(), asking.sae.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5), name

@@ -23,7 +23,7 @@ from midiscover.saeconfig import (
     TopKConfig,
     TranscoderConfig,
 )
-from tests.unit.sae.naive import D_IN, D_OUT, D_SAE, batch, make, make_used, rows, some_dead
+from tests.unit.sae.naive import D_IN, D_OUT, D_SAE, batch, dead_of, make, make_used, rows, some_dead
 from tests.unit.sae.test_architectures import assert_unit_rows
 
 PLAIN = StepContext(sparsity=1.0, dead=None)
@@ -95,11 +95,23 @@ def test_topk_keeps_at_most_k_of_the_largest(x: Tensor) -> None:
         assert all(float(before[i]) >= threshold for i in row.nonzero().flatten())
 
 
-def test_auxk_of_few_dead_features_uses_them_all_and_no_other(x: Tensor) -> None:
+def test_auxk_with_room_for_dead_features_and_none_of_them_is_nothing(x: Tensor) -> None:
+    sae = make_used(TopKConfig(k=5, auxk_coefficient=0.3, k_aux=4))
+    found = []
+    for dead in (None, dead_of(torch.zeros(D_SAE, dtype=torch.bool), spare=7)):
+        losses = sae.loss(x, x, StepContext(sparsity=0.0, dead=dead))
+        assert losses.sparsity == 0
+        found.append(torch.autograd.grad(losses.total, list(sae.parameters())))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+def test_auxk_of_few_dead_features_uses_them_all_and_no_other(x: Tensor, spare: int) -> None:
     sae = make_used(TopKConfig(k=5, auxk_coefficient=0.3, k_aux=4))
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[[3, 17]] = True
-    sae.loss(x, x, StepContext(sparsity=0.0, dead=dead)).total.backward()
+    sae.loss(x, x, StepContext(sparsity=0.0, dead=dead_of(dead, spare=spare))).total.backward()
     both = sae.W_dec.grad
     assert both is not None
     sae.zero_grad()
@@ -187,7 +199,7 @@ def test_matryoshka_prefixes_are_rounded_shares_that_rise() -> None:
 def test_matryoshka_with_one_prefix_is_batchtopk() -> None:
     one = make_used(MatryoshkaConfig(k=5, prefixes=(1.0,)))
     two = make_used(BatchTopKConfig(k=5))
-    context = StepContext(sparsity=0.0, dead=some_dead())
+    context = StepContext(sparsity=0.0, dead=dead_of(some_dead()))
     x, _ = batch(one)
     assert torch.equal(one.loss(x, x, context).total, two.loss(x, x, context).total)
 

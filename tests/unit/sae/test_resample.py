@@ -15,7 +15,7 @@ from midiscover.sae.registry import ARCHITECTURES
 from midiscover.sae.resample import resample_
 from midiscover.saeconfig import BatchTopKConfig, GatedConfig, JumpReluConfig, SaeConfig, StandardConfig, TopKConfig
 from tests.planted import PlantedDictionary, PlantedSource, scores
-from tests.unit.sae.naive import CONFIGS, D_SAE, TOKENS, batch, make_used, some_dead
+from tests.unit.sae.naive import CONFIGS, D_SAE, TOKENS, batch, dead_of, make_used, some_dead
 
 WINDOW = 100
 
@@ -26,7 +26,7 @@ def stepped(sae: Sae, steps: int = 3) -> torch.optim.Optimizer:
     x, y = batch(sae)
     for _ in range(steps):
         optimizer.zero_grad()
-        sae.loss(x, y, StepContext(sparsity=0.1, dead=some_dead() if sae.uses_dead else None)).total.backward()
+        sae.loss(x, y, StepContext(sparsity=0.1, dead=dead_of(some_dead()) if sae.uses_dead else None)).total.backward()
         optimizer.step()
         sae.after_step()
     return optimizer
