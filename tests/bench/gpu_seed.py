@@ -6,9 +6,10 @@
 1,000 texts of 256 tokens, 3 epochs, one hook of phi-2, 20,480 features; the README of that time says 780 s. Its loop
 (16 rows a step, float32, Adam at 3e-4, decoder columns set back to unit norm) is run on planted rows of that width,
 without its harvest. Ours is a process of its own, timed from its start: it imports, makes a model of phi-2's shape with
-random weights, runs it over as many tokens up to layer 16, and trains a TopK SAE on the planted rows for --epochs
-epochs; with the first --k, then the next, until its FVU on the same held-out rows is no worse. That loop's codes are
-dense, so L0 is printed too. Judges nothing.
+random weights, runs it over as many tokens up to layer 16, and trains an SAE with an L1 penalty, as theirs has, on the
+planted rows for --epochs epochs; with the first of --l1, then the next, smaller one, until its FVU on the same held-out
+rows is no worse (with --k instead, TopK SAEs). That loop's codes are dense, so L0 is printed too: a smaller FVU is had
+by more features a token. Judges nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from midiscover import tables
 from midiscover.calibrate import Nobody
 from midiscover.config import TrainConfig
-from midiscover.saeconfig import TopKConfig
+from midiscover.saeconfig import SaeConfig, StandardConfig, TopKConfig
 from midiscover.train import Member, Trained, train
 from tests.planted import PlantedDictionary, PlantedSource, folded
 
@@ -45,7 +46,6 @@ class Shape(NamedTuple):
     l0: int
     texts: int
     tokens: int
-    k: int
     batch_size: int
 
     @property
@@ -54,8 +54,15 @@ class Shape(NamedTuple):
         return self.texts * self.tokens
 
 
-LARGE = Shape(2560, 20_480, 16_384, 64, 1000, 256, 512, 512)
-SMALL = Shape(64, 256, 128, 6, 64, 64, 8, 128)
+LARGE = Shape(2560, 20_480, 16_384, 64, 1000, 256, 128)
+SMALL = Shape(64, 256, 128, 6, 64, 64, 64)
+COEFFICIENTS = (0.02, 0.005, 0.001)
+"""Of ours; that loop's would be about 2e-4 in this convention."""
+
+
+def sae_of(setting: str, value: float) -> SaeConfig:
+    """Ours: `l1` a coefficient, of an SAE half of whose features fire at first, as in that loop; `k` of a TopK SAE."""
+    return StandardConfig(l1_coefficient=value, initial_density=None) if setting == "l1" else TopKConfig(k=int(value))
 
 
 def planted(shape: Shape, device: torch.device) -> PlantedDictionary:
@@ -108,7 +115,7 @@ def unexplained(found: Tensor, rows: Tensor) -> float:
     return float((found - rows).double().pow(2).sum() / (rows - rows.mean(0)).double().pow(2).sum())
 
 
-def ours(shape: Shape, device: torch.device, epochs: int, *, small: bool) -> str:
+def ours(shape: Shape, config: SaeConfig, device: torch.device, epochs: int, *, small: bool) -> str:
     """Harvest a random phi-2, then train on the planted rows; what came of it, in one line."""
     from midiscover.config import HarvestConfig
     from midiscover.packing import Windows
@@ -116,10 +123,10 @@ def ours(shape: Shape, device: torch.device, epochs: int, *, small: bool) -> str
     from tests.bench.gpu_phi2 import RandomCorpus, model
 
     began = time.perf_counter()
-    lm, config = model(small, device)
+    lm, of_model = model(small, device)
     hook = "model.layers.16.mlp.fc2"
-    reader = Reader(lm, {hook: config.hidden_size}, HarvestConfig(hooks=(hook,)), shape.tokens)  # type: ignore[arg-type]
-    corpus = RandomCorpus(shape.texts, shape.tokens, config.vocab_size)
+    reader = Reader(lm, {hook: of_model.hidden_size}, HarvestConfig(hooks=(hook,)), shape.tokens)  # type: ignore[arg-type]
+    corpus = RandomCorpus(shape.texts, shape.tokens, of_model.vocab_size)
     for start in range(0, shape.texts, 64):
         reader.read(Windows(*corpus.windows(start, start + 64)), [hook])
     if device.type == "cuda":
@@ -133,7 +140,7 @@ def ours(shape: Shape, device: torch.device, epochs: int, *, small: bool) -> str
         report_every=steps,
         checkpoint_every=1e9,
     )
-    member = Member(id="ours", config=TopKConfig(k=shape.k), train=settings, d_sae=shape.d_sae)
+    member = Member(id="ours", config=config, train=settings, d_sae=shape.d_sae)
     began = time.perf_counter()
     (trained,) = train([member], source, Nobody(device))
     assert isinstance(trained, Trained), "it did not diverge"
@@ -145,9 +152,9 @@ def ours(shape: Shape, device: torch.device, epochs: int, *, small: bool) -> str
     return f"{fvu} {l0} {harvest} {training} {steps}"
 
 
-def cold_start(k: int, epochs: int, *, small: bool) -> tuple[float, list[float]]:
+def cold_start(setting: str, value: float, epochs: int, *, small: bool) -> tuple[float, list[float]]:
     """Seconds of a process of its own, and what `ours` says there."""
-    flags = [*(["--small"] if small else []), "--ours", "--epochs", str(epochs), "--k", str(k)]
+    flags = [*(["--small"] if small else []), "--ours", "--epochs", str(epochs), f"--{setting}", f"{value:g}"]
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.gpu_seed", *flags], capture_output=True, text=True, check=False
@@ -161,16 +168,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a toy shape, for a CPU")
-    parser.add_argument("--epochs", type=int, default=8, help="of ours")
-    parser.add_argument("--k", type=int, nargs="+", help="of ours: more features a token leave less unexplained")
+    parser.add_argument("--epochs", type=int, default=4, help="of ours")
+    parser.add_argument("--l1", type=float, nargs="+", default=COEFFICIENTS, help="coefficients of ours, falling")
+    parser.add_argument("--k", type=float, nargs="+", help="TopK SAEs instead, with so many features a token")
     parser.add_argument("--most", type=int, help="steps of that loop at most, of its 48,000")
     parser.add_argument("--reach", type=float, help="the FVU that a run of that loop has reached; it is not run again")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu")
     shape = SMALL if args.small else LARGE
+    setting, values = ("k", args.k) if args.k else ("l1", args.l1)
     if args.ours:
-        print(ours(shape._replace(k=args.k[0]), device, args.epochs, small=args.small))
+        print(ours(shape, sae_of(setting, values[0]), device, args.epochs, small=args.small))
         return 0
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     table = Table(
@@ -184,10 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if taken < whole:
             table.add_row("  all of it, at that pace", f"{seconds / taken * whole:.0f}", f"{whole:,}")
         print(f"that loop: {seconds:.1f} s, FVU {theirs:.4f}, L0 {l0:.0f}", flush=True)
-    for k in args.k or [shape.k, 2 * shape.k, 4 * shape.k]:
-        cold, (fvu, l0, harvest, training, steps) = cold_start(k, args.epochs, small=args.small)
-        print(f"ours, k {k}: {cold:.1f} s, FVU {fvu:.4f}, L0 {l0:.0f}", flush=True)
-        table.add_row(f"ours, k {k}, from a cold start", f"{cold:.1f}", f"{steps:,.0f}", f"{fvu:.4f}", f"{l0:.0f}")
+    for value in values:
+        cold, (fvu, l0, harvest, training, steps) = cold_start(setting, value, args.epochs, small=args.small)
+        print(f"ours, {setting} {value:g}: {cold:.1f} s, FVU {fvu:.4f}, L0 {l0:.0f}", flush=True)
+        table.add_row(
+            f"ours, {setting} {value:g}, from a cold start", f"{cold:.1f}", f"{steps:,.0f}", f"{fvu:.4f}", f"{l0:.0f}"
+        )
         table.add_row("  of it the model", f"{harvest:.1f}")
         table.add_row("  of it training", f"{training:.1f}")
         if fvu <= theirs:
