@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.pattern import Pattern, kernels_of, places_of, positive
-from midiscover.sae.products import Decoded, EncodedJump, EncodedRelu, Product
+from midiscover.sae.products import Decoded, DecodedWithNorms, EncodedJump, EncodedRelu, Product
 
 SPARSE_BELOW = 0.12
 """Share of entries that fire below which a sparse code is made. By measurement: tests/bench/step.py."""
@@ -39,6 +39,10 @@ class Code(ABC):
     @abstractmethod
     def decode(self, decoder: Tensor, first: int = 0) -> Tensor:
         """features[:, first : first + rows] @ decoder; decoder [rows, d_out]: all of the features', or some."""
+
+    def decode_with_norms(self, decoder: Tensor) -> tuple[Tensor, Tensor]:
+        """`decode`, and the norms [d_sae] of the decoder's rows."""
+        return self.decode(decoder), row_norms(decoder)
 
     @abstractmethod
     def total(self, weights: Tensor | None = None) -> Tensor:
@@ -119,6 +123,11 @@ class SparseCode(Code):
             return Decoded.apply(self.values, decoder, self.pattern)
         kept, pattern = self.pattern.part(first, len(decoder))
         return Decoded.apply(self.values[kept], decoder, pattern)
+
+    def decode_with_norms(self, decoder: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pattern.kernels:
+            return super().decode_with_norms(decoder)
+        return DecodedWithNorms.apply(self.values, decoder, self.pattern)
 
     def total(self, weights: Tensor | None = None) -> Tensor:
         values = self.values if weights is None else self.values * self.pattern.spread(weights)

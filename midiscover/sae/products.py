@@ -28,6 +28,27 @@ class Decoded(torch.autograd.Function):
         return by_values, by_decoder, None
 
 
+class DecodedWithNorms(torch.autograd.Function):
+    """The same, and the norms of decoder's rows [d_sae]; both gradients of the decoder are written in one place."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(decoder, dim=1)
+        ctx.save_for_backward(values, decoder, norms)
+        ctx.pattern = pattern
+        return pattern.times(values, decoder), norms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values, decoder, norms = ctx.saved_tensors
+        by_values = ctx.pattern.dots(grads[0], decoder) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return by_values, None, None
+        by_decoder = ctx.pattern.transposed_times(values, grads[0])
+        factors = torch.where(norms > 0, grads[1] / norms, 0)
+        return by_values, by_decoder.addcmul_(decoder, factors[:, None]), None
+
+
 class Product(torch.autograd.Function):
     """(x, W_enc, bias, b_dec, (x - b_dec) @ W_enc + bias, None), or its entries [n] and their pattern -> the fifth.
 

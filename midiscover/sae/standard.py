@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from midiscover.sae.base import Losses, Sae, StepContext, bias_for_density, squared_error
-from midiscover.sae.code import relu_code, row_norms
+from midiscover.sae.code import relu_code
 from midiscover.saeconfig import StandardConfig
 
 
@@ -44,8 +44,9 @@ class StandardSae(Sae):
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
         code = relu_code(self.training_pre(x, self.b_enc))
-        mse = squared_error(code.decode(self.W_dec) + self.b_dec, y)
-        penalty = code.total(row_norms(self.W_dec))
+        y_hat, norms = code.decode_with_norms(self.W_dec)
+        mse = squared_error(y_hat + self.b_dec, y)
+        penalty = code.total(norms)
         return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), code)
 
     @classmethod

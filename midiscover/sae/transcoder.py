@@ -18,7 +18,7 @@ from midiscover.sae.base import (
     random_directions,
     squared_error,
 )
-from midiscover.sae.code import PreActivations, relu_code, row_norms
+from midiscover.sae.code import PreActivations, relu_code
 from midiscover.saeconfig import SkipTranscoderConfig, TranscoderConfig
 
 
@@ -64,8 +64,9 @@ class TranscoderSae(Sae):
 
     def loss(self, x: Tensor, y: Tensor, context: StepContext) -> Losses:
         code = relu_code(PreActivations(x, self.W_enc, self.b_enc, None))
-        mse = squared_error(self.past(x, code.decode(self.W_dec) + self.b_dec), y)
-        penalty = code.total(row_norms(self.W_dec))
+        y_hat, norms = code.decode_with_norms(self.W_dec)
+        mse = squared_error(self.past(x, y_hat + self.b_dec), y)
+        penalty = code.total(norms)
         return Losses(mse + context.sparsity * penalty, mse.detach(), penalty.detach(), code)
 
     def past(self, x: Tensor, decoded: Tensor) -> Tensor:  # noqa: ARG002 - for the skip connection

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.adam import adam
 
 from midiscover.sae.base import Sae
@@ -51,10 +50,9 @@ class Update:
     @torch.no_grad()
     def step(self, clip: float) -> None:
         """Take the step, gradients clipped to the norm `clip` before it; 0: as they are."""
-        if clip:
-            self._clip(clip)
+        over = self._over(clip) if clip else None
         self.sae.before_step()
-        self._adam()
+        self._adam(over)
         self.sae.after_step()
 
     def take_up(self, parameter: Tensor, held: Mapping[str, Tensor]) -> None:
@@ -66,19 +64,22 @@ class Update:
     def changed(self) -> None:
         """To be told where weights or moments were changed from outside."""
 
-    def _adam(self) -> None:
+    def _adam(self, over: Tensor | None) -> None:
         moved = [(parameter, parameter.grad) for parameter in self.learned if parameter.grad is not None]
         for parameter, _ in moved:
             if parameter not in self.moments:
                 self.moments[parameter] = _none_yet(parameter)
         held = [self.moments[parameter] for parameter, _ in moved]
-        adam_([parameter for parameter, _ in moved], [grad for _, grad in moved], held, lr=self.lr, betas=self.betas)
+        parameters, gradients = ([pair[i] for pair in moved] for i in range(2))
+        adam_(parameters, gradients, held, lr=self.lr, betas=self.betas, over=over)
 
-    def _clip(self, most: float) -> None:
+    def _over(self, most: float) -> Tensor | None:
+        """What gradients are to be divided by, where they are longer than `most`: Adam reads them anyway."""
         norm = gradient_norm(self.gradients())
         # On a CPU nothing waits for the comparison, and a factor of 1 would be a pass over all of them.
-        if norm.device.type != "cpu" or float(norm) > most:
-            clip_grads_with_norm_(self.sae.parameters(), most, norm)
+        if norm.device.type == "cpu" and float(norm) <= most:
+            return None
+        return ((norm + 1e-6) / most).clamp(min=1.0)  # as PyTorch's clipping
 
 
 class HalvedUpdate(Update):
@@ -161,8 +162,12 @@ def adam_(
     *,
     lr: float,
     betas: tuple[float, float],
+    over: Tensor | None = None,
 ) -> None:
-    """A step of PyTorch's fused Adam on each parameter, whose moments are those of `Moments`."""
+    """A step of PyTorch's fused Adam on each parameter, whose moments are those of `Moments`.
+
+    over: a scalar that the gradients are divided by before.
+    """
     adam(
         [rows_of(parameter) for parameter in parameters],
         [rows_of(gradient) for gradient in gradients],
@@ -178,6 +183,7 @@ def adam_(
         weight_decay=0,
         eps=1e-8,
         maximize=False,
+        grad_scale=over,
     )
 
 
