@@ -21,7 +21,7 @@ from torch import Tensor
 from midiscover import lineage
 from midiscover.config import CorpusConfig, TrainConfig
 from midiscover.corpus import build_corpus
-from midiscover.evaluate import reconstruction_metrics
+from midiscover.evaluate import divergence_, log_probabilities, reconstruction_metrics
 from midiscover.lm import LanguageModel
 from midiscover.models import HookTable
 from midiscover.progress import Progress
@@ -118,10 +118,11 @@ def _passes(lm: LanguageModel, table: HookTable, hook: str) -> tuple[float, floa
     seconds = timed(lambda: lm.activations(ids, [hook]), lm.device)
     model = ids.numel() * table.require(hook).flops_per_token / seconds
     few = ids[:LOGITS_WINDOWS].to(lm.device)
+    counted = torch.ones(len(few), few.shape[1] - 1, dtype=torch.bool, device=lm.device)
 
     def to_the_end() -> None:
-        logs = torch.log_softmax(lm.logits(few, replace={hook: lambda value: value})[:, :-1].float(), dim=-1)
-        (logs.exp() * (logs - logs)).sum()
+        for log_p in log_probabilities(lm.logits(few, replace={hook: lambda value: value}), counted):
+            divergence_(log_p, log_p.clone())
 
     to_the_end()
     seconds = statistics.median(timed(to_the_end, lm.device) for _ in range(3))

@@ -6,7 +6,7 @@ one hook and stands in for another: it is judged by what it makes of the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.functional import log_softmax
 from midiscover.corpus import Corpus
 from midiscover.errors import ModelError
 from midiscover.lm import LanguageModel
+from midiscover.prefix import Prefix
 from midiscover.reading import position_mask, row_mask
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import MetricSums, recovered
@@ -23,7 +24,7 @@ from midiscover.store.blocks import Mask
 from midiscover.train import Pair
 
 CE_BATCH_WINDOWS = 8
-"""Windows per spliced forward pass; bounds the two [tokens, vocabulary] tables of log-probabilities."""
+"""Windows per spliced forward pass; bounds the [tokens, vocabulary] tables of logits and of log-probabilities."""
 
 
 def reconstruction_metrics(
@@ -106,17 +107,19 @@ def splice_metrics(
     first = corpus.manifest.windows["train"]
     windows = min(corpus.manifest.windows["held_out"], max(1, max_tokens // corpus.manifest.context_size))
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
+    prefix = Prefix(model.model, {hook, output_hook or hook})
     for start in range(first, first + windows, CE_BATCH_WINDOWS):
         stop = min(start + CE_BATCH_WINDOWS, first + windows)
         ids, doc = (torch.from_numpy(part.copy()) for part in corpus.windows(start, stop))
         codes = position_mask(ids, doc, special, mask_first=mask_first)
         splice = _Splice(hook, output_hook or hook, codes, outlier_norm)
-        _splice_batch(model, splice, saes, ids, result, on_tokens)
+        _splice_batch(model, prefix, splice, saes, ids, result, on_tokens)
     return result
 
 
 def _splice_batch(
     model: LanguageModel,
+    prefix: Prefix,
     splice: _Splice,
     saes: Mapping[str, Sae],
     ids: Tensor,
@@ -126,24 +129,45 @@ def _splice_batch(
     device = model.device
     tokens = ids.to(device, torch.long)
     attention = (splice.codes != Mask.PADDING).long().to(device)
-    targets = tokens[:, 1:]
     counted = (attention[:, 1:] == 1) & (attention[:, :-1] == 1)
+    targets = [row[some] for row, some in zip(tokens[:, 1:], counted, strict=True)]
 
     def run(replace: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
-        logits = model.logits(tokens, attention_mask=attention, replace=replace)[:, :-1]
+        return model.logits(tokens, attention_mask=attention, replace=replace)
+
+    def measure(sums: SplicedSums, function: Callable[[Tensor], Tensor]) -> None:
+        with prefix.skipped():
+            logits = run(splice.of(function))
+        for p, q, wanted in zip(clean, log_probabilities(logits, counted), targets, strict=True):
+            sums.ce += _cross_entropy(q, wanted)
+            sums.kl += divergence_(p, q)
         on_tokens(tokens.numel())
-        return log_softmax(logits[counted].float(), dim=-1)
 
-    def measure(log_q: Tensor) -> SplicedSums:
-        kl = float((log_p.exp() * (log_p - log_q)).sum())
-        return SplicedSums(ce=_cross_entropy(log_q, targets[counted]), kl=kl)
-
-    log_p = run({})
+    with prefix.kept():
+        logits = run({})
+    prefix.check(lambda: run({}), logits)
+    clean = list(log_probabilities(logits, counted))
+    on_tokens(tokens.numel())
     result.tokens += int(counted.sum())
-    result.clean += _cross_entropy(log_p, targets[counted])
-    _add(result.zero, measure(run(splice.of(_zero))))
+    result.clean += sum(_cross_entropy(p, wanted) for p, wanted in zip(clean, targets, strict=True))
+    measure(result.zero, _zero)
     for name, sae in saes.items():
-        _add(result.saes[name], measure(run(splice.of(sae))))
+        measure(result.saes[name], sae)
+
+
+def log_probabilities(logits: Tensor, counted: Tensor) -> Iterator[Tensor]:
+    """[predictions, vocabulary] float32 of each window: those of its next tokens that count.
+
+    logits [windows, tokens, vocabulary]; counted [windows, tokens - 1] bool. One window's table is small enough that
+    a process keeps its memory; where all were made at once, they took as long as half of the model's pass.
+    """
+    for window, some in zip(logits[:, :-1], counted, strict=True):
+        yield log_softmax(window[some].float(), dim=-1)
+
+
+def divergence_(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p, q), summed over rows [n, vocabulary]; `log_q` is overwritten."""
+    return -float(log_p.exp().mul_(log_q.sub_(log_p)).sum(-1).double().sum())
 
 
 def _zero(x: Tensor) -> Tensor:
@@ -194,8 +218,3 @@ class _Splice:
 
 def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> float:
     return -float(log_probabilities.gather(-1, targets[:, None]).double().sum())
-
-
-def _add(sums: SplicedSums, other: SplicedSums) -> None:
-    sums.ce += other.ce
-    sums.kl += other.kl

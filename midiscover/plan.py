@@ -7,6 +7,7 @@ already: a plan is of the whole sweep.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -204,6 +205,15 @@ class _Planner:
         """FLOPs of the language model for a token, until it has what an SAE needs."""
         return max(self.resolved.table.require(hook).flops_per_token for hook in (sae.point.hook, sae.output_hook))
 
+    def _before(self, sae: PlannedSae) -> float:
+        """FLOPs of the language model for a token in the blocks before the first that an SAE's hooks lie in."""
+        blocks = [re.match(r"(.*?)\.(\d+)\.", hook) for hook in {sae.point.hook, sae.output_hook}]
+        if not all(blocks):
+            return 0.0
+        path, number = min((found[1], int(found[2])) for found in blocks if found)
+        before = self.resolved.table.hooks.get(f"{path}.{number - 1}")
+        return before.flops_per_token if before else 0.0
+
     def _evaluate(self) -> None:
         settings, sites = self.resolved.config.evaluate, list(by_site(self.resolved.saes).values())
         lanes: list[list[tuple[str, float]]] = [[] for _ in range(min(len(sites), self._models()))]
@@ -218,12 +228,13 @@ class _Planner:
             through = sum(map(is_spliced, saes)) if spliced else 0
             passes = 2 + through if through else 0
             to_the_end = passes * spliced * self.resolved.table.flops_per_token
+            again = max(0, passes - 1) * spliced * self._before(saes[0])  # what those after the first do not repeat
             to_the_hook = (foreign + (held if self.streamed else 0)) * self._to_hook(saes[0])
-            computing = to_the_end / self.rates.logits_flops + to_the_hook / self.rates.model_flops
+            computing = to_the_end / self.rates.logits_flops + (to_the_hook - again) / self.rates.model_flops
             starting = self._load() + (0 if lane else self.rates.starts["worker"])
             loading = max(loading, starting)
             lane += [("load", starting), (saes[0].point.hook, encoding + computing)]
-            flops += to_the_end + to_the_hook + 2 * (held + foreign + spliced) * weights
+            flops += to_the_end - again + to_the_hook + 2 * (held + foreign + spliced) * weights
         seconds = self._lanes("evaluate", lanes)
         why = "the spliced language model" if spliced else "encoding"
         self._add("evaluate", seconds, flops, 0.0, why if loading < seconds / 2 else "loading the language model")
