@@ -18,7 +18,7 @@ import ray
 from jobs.board import Board, Event, watched
 from jobs.harvest import commit_manifests, ensure_corpus, harvest
 from jobs.progress import Bars
-from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_session, run_main
+from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
 from midiscover import tables
 from midiscover.config import FeaturesConfig, ResourcesConfig, RunConfig
 from midiscover.configio import build_config, to_tree
@@ -224,11 +224,8 @@ class FeaturesRun:
 
     def _run_actors(self, items: Sequence[str], slots: Slots, board: Board) -> int:
         """Read what is missing; returns the rows that were read."""
-        import ray.data  # takes a second: only where something is to be read
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        data = ray.data.from_items([{"chunk": item} for item in items], override_num_blocks=len(items)).map_batches(
+        data = ray_data()  # here: only where something is to be read
+        rows = data.from_items([{"chunk": item} for item in items], override_num_blocks=len(items)).map_batches(
             FeatureActor,
             fn_constructor_kwargs={
                 "run": self.run,
@@ -237,12 +234,12 @@ class FeaturesRun:
                 "board": board,
             },
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(slots.count, len(items))),
+            compute=data.ActorPoolStrategy(size=min(slots.count, len(items))),
             num_cpus=slots.cpus,
             num_gpus=slots.gpus,
         )
         try:
-            return sum(row["rows"] for row in data.iter_rows())
+            return sum(row["rows"] for row in rows.iter_rows())
         except Exception as error:
             raise own_error(error) or StageError(f"The features failed: {last_line(error)}") from error
 

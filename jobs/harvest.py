@@ -18,7 +18,7 @@ import numpy as np
 
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
-from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_session, run_main
+from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
 from midiscover.config import Dtype
 from midiscover.cores import compute_on
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
@@ -208,8 +208,7 @@ def _run_actors(
     board: Board,
     tokens_each: int,
 ) -> None:
-    import ray.data  # takes a second, which a run that finds everything there should not wait for
-
+    data = ray_data()  # here: a run that finds everything there should not wait for it
     shares = slots.count * LEASES_PER_ACTOR if slots.count > 1 else 1
     size = min(SPANS_PER_LEASE, math.ceil(len(todo) / shares))
     items = [{"span": _span_fields(span), "hooks": hooks} for span, hooks in todo]
@@ -220,9 +219,7 @@ def _run_actors(
         config=resolved.config.harvest,
         tokens=tokens_each,
     )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    data = ray.data.from_items([{"lease": lease} for lease in leases], override_num_blocks=len(leases)).map_batches(
+    rows = data.from_items([{"lease": lease} for lease in leases], override_num_blocks=len(leases)).map_batches(
         HarvestActor,
         fn_constructor_kwargs={
             "place": model_place(resolved, slots),
@@ -232,12 +229,12 @@ def _run_actors(
             "board": board,
         },
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(slots.count, len(leases))),
+        compute=data.ActorPoolStrategy(size=min(slots.count, len(leases))),
         num_cpus=slots.cpus,
         num_gpus=slots.gpus,
     )
     try:
-        stand = sum(1 for _ in data.iter_rows())
+        stand = sum(1 for _ in rows.iter_rows())
     except Exception as error:
         raise own_error(error) or StageError(f"The harvest failed: {last_line(error)}") from error
     if stand > len(todo):

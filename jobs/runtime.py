@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 import ray
@@ -82,7 +82,6 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
         signal.signal(signal.SIGINT, interrupt)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told once
     options: dict[str, Any] = {"address": address}
     if not address:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -110,6 +109,15 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
                     give_back()
     finally:
         ray.shutdown()
+
+
+def ray_data() -> ModuleType:
+    """Ray Data, told to be quiet: importing it, which takes a second, makes it talkative."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told once
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data
 
 
 class RayLater:

@@ -55,6 +55,7 @@ def midiscover(
     done = subprocess.run(
         command(*arguments), cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout, check=False
     )
+    assert "streaming_executor" not in done.stdout + done.stderr, "Ray Data's own log is not for users"
     return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
 
 

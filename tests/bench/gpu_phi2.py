@@ -4,8 +4,9 @@
     python -m tests.bench.gpu_phi2 --small         # the same program on a CPU, in seconds, to see that it runs
 
 Plain torch, no Ray, nothing downloaded. Prints tokens/s and the share of the bfloat16 matrix rate that this very device
-reaches in the same run; the harvest writes to a folder in memory (/dev/shm) where there is one. What SAEs' steps take
-there is `tests.bench.gpu_kinds`' matter.
+reaches in the same run; the harvest writes to a folder in memory (/dev/shm) where there is one. On a GPU once with the
+model as transformers writes it, and once with attention compiled, as a harvest of 8 million tokens has it. What SAEs'
+steps take there is `tests.bench.gpu_kinds`' matter.
 """
 
 from __future__ import annotations
@@ -77,9 +78,13 @@ def flops_per_token(config: PhiConfig, layers: int, context_size: int) -> float:
     return layers * (2 * (4 * d * d + 2 * d * f) + 2 * context_size * d)
 
 
-def harvest_row(small: bool, tokens: int, context_size: int, device: torch.device, peak: float) -> tuple[str, ...]:
+def harvest_row(
+    small: bool, tokens: int, context_size: int, device: torch.device, peak: float, *, compiled: bool
+) -> tuple[str, ...]:
     """Tokens/s of the harvest of five hooks, after one span to warm up."""
     lm, config = model(small, device)
+    if compiled:
+        lm.compile()  # type: ignore[attr-defined]  # a LanguageModel
     hooks = {f"model.layers.{layer}.mlp.fc2": config.hidden_size for layer in LAYERS}
     settings = HarvestConfig(hooks=tuple(hooks), block_tokens=24 * context_size)
     windows = max(48, tokens // context_size)
@@ -94,7 +99,8 @@ def harvest_row(small: bool, tokens: int, context_size: int, device: torch.devic
         seconds = timed(lambda: list(harvester.run(rest)), device)
     rate = sum(span.stop_window - span.start_window for span, _ in rest) * context_size / seconds
     share = rate * flops_per_token(config, max(LAYERS) + 1, context_size) / peak
-    return "harvest, 5 hooks, written", f"{rate:,.0f}", f"{100 * share:.0f} %", "goal 50 %"
+    what = "harvest, 5 hooks, written" + (", attention compiled" if compiled else "")
+    return what, f"{rate:,.0f}", f"{100 * share:.0f} %", "goal 65 %" if compiled else "goal 50 %"
 
 
 def main() -> None:
@@ -109,7 +115,8 @@ def main() -> None:
     peak = matrix_rate(device, 512 if known.small else 8192)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     table = Table("", "tokens/s", "share of measured peak", "", title=f"{name}: {peak / 1e12:.2f} TFLOP/s bfloat16")
-    table.add_row(*harvest_row(known.small, tokens, context, device, peak))
+    for compiled in (False, True) if device.type == "cuda" else (False,):
+        table.add_row(*harvest_row(known.small, tokens, context, device, peak, compiled=compiled))
     tables.show(table)
 
 
