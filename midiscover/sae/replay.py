@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ WARM = 3
 _log = logging.getLogger(__name__)
 _keepers: dict[int, torch.cuda.CUDAGraph] = {}
 """A graph for each device that outlives the others, for a pool of memory ends with its last graph."""
+_inputs: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+"""Where recordings find their arguments, by place and form: one recording runs after another."""
 
 
 class Replayed:
@@ -67,12 +70,21 @@ class Replayed:
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         device = inputs[0].device
-        self.inputs = [given.clone() for given in inputs]
+        self.inputs = [_shared(place, given) for place, given in enumerate(inputs)]
         graph = torch.cuda.CUDAGraph()
         # Other threads go on copying batches.
         with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
             self.outputs = self.function(*self.inputs)
         self.graph = graph
+
+
+def _shared(place: int, given: Tensor) -> Tensor:
+    """The tensor that all recordings read an argument of this place and form from."""
+    key = place, given.device, given.dtype, given.shape
+    held = _inputs.get(key)
+    if held is None:
+        held = _inputs[key] = given.clone()
+    return held
 
 
 def _pool(device: torch.device) -> Any:

@@ -6,6 +6,7 @@ Where there is no GPU Triton interprets the kernels, so that every line of them 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -18,6 +19,7 @@ import midiscover.sae.code
 import midiscover.sae.pattern
 from midiscover.config import TrainConfig
 from midiscover.member import Member, Slot
+from midiscover.sae import replay
 from midiscover.sae.base import Dead, Normalisation, Sae, StepContext
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.jumprelu import JumpReluStep
@@ -290,3 +292,14 @@ def test_recorded_steps_ask_seldom_for_dead_features_and_learn_the_same(
     assert len(recorded.recordings) == len(set(rooms)) > 1
     for (name, one), two in zip(recorded.sae.named_parameters(), asking.sae.parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-5), name
+
+
+def test_recordings_read_an_argument_of_one_form_from_one_place() -> None:
+    rows = normal(0, 3, 4)
+    held = replay._shared(0, rows)
+    assert torch.equal(held, rows)
+    assert replay._shared(0, rows + 1) is held
+    assert all(replay._shared(*other) is not held for other in ((1, rows), (0, rows.double()), (0, rows[:2])))
+    name = weakref.ref(held)
+    del held
+    assert name() is None, "and it is gone with the last of them"
