@@ -19,7 +19,7 @@ from tests.postgres import fresh_database, or_skip, own_server
 from tests.runs import weights, write_run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-LONG = {"epochs": 6, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5}
+LONG = {"epochs": 30, "batch_size": 32, "lr": 1e-3, "checkpoint_every": 0.2, "report_every": 5}
 
 
 def tracked(tracker: Tracker, saes: list[str]) -> dict[str, dict[str, list[float]]]:
