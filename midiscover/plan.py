@@ -207,7 +207,7 @@ class _Planner:
 
     def _before(self, sae: PlannedSae) -> float:
         """FLOPs of the language model for a token in the blocks before the first that an SAE's hooks lie in."""
-        blocks = [re.match(r"(.*?)\.(\d+)\.", hook) for hook in {sae.point.hook, sae.output_hook}]
+        blocks = [re.match(r"(.*?)\.(\d+)(?![^.:])", hook) for hook in {sae.point.hook, sae.output_hook}]
         if not all(blocks):
             return 0.0
         path, number = min((found[1], int(found[2])) for found in blocks if found)

@@ -9,6 +9,7 @@ machine multiplies fastest, which --precision sets: the model, and the products 
 
 store, stream  `midiscover sweep`, its activations stored or from a live model
 fewer          the same as stream on the first --fewer tokens: how soon it is as good as a peer on all of them
+longer         the same as stream for --longer epochs: whether it is as good as a slower peer by then
 multi          SAELens' MultiSAETrainingRunner, all SAEs at once
 single         one run of SAELens for one SAE of the first hook, times nine: what nine runs would take at least
 dictionary     dictionary_learning's trainSAE, a run for each hook, on a stream of ours: see its script
@@ -52,7 +53,7 @@ from tests.venvs import checked
 
 LAYERS = (10, 15, 20)
 D_IN, D_SAE = 576, 4608
-OURS = ("store", "stream", "fewer")
+OURS = ("store", "stream", "fewer", "longer")
 L1 = {"store": (1.0, 2.0, 4.0), "multi": (2.0, 4.0, 8.0), "dictionary": (0.03, 0.06, 0.12)}
 """Each in its own convention, to end between L0 10 and 200; --l1 WAY=A,B,C sets others."""
 THEIR_LR = {"multi": 1.9e-3, "dictionary": 5.7e-3}
@@ -90,7 +91,7 @@ def ours(args: argparse.Namespace, folder: Path, way: str) -> Run:
         "sae": {"kind": "standard", "d_sae": D_SAE},
         "grid": {"sae.l1_coefficient": list(args.l1[way])},
         "train": {
-            "epochs": args.epochs,
+            "epochs": args.longer if way == "longer" else args.epochs,
             "batch_size": args.batch_size,
             "dtype": args.precision,
             "lr": args.lr.get(way),
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--fewer", type=int, default=60_000)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--longer", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=320)
     parser.add_argument(
         "--ways", nargs="+", default=["store", "stream", "multi"], choices=[*OURS, "multi", "single", "dictionary"]
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.lr = {way: float(value) for way, value in (one.split("=") for one in args.lr)}
     given = dict(one.split("=") for one in args.l1)
     args.l1 = L1 | {way: tuple(map(float, values.split(","))) for way, values in given.items()}
-    args.l1["stream"] = args.l1["fewer"] = args.l1["store"]
+    args.l1 |= dict.fromkeys(OURS, args.l1["store"])
     for side in ("SAELens", "dictionary_learning"):
         python_of(side)
     print(machine(), args.precision)
@@ -207,7 +209,7 @@ def _tell(runs: dict[str, list[Run]], folder: Path, args: argparse.Namespace) ->
     for way, by_hook in sides.items():
         for hook, pairs in by_hook.items():
             print(way, hook, *(f"L0 {l0:.1f} FVU {fvu:.4f}" for l0, fvu in pairs))
-    for own, way in itertools.product(sides.keys() & {"store", "fewer"}, sides.keys() - set(OURS)):
+    for own, way in itertools.product(sides.keys() & {"store", "fewer", "longer"}, sides.keys() - set(OURS)):
         for hook, mine in sides[own].items():
             low, high = max(mine[0][0], sides[way][hook][0][0]), min(mine[-1][0], sides[way][hook][-1][0])
             if low < high:
