@@ -7,6 +7,7 @@ one to join.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -140,8 +141,9 @@ def main(argv: list[str]) -> int:
         _follow(args, storage, ended)
         _say("ending: requests under way are answered first")
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray tells there of a task of Serve's that the end cuts off
+            serve.shutdown()
+            ray.shutdown()
     return 0
 
 

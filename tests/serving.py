@@ -57,7 +57,10 @@ class Deployment:
     def end(self, number: int = signal.SIGINT) -> int:
         """Ctrl-C; the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(120)
+        code = self.process.wait(120)
+        assert self.process.stdout is not None
+        assert self.process.stdout.read() == b"", "nothing is on stdout but the key"
+        return code
 
 
 @contextmanager
