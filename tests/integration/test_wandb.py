@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.curves: dict[str, dict[int, float]] = {}
         self.exit_code: int | None = None
+        self.id: str | None = None
         for record in records(path):
             match record.WhichOneof("record_type"):
                 case "run":
@@ -78,10 +80,15 @@ def _name(item: Any) -> str:
 
 
 def runs(folder: Path) -> dict[str, Run]:
-    """Run id -> run of every .wandb file below `folder`."""
+    """Run id -> run of every .wandb file below `folder`; wandb's own process may still be writing the last ones."""
+    ends = time.monotonic() + 10
     found = [Run(path) for path in folder.rglob("*.wandb")]
-    assert len({run.id for run in found}) == len(found)
-    return {run.id: run for run in found}
+    while any(run.id is None or run.exit_code is None for run in found) and time.monotonic() < ends:
+        time.sleep(0.2)
+        found = [Run(path) for path in folder.rglob("*.wandb")]
+    named = {run.id: run for run in found if run.id is not None}
+    assert len(named) == len(found)
+    return named
 
 
 @pytest.fixture
