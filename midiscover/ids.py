@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -88,7 +88,23 @@ def features_id(features: FeaturesConfig) -> str:
 
 def hook_layer(hook: str) -> int | None:
     """The layer of a module path: its first part that is a whole number (`model.layers.16.mlp.fc2` is 16)."""
-    return next((int(part) for part in hook.partition(":")[0].split(".") if part.isdigit()), None)
+    block = hook_block(hook)
+    return None if block is None else block[1]
+
+
+def hook_block(hook: str) -> tuple[str, int] | None:
+    """Where the list of layers is, and the layer's number in it: `model.layers`, 15; None outside of layers."""
+    parts = hook.partition(":")[0].split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+
+
+def first_block(hooks: Iterable[str]) -> tuple[str, int] | None:
+    """The first of the layers that some hooks lie in; None where one lies in none, or they in two lists of layers."""
+    blocks = [hook_block(hook) for hook in hooks]
+    inside = [block for block in blocks if block is not None]
+    one_list = len(inside) == len(blocks) and len({path for path, _ in inside}) == 1
+    return min(inside) if one_list else None
 
 
 def hook_label(hook: str) -> str:

@@ -7,12 +7,12 @@ already: a plan is of the whole sweep.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from midiscover.cores import SCALING, packs_at_once
+from midiscover.ids import first_block
 from midiscover.memory import fit_together
 from midiscover.rates import Rates
 from midiscover.resolve import (
@@ -207,11 +207,8 @@ class _Planner:
 
     def _before(self, sae: PlannedSae) -> float:
         """FLOPs of the language model for a token in the blocks before the first that an SAE's hooks lie in."""
-        blocks = [re.match(r"(.*?)\.(\d+)(?![^.:])", hook) for hook in {sae.point.hook, sae.output_hook}]
-        if not all(blocks):
-            return 0.0
-        path, number = min((found[1], int(found[2])) for found in blocks if found)
-        before = self.resolved.table.hooks.get(f"{path}.{number - 1}")
+        block = first_block((sae.point.hook, sae.output_hook))
+        before = None if block is None else self.resolved.table.hooks.get(f"{block[0]}.{block[1] - 1}")
         return before.flops_per_token if before else 0.0
 
     def _evaluate(self) -> None:

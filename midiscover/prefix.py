@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from midiscover.ids import first_block
+
 log = logging.getLogger(__name__)
 
 
@@ -78,20 +80,12 @@ class Prefix:
 
 def blocks_before(model: nn.Module, hooks: Iterable[str]) -> list[nn.Module]:
     """The blocks before the first one that holds any of the hooks, of the one list that holds all of them."""
-    found: list[tuple[str, int]] = []
-    for hook in hooks:
-        parts = hook.removesuffix(":in").split(".")
-        for depth, part in enumerate(parts):
-            path = ".".join(parts[:depth])
-            if part.isdigit() and isinstance(model.get_submodule(path), nn.ModuleList):
-                found.append((path, int(part)))
-                break
-        else:
-            return []
-    if len({path for path, _ in found}) != 1:
+    block = first_block(hooks)
+    if block is None:
         return []
-    path, first = min(found)
-    return list(model.get_submodule(path).children())[:first]
+    path, number = block
+    layers = model.get_submodule(path)
+    return list(layers)[:number] if isinstance(layers, nn.ModuleList) else []
 
 
 def _copied(output: Any) -> Any:

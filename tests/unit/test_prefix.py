@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,7 +112,7 @@ def test_a_model_whose_blocks_share_more_is_run_whole(missing: bool) -> None:
         assert torch.equal(model(x), whole)
 
 
-def test_a_block_that_writes_into_its_input_spoils_nothing(tmp_path: Path) -> None:
+def test_a_block_that_writes_into_its_input_spoils_nothing() -> None:
     class Adding(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.add_(1)
