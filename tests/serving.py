@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,17 @@ class Deployment:
                 continue
         return found
 
+    def processes(self) -> str:
+        """What runs below it and what it has used, for the report of a test that waited in vain."""
+        lines = []
+        for process in self.workers(""):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                used, title = process.cpu_times(), " ".join(process.cmdline())[:90]
+                lines.append(
+                    f"{process.pid} {process.status()} nice {process.nice()} {used.user + used.system:.1f} s {title}"
+                )
+        return "\n".join(lines)
+
     def end(self, number: int = signal.SIGINT) -> int:
         """Ctrl-C; the exit code."""
         self.process.send_signal(number)
@@ -63,7 +74,7 @@ class Deployment:
         return code
 
 
-@contextmanager
+@contextlib.contextmanager
 def deployed(store: Path | str, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Deployment]:
     """Serve a store until the body ends."""
     port = free_port()

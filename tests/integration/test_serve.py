@@ -116,7 +116,7 @@ def test_a_job_is_started_followed_and_its_saes_are_served_while_requests_go_on(
         assert running.post("/interpret", {"text": "The river"}).status_code == 200
         if shown["status"] not in ("pending", "running"):
             break
-        assert time.monotonic() < ends
+        assert time.monotonic() < ends, f"{shown}\n{running.processes()}"
         time.sleep(1)
     assert shown["status"] == "succeeded", shown["log"]
     assert 100 in seen
