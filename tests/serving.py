@@ -80,10 +80,12 @@ def deployed(store: Path | str, *flags: str, env: Mapping[str, str] | None = Non
     port = free_port()
     folder = Path(os.environ.get("PYTEST_TMP", "/tmp"))
     said = folder / f"serve-{port}.err"
+    variables = environment(env)
+    variables.pop("RAY_worker_niceness", None)  # it sets its own
     with said.open("wb") as err:
         process = subprocess.Popen(
             command("serve", "--store", str(store), "--port", str(port), "--new-key", *flags),
-            env=environment(env),
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=err,
             start_new_session=True,

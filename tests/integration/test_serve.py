@@ -19,7 +19,8 @@ from tests.runs import write_run
 from tests.served import served, store, store_to_serve
 from tests.serving import Deployment, deployed
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+# Jobs of `midiscover serve` stand back from all else on the machine, so from another test too.
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 __all__ = ["store", "store_to_serve"]  # fixtures
 NUMBERS = ("requests", "tokens", "request_ms", "batch_tokens", "sae_loads", "cache_bytes")
 
