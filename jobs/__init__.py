@@ -23,7 +23,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 NICENESS = "MIDISCOVER_NICENESS"
-"""Environment variable of a submitted job: the least niceness of its processes. Ray gives workers 15 by itself, but not
-where a model of `midiscover serve` answers on the same cores."""
+"""Environment variable of a submitted job: the least niceness of its processes, 15 where it was submitted without one.
+Ray gives workers 15 by itself, but not where a model of `midiscover serve` answers on the same cores."""
 if NICENESS in os.environ:
     os.setpriority(os.PRIO_PROCESS, 0, max(int(os.environ[NICENESS]), os.getpriority(os.PRIO_PROCESS, 0)))

@@ -153,7 +153,7 @@ def variables() -> dict[str, str]:
         "MIDISCOVER_OWNER": lineage.owner(),
         CLIENT: json.dumps(lineage.versions()),
         "COLUMNS": "120",
-        NICENESS: "15",
+        NICENESS: os.environ.get(NICENESS, "15"),
     }
     commit = lineage.code()["commit"]
     return told | ({"MIDISCOVER_COMMIT": commit} if commit else {})

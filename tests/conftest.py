@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs_cli import NOT_NICE
 from tests.postgres import or_skip, postgres
 from tests.runs import finished_run
 
-# Of two tests at a time, one may have no Ray: Ray's niceness of 15 leaves the other's workers a thirtieth of a core.
-os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ |= NOT_NICE
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ FORGOTTEN = (
     "AWS_ENDPOINT_URL",
     "AWS_ACCESS_KEY_ID",
 )
+NOT_NICE = {"RAY_worker_niceness": "0", "MIDISCOVER_NICENESS": "0"}
+"""Of all tests: where one has no Ray, a niceness of 15 would leave another's workers a thirtieth of a core."""
 
 
 class Done(NamedTuple):

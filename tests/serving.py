@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import requests
 
-from tests.jobs_cli import command, environment
+from tests.jobs_cli import NOT_NICE, command, environment
 from tests.ports import free_port
 
 START_SECONDS = 180.0
@@ -80,8 +80,7 @@ def deployed(store: Path | str, *flags: str, env: Mapping[str, str] | None = Non
     port = free_port()
     folder = Path(os.environ.get("PYTEST_TMP", "/tmp"))
     said = folder / f"serve-{port}.err"
-    variables = environment(env)
-    variables.pop("RAY_worker_niceness", None)  # it sets its own
+    variables = {name: value for name, value in environment(env).items() if name not in NOT_NICE}  # as for a user
     with said.open("wb") as err:
         process = subprocess.Popen(
             command("serve", "--store", str(store), "--port", str(port), "--new-key", *flags),

@@ -84,6 +84,10 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert always <= told.keys() <= always | {"MIDISCOVER_COMMIT", "COLUMNS"}
     assert not [path for path in files if b"s3cret-s3cret" in path.read_bytes()]
     assert "s3cret" not in json.dumps(told)
+    monkeypatch.setenv(NICENESS, "3")
+    assert submit.variables()[NICENESS] == "3"
+    monkeypatch.delenv(NICENESS)
+    assert submit.variables()[NICENESS] == "15"
 
 
 def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path) -> None:
