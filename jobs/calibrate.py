@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     args = parse_calibrate(argv)
     began = time.monotonic()
     prepared = prepare(args)
-    prepared.tracker.close()
+    prepared.close()
     subprocess.run([sys.executable, "-c", "import jobs.sweeprun"], check=True)
     starts = {"driver": time.monotonic() - began}
     began = time.monotonic()

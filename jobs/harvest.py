@@ -291,10 +291,9 @@ def forget(prepared: Prepared) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the stage; returns the exit code."""
-    prepared = prepare(parse_job("harvest", argv))
-    storage = prepared.storage
-    parts = [replace(prepared, resolved=part) for part in prepared.resolved.parts()]
-    with Bars("harvest") as bars:
+    with prepare(parse_job("harvest", argv)) as prepared, Bars("harvest") as bars:
+        storage = prepared.storage
+        parts = [replace(prepared, resolved=part) for part in prepared.resolved.parts()]
         if prepared.args.force:
             for part in parts:
                 forget(part)

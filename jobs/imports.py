@@ -141,12 +141,11 @@ class ImportRun:
         self.foreign, self.resolved, self.bars = planned.foreign, planned.resolved, bars
         (self.sae,) = planned.resolved.saes
         self.storage = open_store(args.store)
-        self.tracker = Tracker.for_store(self.storage)
         self.prepared = Prepared(
             args=JobArgs(config=args.config or "", store=args.store),
             resolved=self.resolved,
             storage=self.storage,
-            tracker=self.tracker,
+            tracker=Tracker.for_store(self.storage),
         )
 
     def run(self) -> dict[str, Any]:
@@ -154,7 +153,7 @@ class ImportRun:
         record = read_json(self.storage, layout.record(self.sae.id))
         if record is not None:
             self.bars.say("it was imported already")
-            self.tracker.record_sae(record)
+            self.prepared.tracker.record_sae(record)
             return record
         corpus = ensure_corpus(self.prepared, self.bars)
         if corpus.windows["held_out"] == 0:
@@ -171,7 +170,7 @@ class ImportRun:
         self._write(corpus)
         metrics = (read_json(self.storage, evaluation) or {})["metrics"]
         record = commit_record(self.storage, self.sae, self.resolved, metrics=metrics, imported=self._origin())
-        self.tracker.record_sae(record)
+        self.prepared.tracker.record_sae(record)
         return record
 
     def _write(self, corpus: CorpusManifest) -> None:
@@ -215,7 +214,8 @@ def main(argv: list[str]) -> int:
         planned = plan(args)
         run = ImportRun(args, planned, bars)
         bars.say(f"{planned.id}: {run.sae.d_sae:,} features on {run.sae.point.hook} of {run.resolved.model.name}")
-        record = run.run()
+        with run.prepared:
+            record = run.run()
         bars.say(f"done in {time.monotonic() - began:.1f} s")
     measured = ("l0", "fvu", "mse", "cosine", "ce_recovered", "kl_recovered", "dead_share", "inactive_share")
     row = run.sae.row() | {name: record["metrics"].get(name) for name in measured} | {"seconds": record["seconds"]}

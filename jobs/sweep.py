@@ -18,8 +18,11 @@ from midiscover.store import layout
 def main(argv: list[str]) -> int:
     """Run the sweep and print its table; 1 where an SAE failed."""
     began = time.monotonic()
-    prepared = prepare(parse_job("sweep", argv))
-    with Bars("sweep") as bars, RayLater(prepared.resolved.config.resources.nodes, bars.say) as session:
+    with (
+        prepare(parse_job("sweep", argv)) as prepared,
+        Bars("sweep") as bars,
+        RayLater(prepared.resolved.config.resources.nodes, bars.say) as session,
+    ):
         if _will_work(prepared):
             session.begin_while_importing("jobs.sweeprun")
         from jobs.sweeprun import SweepRun

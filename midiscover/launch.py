@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from midiscover.config import RunConfig
 from midiscover.configio import find_config, load_config, parse_value
@@ -42,12 +42,22 @@ class JobArgs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A job that may start: settings, ids, store and tracker are there."""
+    """A job that may start: settings, ids, store and tracker are there. Its end closes the tracker."""
 
     args: JobArgs
     resolved: Resolved
     storage: Storage
     tracker: Tracker
+
+    def close(self) -> None:
+        """Nothing more is told to the tracker."""
+        self.tracker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _job(stage: str, argv: Sequence[str]) -> None:
     """Check everything that can be checked without torch, then become the job."""
-    prepare(parse_job(stage, argv, prog=f"midiscover {stage}")).tracker.close()
+    prepare(parse_job(stage, argv, prog=f"midiscover {stage}")).close()
     run_job(stage, argv)
 
 

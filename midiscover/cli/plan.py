@@ -140,7 +140,7 @@ def _draw(resolved: Resolved, plan: Plan, out: Path) -> None:
 
 
 def _calibrate(argv: Sequence[str]) -> None:
-    prepare(parse_calibrate(argv, prog="midiscover calibrate")).tracker.close()
+    prepare(parse_calibrate(argv, prog="midiscover calibrate")).close()
     run_job("calibrate", argv)
 
 

@@ -45,8 +45,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(config: Path, store: str) -> tuple[Prepared, Board]:
     """Train the config's one pack on a store that has its activations."""
-    prepared, board = prepare(parse_job("sweep", [str(config), "--store", str(config.parent / store)])), Board()
-    saes = prepared.resolved.saes
+    board = Board()
+    with prepare(parse_job("sweep", [str(config), "--store", str(config.parent / store)])) as prepared:
+        saes = prepared.resolved.saes
     (pack,) = make_packs(saes, None, {sae.id for sae in saes})
     job: Any = PackJob(
         resolved=prepared.resolved,
@@ -114,8 +115,8 @@ def test_halves_go_on_from_the_checkpoint_of_the_whole(
 
 def test_parts_are_reckoned_before_anything_runs_out(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card, which is pretended here, with room for three of the four SAEs."""
-    prepared = prepare(parse_job("sweep", [str(config), "--store", str(config.parent / "whole")]))
-    sae = prepared.resolved.saes[0]
+    with prepare(parse_job("sweep", [str(config), "--store", str(config.parent / "whole")])) as prepared:
+        sae = prepared.resolved.saes[0]
     d_in = prepared.resolved.hooks[sae.point.hook]
     room = int(training_bytes([Sizes(d_in, sae.d_sae, d_in, 128)] * 3) / 0.95) + 1000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, 10 * room))

@@ -37,8 +37,8 @@ def rates(write: float) -> Rates:
 
 def run(folder: Path, activations: str, **changes: object) -> tuple[Prepared, CorpusManifest]:
     path = write_run(folder, resources={"activations": activations}, **changes)
-    prepared = prepare(parse_job("sweep", [str(path), "--store", str(folder / "store")]))
-    return prepared, ensure_corpus(prepared, Silent())  # type: ignore[arg-type]
+    with prepare(parse_job("sweep", [str(path), "--store", str(folder / "store")])) as prepared:
+        return prepared, ensure_corpus(prepared, Silent())  # type: ignore[arg-type]
 
 
 def streams(prepared: Prepared, corpus: CorpusManifest, told: list[str]) -> bool:
