@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock
 
+from midiscover.launch import Prepared, parse_job, prepare
 from midiscover.store.storage import Storage, open_store
 from tests.jobs_cli import midiscover
 from tests.tiny import Kind, make_tiny_model
@@ -56,6 +57,12 @@ def write_run(folder: Path, *, kind: Kind = "llama", **changes: object) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree | changes))
     return path
+
+
+def prepared_sweep(config: Path, store: Path, *flags: str) -> Prepared:
+    """The sweep of a config as its driver holds it, but for the tracker: packs tell it nothing, and it is closed."""
+    with prepare(parse_job("sweep", [str(config), "--store", str(store), *flags])) as prepared:
+        return prepared
 
 
 def finished_run(base: Path) -> Path:

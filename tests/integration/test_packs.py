@@ -14,12 +14,12 @@ import jobs.crews
 from jobs.crews import run_crew_tries
 from jobs.packworker import PackJob
 from jobs.runtime import Slots
-from midiscover.launch import Prepared, parse_job, prepare
+from midiscover.launch import Prepared
 from midiscover.memory import Sizes, training_bytes
 from midiscover.resolve import make_packs
 from midiscover.store import layout
 from tests.jobs_cli import midiscover
-from tests.runs import write_run
+from tests.runs import prepared_sweep, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 GRID = {"grid": {"sae.l1_coefficient": [0.5, 1, 2, 4]}, "harvest": {"hooks": "model.layers.1.mlp.down_proj"}}
@@ -45,9 +45,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(config: Path, store: str) -> tuple[Prepared, Board]:
     """Train the config's one pack on a store that has its activations."""
-    board = Board()
-    with prepare(parse_job("sweep", [str(config), "--store", str(config.parent / store)])) as prepared:
-        saes = prepared.resolved.saes
+    prepared, board = prepared_sweep(config, config.parent / store), Board()
+    saes = prepared.resolved.saes
     (pack,) = make_packs(saes, None, {sae.id for sae in saes})
     job: Any = PackJob(
         resolved=prepared.resolved,
@@ -115,8 +114,8 @@ def test_halves_go_on_from_the_checkpoint_of_the_whole(
 
 def test_parts_are_reckoned_before_anything_runs_out(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card, which is pretended here, with room for three of the four SAEs."""
-    with prepare(parse_job("sweep", [str(config), "--store", str(config.parent / "whole")])) as prepared:
-        sae = prepared.resolved.saes[0]
+    prepared = prepared_sweep(config, config.parent / "whole")
+    sae = prepared.resolved.saes[0]
     d_in = prepared.resolved.hooks[sae.point.hook]
     room = int(training_bytes([Sizes(d_in, sae.d_sae, d_in, 128)] * 3) / 0.95) + 1000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, 10 * room))

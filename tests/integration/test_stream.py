@@ -15,13 +15,12 @@ from jobs.crews import run_crew_tries
 from jobs.packworker import PackJob
 from jobs.runtime import Slots
 from midiscover.corpus import find_corpus
-from midiscover.launch import parse_job, prepare
 from midiscover.live import LiveSource
 from midiscover.resolve import Crew, make_crews, make_packs
 from midiscover.store import layout
 from tests.integration.test_packs import Board
 from tests.jobs_cli import midiscover
-from tests.runs import write_run
+from tests.runs import prepared_sweep, write_run
 
 pytestmark = [pytest.mark.alone, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -85,8 +84,8 @@ def test_features_harvest_what_they_read(streamed: Path) -> None:
 
 def crew_of(config: Path, store: str) -> tuple[PackJob, Crew, Board]:
     """All packs of the config as one crew, on a store that has a corpus only."""
-    with prepare(parse_job("sweep", [str(config), "--store", str(config.parent / store), *STREAM])) as prepared:
-        resolved, board = prepared.resolved, Board()
+    prepared, board = prepared_sweep(config, config.parent / store, *STREAM), Board()
+    resolved = prepared.resolved
     packs = make_packs(resolved.saes, None, {sae.id for sae in resolved.saes})
     (crew,) = make_crews(packs, 1, list(resolved.table.hooks))
     job: Any = PackJob(

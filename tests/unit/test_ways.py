@@ -13,10 +13,10 @@ from jobs.runtime import Cluster
 from jobs.ways import streams_activations
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import ConfigError
-from midiscover.launch import Prepared, parse_job, prepare
+from midiscover.launch import Prepared
 from midiscover.rates import Rates, StepCost, write_rates
 from midiscover.saeconfig import SAE_KINDS
-from tests.runs import write_run
+from tests.runs import prepared_sweep, write_run
 
 MACHINE = Cluster(local=True, cores=2, nodes=(Node(4, 0),))
 
@@ -37,8 +37,8 @@ def rates(write: float) -> Rates:
 
 def run(folder: Path, activations: str, **changes: object) -> tuple[Prepared, CorpusManifest]:
     path = write_run(folder, resources={"activations": activations}, **changes)
-    with prepare(parse_job("sweep", [str(path), "--store", str(folder / "store")])) as prepared:
-        return prepared, ensure_corpus(prepared, Silent())  # type: ignore[arg-type]
+    prepared = prepared_sweep(path, folder / "store")
+    return prepared, ensure_corpus(prepared, Silent())  # type: ignore[arg-type]
 
 
 def streams(prepared: Prepared, corpus: CorpusManifest, told: list[str]) -> bool:
@@ -78,4 +78,4 @@ def test_a_stream_of_several_epochs_that_fits_no_pool_is_refused(tmp_path: Path)
 def test_a_stream_that_no_process_can_have_alone_is_refused(tmp_path: Path, name: str) -> None:
     flags = ["--resources.activations", "stream", f"--resources.{name}", "2"]
     with pytest.raises(ConfigError, match=f"resources.{name} must be 1 where resources.activations is stream"):
-        prepare(parse_job("sweep", [str(write_run(tmp_path)), "--store", str(tmp_path / "store"), *flags]))
+        prepared_sweep(write_run(tmp_path), tmp_path / "store", *flags)
