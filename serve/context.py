@@ -34,6 +34,12 @@ class Context:
     jobs: Callable[[], Any]
     """A client of the Ray Jobs API, made when it is first needed."""
 
+    def close(self) -> None:
+        """Look for SAEs and keys no more, and let the database go."""
+        self.catalog.close()
+        self.access.close()
+        self.tracker.close()
+
     def model(self, sae: Hosted) -> Model:
         """The interpreter of an SAE's language model."""
         found = self.models.get(sae.model)

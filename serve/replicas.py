@@ -138,13 +138,20 @@ class Ingress:
         structured()
         self._config = serve_config(tree)
         self._models = models
+        self._context: Context | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         """Serve asks for the application once the replica stands."""
         from serve.web import create_app
 
         models = {model: RemoteModel(handle) for model, handle in self._models.items()}
-        return create_app(watched_context(self._config, models), RequestMeter())
+        self._context = watched_context(self._config, models)
+        return create_app(self._context, RequestMeter())
+
+    def __del__(self) -> None:
+        """Called by Serve before it ends the process."""
+        if self._context is not None:
+            self._context.close()
 
 
 def watched_context(config: ServeConfig, models: Mapping[tuple[str, str], Model]) -> Context:

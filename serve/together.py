@@ -68,6 +68,7 @@ class Together:
         """Called by Serve before it ends the process."""
         if self._server is not None:
             self._server.end()
+            self._context.close()
 
 
 class HttpServer:

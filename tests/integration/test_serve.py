@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -177,8 +178,10 @@ def test_numbers_reach_prometheus_without_texts_or_keys(running: Deployment) -> 
     assert running.key not in text
 
 
-def test_ctrl_c_ends_it_and_nothing_stays(store: Path, store_to_serve: Path) -> None:
-    with deployed(store) as found:
+def test_ctrl_c_ends_it_and_nothing_stays(store_to_serve: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(store_to_serve, tmp_path / "store")
+    with deployed(mine) as found:
+        assert (mine / "tracker.db-wal").exists()
         children = psutil.Process(found.process.pid).children(recursive=True)
         assert len(children) > 3
         assert found.workers("ServeReplica:midiscover:together")
@@ -188,3 +191,4 @@ def test_ctrl_c_ends_it_and_nothing_stays(store: Path, store_to_serve: Path) -> 
         assert [child for child in children if child.is_running()] == []
         with pytest.raises(requests.ConnectionError):
             requests.get(f"{found.address}/health", timeout=5)
+    assert not [*mine.glob("tracker.db-*")]
