@@ -25,6 +25,7 @@ from midiscover.resolve import PlannedSae, Resolved
 from midiscover.sae.base import Sae, l1_conventions
 from midiscover.sae.registry import folded_sae
 from midiscover.saeconfig import L1Config
+from midiscover.saelenscfg import modern_cfg
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage, open_store
@@ -290,9 +291,10 @@ def load_trained(storage: Storage, sae_id: str, *, device: str = "cpu") -> Sae:
 
 
 def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
-    cfg = read_json(storage, f"{folder}/{CFG}")
-    if cfg is None:
+    read = read_json(storage, f"{folder}/{CFG}")
+    if read is None:
         raise NotFoundError(f"There is no {CFG} in {storage.uri}/{folder}; an SAE folder in SAELens' format has one.")
+    cfg = modern_cfg(read, f"{storage.uri}/{folder}")
     record = read_json(storage, f"{folder}/record.json")
     data = storage.read(f"{folder}/{WEIGHTS}")
     if record is not None and hashlib.sha256(data).hexdigest() != record["files"][WEIGHTS]:
@@ -321,7 +323,7 @@ def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
 
 def _refuse_unfolded(cfg: Mapping[str, Any]) -> None:
     """UserError for a cfg.json that this version would read wrongly."""
-    if cfg.get("normalize_activations", "none") not in ("none", "expected_average_only_in"):
+    if cfg.get("normalize_activations") not in ("none", False, None):
         raise UserError(
             f"normalize_activations '{cfg['normalize_activations']}' is not supported; fold it before saving."
         )

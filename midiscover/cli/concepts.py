@@ -137,7 +137,7 @@ def _of_concept(
         record = loaded.record or {}
         facts = {key: record.get(key) for key in ("hook", "layer", "d_sae", "sae")}
         document = {"sae": name} | judge.document(scored.of[name], scored.tokens)
-        document["of"] = facts | {"seed": record.get("train", {}).get("seed")}
+        document["of"] = facts | {"seed": (record.get("train") or {}).get("seed")}
         yield name, document, judge.held_out(scored.of[name][SAE]).tolist() if known.out is not None else ()
 
 

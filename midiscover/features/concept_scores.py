@@ -81,7 +81,7 @@ def _add_baselines(
     untrained: dict[tuple[object, ...], dict[str, Scores]] = {}
     for sae, loaded in saes.items():
         hook, settings, module = hook_of(sae, loaded), _settings(loaded), loaded.module
-        seed = (loaded.record or {}).get("train", {}).get("seed", 0)
+        seed = ((loaded.record or {}).get("train") or {}).get("seed", 0)  # an imported SAE has no training
         key = (hook, seed, module.d_sae, module.d_out, *_at_first(settings))
         if key not in untrained:
             began = as_it_began(loaded, torch.cat(list(rows[hook])), seed)

@@ -26,6 +26,7 @@ from midiscover.ids import fingerprint
 from midiscover.publish.sourcehooks import SourceHooks
 from midiscover.sae.registry import ARCHITECTURES, FOLDED, folded_sae
 from midiscover.saeconfig import SAE_KINDS, SaeConfig
+from midiscover.saelenscfg import modern_cfg
 from midiscover.saes import CFG, WEIGHTS
 
 SEED_MODEL = "sae_model.pt"
@@ -178,6 +179,7 @@ def _foreign(
 ) -> Foreign:
     if not isinstance(about, Mapping):
         raise CorruptError(f"The metadata of {path} are no JSON object.")
+    _require_plain_model(about.get("model_from_pretrained_kwargs"), str(path))
     architecture, folded = _folded(cfg, weights, str(path), factor)
     model, context_size, prepend_bos = (about.get(name) for name in ("model_name", "context_size", "prepend_bos"))
     return Foreign(
@@ -193,6 +195,15 @@ def _foreign(
         prepend_bos=prepend_bos if isinstance(prepend_bos, bool) else None,
         about={name: about[name] for name in _TOLD if about.get(name) is not None},
     )
+
+
+def _require_plain_model(kwargs: object, name: str) -> None:
+    """UserError for an SAE of a model whose weights TransformerLens had changed: its activations are others."""
+    if isinstance(kwargs, Mapping) and kwargs.get("center_writing_weights"):
+        raise UserError(
+            f"{name} reads a model that TransformerLens had loaded with center_writing_weights, which takes its mean "
+            "off each activation; only SAEs on the model's own activations can be imported."
+        )
 
 
 def _promised(folder: Path) -> str | None:
@@ -238,11 +249,7 @@ def _cfg(folder: Path) -> dict[str, Any]:
         raise CorruptError(f"{folder / CFG} is not readable as JSON: {error}.") from None
     if not isinstance(cfg, dict):
         raise CorruptError(f"{folder / CFG} holds no JSON object.")
-    if "architecture" not in cfg:  # before version 6
-        cfg["architecture"] = "standard"
-        if cfg.get("activation_fn_str", cfg.get("activation_fn")) == "topk":
-            cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
-    return cfg
+    return modern_cfg(cfg, str(folder))
 
 
 def _input_factor(cfg: Mapping[str, Any], folder: Path) -> float | None:

@@ -95,6 +95,7 @@ def test_everything_else_takes_it_for_one_of_ours(world: World) -> None:
         ("features", world.imported),
         ("feature", "show", world.imported, "0"),
         ("interpret", world.imported, "The river and the lamp."),
+        ("concepts", world.imported, "--module", "numbers"),
         ("export", world.imported, "--to", "saelens"),
         ("export", world.imported, "--to", "neuronpedia", "--model-id", "tiny", "--source-set", "imp-mlp"),
         ("export", world.imported, "--to", "bundle"),

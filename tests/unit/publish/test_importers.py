@@ -155,6 +155,10 @@ def test_a_known_scaling_is_folded(tmp_path: Path) -> None:
         ({"normalize_activations": "layer_norm"}, "'layer_norm' .* can't be folded"),
         ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
         ({"architecture": "temporal"}, "architecture 'temporal' .* is not known; known are standard"),
+        (
+            {"metadata": {"sae_lens_version": "6.1", "model_from_pretrained_kwargs": {"center_writing_weights": True}}},
+            "loaded with center_writing_weights",
+        ),
         ({"d_sae": 31}, "not those of a standard SAE of its widths: .*size mismatch"),
     ],
 )
@@ -190,6 +194,57 @@ def test_the_flat_files_before_version_6(tmp_path: Path) -> None:
     assert (foreign.architecture, foreign.model, foreign.context_size) == ("topk", "gpt2", 64)
     assert (foreign.prepend_bos, foreign.hooks.name) == (True, "blocks.3.hook_resid_post")
     assert apart(module(foreign).encode(X), by_hand("topk", weights, X, apply=True)[0]) < 1e-6
+
+
+OLD = {"d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "hook_name": "blocks.3.hook_resid_post"}
+"""What SAELens wrote side by side before version 6."""
+
+
+@pytest.mark.parametrize("architecture", [None, "standard", "topk"])
+def test_topk_before_version_6_is_topk_whatever_it_is_called(tmp_path: Path, architecture: str | None) -> None:
+    """By its activation function, as SAELens reads it; in the importer and in `load_sae`."""
+    weights = random_weights("topk", unit=True)
+    folder = write_saelens(tmp_path, "topk", weights)
+    called = {} if architecture is None else {"architecture": architecture}
+    cfg = OLD | called | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    right = by_hand("topk", weights, X, apply=True)[0]
+    assert float((right > 0).sum(1).max()) == K
+    assert apart(module(read_saelens(folder)).encode(X), right) < 1e-6
+    assert apart(load_sae(str(folder)).encode(X), right) < 1e-6
+
+
+def test_before_version_6_a_text_began_with_bos_unless_it_says_otherwise(tmp_path: Path) -> None:
+    folder = write_saelens(tmp_path, "standard", random_weights("standard"))
+    for given, told in (({}, True), ({"prepend_bos": False}, False)):
+        (folder / "cfg.json").write_text(json.dumps(OLD | given))
+        assert read_saelens(folder).prepend_bos is told
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn 'tanh-relu' of .* is not supported"),
+        ({"activation_fn_str": "topk"}, "activation_fn 'topk' of .* is not supported; .* with its k"),
+        ({"hook_name": "blocks.3.attn.hook_z"}, "reshape_activations 'hook_z'"),
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "loaded with center_writing_weights"),
+    ],
+)
+def test_what_is_not_supported_of_before_version_6_is_refused(
+    tmp_path: Path, cfg: dict[str, Any], message: str
+) -> None:
+    folder = write_saelens(tmp_path, "standard", random_weights("standard"))
+    (folder / "cfg.json").write_text(json.dumps(OLD | cfg))
+    with pytest.raises(UserError, match=message):
+        read_saelens(folder)
+
+
+def test_an_sae_whose_inputs_must_be_scaled_is_not_loaded_as_if_not(tmp_path: Path) -> None:
+    folder = write_saelens(
+        tmp_path, "standard", random_weights("standard"), normalize_activations="expected_average_only_in"
+    )
+    with pytest.raises(UserError, match="'expected_average_only_in' is not supported"):
+        load_sae(str(folder))
 
 
 def test_the_seed_projects_file(tmp_path: Path) -> None:
