@@ -29,10 +29,11 @@ from midiscover.features.collect import Part, collect_chunk, merged
 from midiscover.features.finish import Finisher
 from midiscover.features.plan import Plan, plan_features
 from midiscover.features.records import open_features
+from midiscover.hooknames import is_residual
 from midiscover.ids import features_id
 from midiscover.launch import JobArgs, Prepared, TargetArgs, parse_target
 from midiscover.lm import load_tokenizer
-from midiscover.models import ModelIdentity
+from midiscover.models import ModelIdentity, model_type
 from midiscover.origin import resolve_origin, run_config
 from midiscover.resolve import resolve
 from midiscover.saes import load_trained
@@ -127,8 +128,10 @@ def finish_sae(
     storage = run.storage
     keys = [run.part_key(sae_id, chunk, chunks) for chunk in range(chunks)]
     sae = load_trained(storage, sae_id)
+    record = _record(storage, sae_id)
     # The matrix of a model whose weights were shuffled in memory is in no file, and would name no tokens.
-    shuffled = _record(storage, sae_id)["lineage"]["model"].get("weights") == "shuffled"
+    shuffled = record["lineage"]["model"].get("weights") == "shuffled"
+    legible = is_residual(record.get("output_hook") or record["hook"], model_type(identity))
     manifest = Finisher(
         storage=storage,
         sae_id=sae_id,
@@ -136,7 +139,7 @@ def finish_sae(
         plan=run.plan(site),
         corpus=Corpus.open(storage, site.corpus_id),
         strings=TokenStrings(load_tokenizer(identity)),
-        unembedding=None if shuffled else read_unembedding(identity),
+        unembedding=read_unembedding(identity) if legible and not shuffled else None,
         device="cuda" if gpu else "cpu",
     ).finish(merged(Part.from_bytes(storage.read(key)) for key in keys))
     run.remove_parts(sae_id)

@@ -7,7 +7,6 @@ a run that is interrupted later goes on where it was.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from midiscover.errors import ConfigError, CorpusError, CorruptError, ModelError
 from midiscover.launch import ImportArgs, JobArgs, Prepared, parse_import
 from midiscover.lm import load_tokenizer
 from midiscover.member import HISTORY, Member, Trained
-from midiscover.models import config_folder, hook_table, resolve_model
+from midiscover.models import hook_table, model_type, resolve_model
 from midiscover.publish.importers import Foreign, read_saelens, read_seed
 from midiscover.publish.sourcehooks import find_hook
 from midiscover.resolve import Resolved, by_site, resolve
@@ -76,19 +75,19 @@ def plan(args: ImportArgs) -> Planned:
             raise
         raise ModelError(f"{error} --model names the model that the SAE belongs to.") from None
     table = hook_table(identity, context_size=config.corpus.context_size)
-    vocabulary = len(load_tokenizer(identity))
+    vocabulary = load_tokenizer(identity).vocab_size  # without added tokens, of which Gemma-3 has one too many
     if vocabulary > table.vocab_size:
         raise ModelError(
             f"The tokenizer of {identity.name} has {vocabulary:,} tokens and the model {table.vocab_size:,} embedding "
             "rows: they do not belong together."
         )
-    model_type = json.loads((config_folder(identity) / "config.json").read_text()).get("model_type")
+    family = model_type(identity)
     hooks = foreign.hooks
 
     def find(given: str | None, path: str | None, name: str | None, flag: str) -> str:
         if given is not None:
             return given
-        return find_hook(table, model_type, path=path, name=name, flag=flag)
+        return find_hook(table, family, path=path, name=name, flag=flag)
 
     hook = output = find(args.hook, hooks.path, hooks.name, "--hook")
     settings = foreign.settings

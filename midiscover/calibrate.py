@@ -39,6 +39,8 @@ from midiscover.train import Member, Pair, train
 
 STILL = 1e-7
 """Learning rate with which an SAE stays at the L0 that it begins with."""
+NEVER = 10**12
+"""Tokens without firing after which a feature counts as dead."""
 BATCHES = (1024, 4096)
 L0S = (60, 240)
 STEPS, UNCOUNTED = 5, 1
@@ -197,6 +199,7 @@ class Nobody:
 def _step_seconds(config: SaeConfig, shape: Shape, settings: TrainConfig, device: torch.device) -> float:
     """Of one SAE's step; of as many SAEs as there are cores, where a sweep would step them side by side."""
     still = replace(settings, lr=STILL, epochs=1, report_every=10**6, checkpoint_every=1e9, retire_after=None)
+    still = replace(still, dead_window=NEVER)  # a share of so few steps is less than one
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     side_by_side = threads > 1 and still.batch_size * shape.d_in * shape.d_sae < SMALL_BELOW
     steps = STEPS_ON_GPU if device.type == "cuda" else STEPS_SIDE_BY_SIDE if side_by_side else STEPS

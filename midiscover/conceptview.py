@@ -22,8 +22,9 @@ COLUMNS = 9
 """SAEs beside one another in a table."""
 MARK = "*"
 _MIN_WIDTHS = {"by": 4, "d": 5, "p": 6, "q": 6, "": 6, "family\nwise p": 6}
-_OTHERS = {"neurons": "raw\nneurons", "directions": "random\ndirect.", "untrained": "un-\ntrained"}
+_OTHERS = {"neurons": "raw\nneurons", "directions": "random\ndirect.", "untrained": "un-\ntrained", "length": "tokens"}
 _WORDS = {"neurons": "raw neurons", "directions": "random directions", "untrained": "the untrained SAE"}
+_WORDS |= {"length": "the number of tokens"}
 _LEGEND = (
     "AUROC, d (Cohen) and p (Mann-Whitney, one-sided): on the texts that the ranking did not see. by: whether a "
     "feature's highest or its mean activation scores a text, chosen with the rank. p family: against the best of these "
@@ -63,13 +64,15 @@ def concept_table(document: Document, tokens: Tokens) -> RenderableType:
 
 def _beside(document: Document) -> Iterator[str]:
     for name, words in _WORDS.items():
-        if name in document:
-            group = document[name]
-            yield (
-                f"{words}: first {group['auroc_first']:.3f} ± {group['auroc_first_error']:.3f}, "
-                f"top {len(group['features'])} on average {group['auroc_held_out']:.3f} ± {group['auroc_error']:.3f}, "
-                f"{group['passing']} pass"
-            )
+        if name not in document:
+            continue
+        group = document[name]
+        most = len(group["features"])
+        average = f"top {most} on average {group['auroc_held_out']:.3f} ± {group['auroc_error']:.3f}, "
+        yield (
+            f"{words}: {'first ' if most > 1 else ''}{group['auroc_first']:.3f} ± {group['auroc_first_error']:.3f}, "
+            f"{average if most > 1 else ''}{group['passing']} pass{'' if most > 1 else 'es'}"
+        )
 
 
 def sweep_tables(documents: Sequence[Document]) -> RenderableType:
@@ -153,6 +156,7 @@ def _beaten(documents: Sequence[Document]) -> str:
     counts = [
         f"{words} on {sum(document['against'][name]['first']['told'] == 'better than' for document in documents)}"
         for name, words in _WORDS.items()
+        if all(name in document["against"] for document in documents)
     ]
     pairs = "concepts" if len({document["sae"] for document in documents}) == 1 else "pairs of SAE and concept"
     beaten = ", ".join(counts)

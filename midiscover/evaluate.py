@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -96,7 +97,8 @@ def splice_metrics(
     outlier_norm: float,
     on_tokens: Callable[[int], None] = lambda _tokens: None,
 ) -> SpliceResult:
-    """Splice each SAE's reconstruction into the model over held-out windows, up to `max_tokens` tokens.
+    """Splice each SAE's reconstruction into the model over held-out windows, up to `max_tokens` tokens: as many
+    windows, evenly spread over all, for neighbours are of one document.
 
     For transcoders, `output_hook` is what they predict: it is replaced by what they make of `hook` in the same pass,
     and zeroed in the zeroed run. Rows that training left out (special tokens, first position, outliers at either hook)
@@ -105,12 +107,14 @@ def splice_metrics(
     """
     result = SpliceResult(saes={name: SplicedSums() for name in saes})
     first = corpus.manifest.windows["train"]
-    windows = min(corpus.manifest.windows["held_out"], max(1, max_tokens // corpus.manifest.context_size))
+    held_out = corpus.manifest.windows["held_out"]
+    count = min(held_out, max(1, max_tokens // corpus.manifest.context_size))
+    places = [first + held_out * i // count for i in range(count)]
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
     prefix = Prefix(model.model, {hook, output_hook or hook})
-    for start in range(first, first + windows, CE_BATCH_WINDOWS):
-        stop = min(start + CE_BATCH_WINDOWS, first + windows)
-        ids, doc = (torch.from_numpy(part.copy()) for part in corpus.windows(start, stop))
+    for start in range(0, count, CE_BATCH_WINDOWS):
+        parts = [corpus.windows(place, place + 1) for place in places[start : start + CE_BATCH_WINDOWS]]
+        ids, doc = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
         codes = position_mask(ids, doc, special, mask_first=mask_first)
         splice = _Splice(hook, output_hook or hook, codes, outlier_norm)
         _splice_batch(model, prefix, splice, saes, ids, result, on_tokens)

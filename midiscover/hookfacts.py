@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn"})
+_ATTENTION_NAMES = frozenset({"self_attn", "attn", "attention", "self_attention"})
 
 
 def hook_facts(folder: Path) -> dict[str, Any]:
@@ -131,16 +132,22 @@ def _sizes(model: PreTrainedModel, d_model: int) -> tuple[_HookFacts, tuple[floa
 
 
 def _recommended(model: PreTrainedModel, hooks: Iterable[str], n_layers: int) -> list[str]:
-    """The MLP output projections at 1/3, 1/2 and 2/3 of the depth: where SAEs on MLP outputs are usually trained."""
+    """The MLP output projections at 1/3, 1/2 and 2/3 of the depth: where SAEs on MLP outputs are usually trained.
+
+    Where a layer's MLP is not one projection after another (several experts), the whole MLP; where it has no module of
+    its own, the layer's last projection outside of attention; else the layer.
+    """
     from transformers.pytorch_utils import Conv1D
 
     chosen = []
     for layer in sorted({min(round(n_layers * share), n_layers - 1) for share in (1 / 3, 1 / 2, 2 / 3)}):
         inside = [hook for hook in hooks if hook_layer(hook) == layer and not hook.endswith(":in")]
         linear = [hook for hook in inside if isinstance(model.get_submodule(hook), (nn.Linear, Conv1D))]
-        in_mlp = [hook for hook in linear if _MLP_NAMES & set(hook.split("."))]
+        in_mlp = [hook for hook in linear if hook.split(".")[-2] in _MLP_NAMES]
         whole_mlp = [hook for hook in inside if hook.rpartition(".")[2] in _MLP_NAMES]
-        chosen += (in_mlp or whole_mlp or linear)[-1:]
+        elsewhere = [hook for hook in linear if not (_MLP_NAMES | _ATTENTION_NAMES) & set(hook.split("."))]
+        block = [hook for hook in inside if hook.endswith(f".{layer}")]
+        chosen += (in_mlp or whole_mlp or elsewhere or block)[-1:]
     return chosen
 
 

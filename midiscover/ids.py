@@ -83,7 +83,7 @@ def harvest_id(model: ModelConfig, harvest: HarvestConfig, *, model_digest: str,
 
 def features_id(features: FeaturesConfig) -> str:
     """Id of the feature records of an SAE, within the SAE's folder."""
-    return "f." + fingerprint("features", 1, _settings(features))
+    return "f." + fingerprint("features", 2, _settings(features))
 
 
 def hook_layer(hook: str) -> int | None:
@@ -166,7 +166,7 @@ def evaluation_id(evaluate: EvaluateConfig, *, foreign_digest: str | None = None
         del given["foreign_tokens"]
     else:
         given["foreign_source"] = foreign_digest  # the text, wherever it lies
-    return "e." + fingerprint("evaluation", 1, given)
+    return "e." + fingerprint("evaluation", 2, given)  # 2: cross-entropy over windows from all of the held-out text
 
 
 def sweep_id(name: str, sae_ids: Sequence[str], evaluation: str) -> str:

@@ -248,11 +248,12 @@ class Slot:
         """Features that may count as dead in a step; 0 where nothing asks for them.
 
         Asking waits for the device: until the longest silent one can be dead nobody does, and where steps are recorded
-        one answer, made a round number so that recordings serve again, holds for several.
+        one answer, made a round number so that recordings serve again, holds for several; for no more than half of the
+        window, or features that have only just fired would count.
         """
         if not self.sae.uses_dead or step < self.known_before:
             return self.dead_at_most
-        ahead = ASKED_EVERY if self.records else 1
+        ahead = min(ASKED_EVERY, max(1, self.aux_window // (2 * batch_size))) if self.records else 1
         alive = int(self.aux_window - 1 - self.since_fired.max()) // batch_size + 1
         if alive >= ahead:
             self.dead_at_most, self.known_before = 0, step + alive

@@ -56,7 +56,7 @@ __all__ = [
 STORED = "store:"
 """`model.id: store:<name>` is the model `models/<name>/` of the run's store; no hub id and no path looks like it."""
 
-_TABLE_VERSION = 1
+_TABLE_VERSION = 2
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -159,6 +159,11 @@ def config_folder(identity: ModelIdentity) -> Path:
     if not folder.is_dir():
         raise ModelError(f"The folder of model {identity.name}, {folder}, is not on this machine.")
     return folder
+
+
+def model_type(identity: ModelIdentity) -> str | None:
+    """What its config.json calls its family, as `phi`."""
+    return json.loads((config_folder(identity) / "config.json").read_text()).get("model_type")
 
 
 def hook_table(identity: ModelIdentity, *, context_size: int = 512, wanted: Sequence[str] = ()) -> HookTable:

@@ -71,7 +71,7 @@ def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bo
             **(predicted if sae.transcodes else {}),
             "prepend_bos": prepend_bos,
             "context_size": config.corpus.context_size,
-            "seqpos_slice": [None],
+            "seqpos_slice": [1, None] if config.harvest.mask_first else [None],
             "dataset_path": resolved.source.name,
             "exclude_special_tokens": True,
             "model_from_pretrained_kwargs": {},

@@ -44,6 +44,7 @@ class TokenStrings:
     def _decode(self, token: int) -> str:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        # Decoders of SentencePiece drop the space in front of a first token; "\u2581" is how it writes one.
-        dropped = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
-        return f" {text}" if dropped else text
+        if not isinstance(piece, str) or not piece.startswith("\u2581"):
+            return text
+        # Decoders of SentencePiece drop a space in front of a first token; "\u2581" is how it writes each.
+        return " " * (len(piece) - len(piece.lstrip("\u2581"))) + text.lstrip(" ")

@@ -136,7 +136,7 @@ def collect_chunk(
                 with torch.no_grad():
                     # Not a product with the mask: masked rows may hold NaN.
                     codes = sae.encode(x.to(sae.W_enc)).float().masked_fill_(~keep[:, None], 0)
-                batch = Codes(codes, first + start, plan.context_size, plan.settings)
+                batch = Codes(codes, keep, first + start, plan.context_size, plan.settings)
                 parts[name].add(batch, int(keep.sum()))
                 samples[name].append(_sampled(batch, x, rows))
             progress(stop - start)

@@ -20,10 +20,11 @@ from midiscover.sae.base import Sae
 from midiscover.sae.registry import make_sae
 from midiscover.saes import LoadedSae
 
-SAE, NEURONS, DIRECTIONS, UNTRAINED = "sae_scores", "neurons", "directions", "untrained"
+SAE, NEURONS, DIRECTIONS, UNTRAINED, LENGTH = "sae_scores", "neurons", "directions", "untrained", "length"
 """What is scored; all but the first are baselines. `neurons`: the hook's own dimensions, each with either sign.
 `untrained`: the SAE as initialised, its random directions behind biases or thresholds. `directions`: the same ones
-without, which tell more, as they give every text a score."""
+without, which tell more, as they give every text a score. `length`: the number of a text's tokens, which a maximum
+over them grows with."""
 CALIBRATION_TOKENS = 2048
 """Tokens at most that set the biases or thresholds of an untrained SAE."""
 LATER = (
@@ -78,6 +79,8 @@ def _add_baselines(
     of: dict[str, dict[str, Scores]], saes: Mapping[str, LoadedSae], rows: Mapping[str, Sequence[Tensor]]
 ) -> None:
     neurons = {hook: neuron_scores(texts) for hook, texts in rows.items()}
+    tokens = torch.tensor([[len(x)] for x in next(iter(rows.values()))], dtype=torch.float32)
+    lengths = Scores(tokens, tokens)
     untrained: dict[tuple[object, ...], dict[str, Scores]] = {}
     for sae, loaded in saes.items():
         hook, settings, module = hook_of(sae, loaded), _settings(loaded), loaded.module
@@ -89,7 +92,7 @@ def _add_baselines(
                 DIRECTIONS: began.scores(rows[hook], activated=False),
                 UNTRAINED: began.scores(rows[hook], activated=True),
             }
-        of[sae] |= {NEURONS: neurons[hook], **untrained[key]}
+        of[sae] |= {NEURONS: neurons[hook], **untrained[key], LENGTH: lengths}
 
 
 def neuron_scores(texts: Sequence[Tensor]) -> Scores:

@@ -2,8 +2,8 @@
 
 A feature scores a text by its highest or by its mean activation there, whichever tells the texts apart better on the
 half that ranks; its rank is that AUROC. What is reported is the AUROC of the same score on the half that the ranking
-did not see. Raw neurons of the hook, random directions and the SAE as it began go through the same, because a score
-without them shows little.
+did not see. Raw neurons of the hook, random directions, the SAE as it began and the number of tokens go through the
+same, because a score without them shows little.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import torch
 from torch import Tensor
 
 from midiscover import lineage
-from midiscover.features.concept_scores import DIRECTIONS, NEURONS, SAE, UNTRAINED, Scores
+from midiscover.features.concept_scores import DIRECTIONS, LENGTH, NEURONS, SAE, UNTRAINED, Scores
 from midiscover.features.concept_stats import Ranked, Separation, family_wise, ranked, resampled_auroc, separation
 from midiscover.features.modules import Concept
 
 VERSION = 1
 PASSES = 0.05
 """Family-wise p on the held-out half below which a feature passes."""
-BASELINES = {NEURONS: "raw neurons", DIRECTIONS: "random directions", UNTRAINED: "the untrained SAE"}
+BASELINES = {
+    NEURONS: "raw neurons",
+    DIRECTIONS: "random directions",
+    UNTRAINED: "the untrained SAE",
+    LENGTH: "the number of tokens",
+}
 ERRORS_APART = 2
 """Standard errors of a difference from which one of two is called better."""
 BY = ("max", "mean")

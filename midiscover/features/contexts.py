@@ -57,7 +57,7 @@ class ContextTables:
         kept = [
             part.top.rows[part.top.values > 0],
             part.intervals.rows[part.intervals.values > 0],
-            part.drawn.rows.flatten(),
+            part.drawn.rows[part.drawn.usable],
         ]
         rows = torch.cat([rows.flatten().cpu() for rows in kept])
         self.windows: NDArray[np.int64] = torch.unique(rows // plan.context_size).numpy()
@@ -118,11 +118,11 @@ def _intervals(part: Part, start: int, stop: int) -> _Entries:
 
 
 def _drawn(part: Part, start: int, stop: int) -> _Entries:
-    rows = part.drawn.rows[start:stop].cpu()
-    feature = torch.arange(start, stop).repeat_interleave(rows.shape[1])
+    feature, slot = part.drawn.usable[start:stop].cpu().nonzero().unbind(1)
     bins = torch.full((len(feature), 3), torch.nan, dtype=torch.float64)
-    values, contexts = part.drawn.values[start:stop].cpu(), part.drawn.contexts[start:stop].cpu()
-    return _Entries(feature, bins, values.flatten(), rows.flatten(), contexts.flatten(0, 1))
+    drawn = (part.drawn.values, part.drawn.rows, part.drawn.contexts)
+    values, rows, contexts = (tensor[start:stop].cpu()[feature, slot] for tensor in drawn)
+    return _Entries(feature + start, bins, values, rows, contexts)
 
 
 def _columns(tables: ContextTables, kind: str, entries: _Entries) -> pa.Table:

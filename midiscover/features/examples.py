@@ -24,8 +24,11 @@ _LAST = torch.iinfo(torch.int64).max
 class Codes:
     """The dense code of consecutive whole windows, from which values around a row are taken."""
 
-    def __init__(self, codes: Tensor, first_row: int, context_size: int, settings: FeaturesConfig) -> None:
-        self.codes, self.first_row, self.context_size = codes, first_row, context_size
+    def __init__(
+        self, codes: Tensor, usable: Tensor, first_row: int, context_size: int, settings: FeaturesConfig
+    ) -> None:
+        """codes: [rows, d_sae], 0 where `usable`, bool [rows], is false."""
+        self.codes, self.usable, self.first_row, self.context_size = codes, usable, first_row, context_size
         self.offsets = torch.arange(-settings.context_before, settings.context_after + 1, device=codes.device)
 
     def around(self, places: Tensor, features: Tensor) -> Tensor:
@@ -168,20 +171,22 @@ class Intervals:
 
 
 class Drawn:
-    """Contexts of rows that were drawn beforehand, whatever the feature does there."""
+    """Contexts of rows that were drawn beforehand, whatever the feature does there; masked ones do not count."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.rows, self.values, self.contexts = state["rows"], state["values"], state["contexts"]
+        self.usable = state["usable"]
 
     @classmethod
     def empty(cls, rows: Tensor, settings: FeaturesConfig, device: torch.device | str = "cpu") -> Self:
         """rows: [d_sae, n] row numbers."""
         state = _nothing(tuple(rows.shape), settings, device)
-        return cls(state | {"rows": rows.to(device)})
+        usable = torch.zeros(rows.shape, dtype=torch.bool, device=device)
+        return cls(state | {"rows": rows.to(device), "usable": usable})
 
     def state(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        return {"rows": self.rows, "values": self.values, "contexts": self.contexts}
+        return {"rows": self.rows, "values": self.values, "contexts": self.contexts, "usable": self.usable}
 
     def add(self, batch: Codes) -> None:
         """Take the drawn rows that lie in a batch."""
@@ -189,11 +194,13 @@ class Drawn:
         features, slots = ((places >= 0) & (places < len(batch.codes))).nonzero().unbind(1)
         if len(features):
             here = places[features, slots]
+            self.usable[features, slots] = batch.usable[here]
             self.values[features, slots] = batch.codes[here, features]
             self.contexts[features, slots] = batch.around(here, features)
 
     def merge(self, other: Self) -> None:
         """Of each row one of the two has read the block; what the other has is 0."""
+        self.usable |= other.usable
         self.values += other.values
         self.contexts += other.contexts
 

@@ -58,7 +58,9 @@ class Plan:
         return self._numbers(places.unique())
 
     def drawn(self, d_sae: int) -> Tensor:
-        """[d_sae, random_contexts] numbers of the rows whose contexts are kept of each feature, whatever it does."""
+        """[d_sae, random_contexts] numbers of the rows whose contexts are kept of each feature, whatever it does;
+        of all rows, the masked ones included, which are left out when they are read.
+        """
         shape = (d_sae, self.settings.random_contexts)
         return self._numbers(
             torch.randint(self.rows, shape, generator=torch.Generator().manual_seed(_RANDOM_SEED)).flatten()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,13 @@ class Bundle:
         record: Mapping[str, Any],
         records: FeatureRecords,
         neuronpedia: NeuronpediaExport,
+        decode: Callable[[list[int]], str],
         sweep_rows: Sequence[Row] = (),
     ) -> None:
-        """sweep_rows: the SAEs of its sweep, for the frontier; see `choice.sweep_rows`."""
-        self.storage, self.record, self.records = storage, record, records
+        """decode: token ids to their text. sweep_rows: the SAEs of its sweep, for the frontier; see
+        `choice.sweep_rows`.
+        """
+        self.storage, self.record, self.records, self.decode = storage, record, records, decode
         self.neuronpedia, self.sweep_rows = neuronpedia, sweep_rows
 
     def files(self) -> Iterator[tuple[str, bytes]]:
@@ -130,8 +133,16 @@ class Bundle:
                     "activation_frequency": row["firing_rate"],
                     "top_activations": [context.value for context in top],
                     **{name: row[name] for name in _ALIKE},
-                    "texts": [_text(context) for context in top[:TEXTS]],
+                    "texts": [self._text(context) for context in top[:TEXTS]],
                 }
+
+    def _text(self, context: Context) -> dict[str, Any]:
+        return {
+            "text": self.decode(context.token_ids),  # of a whole: a character may lie in several tokens
+            "token": context.tokens[context.peak],
+            "value": context.value,
+            "document": context.document,
+        }
 
     def _analysis(self, features: Sequence[Mapping[str, Any]], decoder: Tensor) -> bytes:
         manifest = self.records.manifest
@@ -204,15 +215,6 @@ def top_features(features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     ranked = sorted((row for row in features if row["count"]), key=order)[:TOP_FEATURES]
     return [{"rank": rank, **row} for rank, row in enumerate(ranked, 1)]
-
-
-def _text(context: Context) -> dict[str, Any]:
-    return {
-        "text": "".join(context.tokens),
-        "token": context.tokens[context.peak],
-        "value": context.value,
-        "document": context.document,
-    }
 
 
 def _linear_layers(weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> dict[str, Tensor]:

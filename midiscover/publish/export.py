@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import midiscover
@@ -13,7 +14,8 @@ from midiscover.config import EXPORTS, NeuronpediaConfig
 from midiscover.errors import CorruptError, NotFoundError, UserError
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.ids import fingerprint
-from midiscover.models import config_folder, hook_table
+from midiscover.lm import load_tokenizer
+from midiscover.models import ModelIdentity, config_folder, hook_table
 from midiscover.origin import resolve_origin
 from midiscover.publish.bundle import Bundle
 from midiscover.publish.choice import sweep_of, sweep_rows
@@ -49,6 +51,8 @@ class Export:
     neuronpedia: NeuronpediaExport
     records: FeatureRecords | None
     """The feature records; None for a kind that needs none."""
+    decode: Callable[[list[int]], str]
+    """Token ids to their text, for a bundle."""
     rows: list[dict[str, Any]]
     """The SAEs of its sweep, for a bundle."""
     made_of: str
@@ -63,7 +67,7 @@ class Export:
             return found.items()
         if self.kind == "neuronpedia":
             return names.files(self.records)
-        return Bundle(self.storage, self.record, self.records, names, self.rows).files()
+        return Bundle(self.storage, self.record, self.records, names, self.decode, self.rows).files()
 
 
 def prepare_export(
@@ -87,7 +91,8 @@ def prepare_export(
     if record is None or cfg is None:
         raise NotFoundError(f"There is no finished SAE '{sae_id}' in {storage.uri}.")
     names = names or NeuronpediaConfig()
-    neuronpedia = NeuronpediaExport(record, cfg, _facts(storage, record, model), names, repository)
+    identity = resolve_origin(record, storage.uri, model)
+    neuronpedia = NeuronpediaExport(record, cfg, _facts(identity), names, repository)
     records = open_features(storage, sae_id) if kind != "saelens" else None
     sweep = sweep_of(storage, sae_id) if kind == "bundle" else None
     rows = sweep_rows(storage, sweep) if sweep else []
@@ -110,6 +115,7 @@ def prepare_export(
         kind=kind,
         neuronpedia=neuronpedia,
         records=records,
+        decode=_decoder(identity),
         rows=rows,
         made_of=made_of,
     )
@@ -152,8 +158,13 @@ def export_files(out: Storage, prefix: str, manifest: dict[str, Any]) -> dict[st
     return files
 
 
-def _facts(storage: Storage, record: dict[str, Any], model: str | None) -> ModelFacts:
-    identity = resolve_origin(record, storage.uri, model)
+def _decoder(identity: ModelIdentity) -> Callable[[list[int]], str]:
+    """Token ids to their text; the tokenizer is loaded when the first are asked for."""
+    tokenizer = cache(partial(load_tokenizer, identity))
+    return lambda ids: str(tokenizer().decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _facts(identity: ModelIdentity) -> ModelFacts:
     config = json.loads((config_folder(identity) / "config.json").read_text())
     table = hook_table(identity)
     wide = (config.get(name) for name in ("intermediate_size", "n_inner"))

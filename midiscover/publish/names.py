@@ -13,33 +13,6 @@ MODEL_ID_LENGTH = 32
 _MODEL_ID = re.compile(r"[a-z](?!.*(--|\.\.))[a-z0-9.-]{0,30}[a-z0-9]")
 _SOURCE_SET = re.compile(r"[a-z](?!.*--)[a-z0-9-]*[a-z0-9]")
 
-# The part of a layer whose output a TransformerLens hook also reads, by the names that families use. In parallel blocks
-# (Phi, GPT-NeoX) as in serial ones, what an MLP or an attention block adds to the residual stream is the output of its
-# last projection; Gemma-2 normalises it once more, so there the projection is none of TransformerLens' hooks.
-_MLP_OUT = re.compile(r"mlp(\.(down_proj|fc2|c_proj|dense_4h_to_h))?")
-_ATTENTION_OUT = re.compile(r"(self_attn\.(o_proj|dense)|attn\.c_proj|attention\.dense)")
-_LAYER = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)(?:\.(.+))?")
-_NORMALISED_AFTER = ("gemma2", "gemma3", "gemma3_text")
-
-
-def transformer_lens_hook(hook: str, model_type: str | None = None) -> str | None:
-    """`model.layers.16.mlp.fc2` as `blocks.16.hook_mlp_out`; None where TransformerLens has no such hook.
-
-    model_type: of the model's config.json, as far as it is known.
-    """
-    path, _, side = hook.partition(":")
-    match = _LAYER.fullmatch(path)
-    if match is None:
-        return None
-    layer, part = match[1], match[2]
-    if part is None:
-        return f"blocks.{layer}.hook_resid_{'pre' if side else 'post'}"
-    if side or model_type in _NORMALISED_AFTER:
-        return None
-    if _MLP_OUT.fullmatch(part):
-        return f"blocks.{layer}.hook_mlp_out"
-    return f"blocks.{layer}.hook_attn_out" if _ATTENTION_OUT.fullmatch(part) else None
-
 
 def model_id(name: str) -> str:
     """Neuronpedia's id of a model: of `microsoft/phi-2`, `phi-2`. At most 32 characters."""

@@ -22,6 +22,7 @@ from typing import Any
 from midiscover.config import NeuronpediaConfig
 from midiscover.features.labels import label
 from midiscover.features.records import Context, FeatureRecords
+from midiscover.hooknames import transformer_lens_hook
 from midiscover.publish.dashboard import Dashboards
 from midiscover.publish.names import (
     checked_model_id,
@@ -29,7 +30,6 @@ from midiscover.publish.names import (
     model_id,
     source_id,
     source_set,
-    transformer_lens_hook,
 )
 
 BATCH = 1024

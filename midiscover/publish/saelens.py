@@ -1,13 +1,15 @@
-"""A SAELens folder as other people load it: hook names of TransformerLens where it has them, a model card beside it."""
+"""A SAELens folder as other people load it: hook names of TransformerLens where it has the model, a card beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from midiscover.configio import to_yaml
-from midiscover.publish.names import transformer_lens_hook
+from midiscover.hooknames import transformer_lens_hook
 from midiscover.saes import CFG, SPARSITY, WEIGHTS
 from midiscover.store import layout
 from midiscover.store.documents import dump
@@ -48,8 +50,18 @@ def saelens_files(
     return files
 
 
+@cache
+def _transformer_lens_models() -> frozenset[str]:
+    lines = Path(__file__).with_name("transformer_lens_models.txt").read_text().splitlines()
+    return frozenset(line for line in lines if not line.startswith("#"))
+
+
 def _hooks(metadata: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
-    """Hook names of TransformerLens; none where one of the hooks has none, since a model is loaded in one way."""
+    """Hook names of TransformerLens; none where it does not know the model, which SAELens then loads by transformers,
+    or where one of the hooks has none there, since a model is loaded in one way.
+    """
+    if metadata["model_name"] not in _transformer_lens_models():
+        return {}
     names = [name for name in ("hook_name", "hook_name_out") if metadata.get(name)]
     found = {name: transformer_lens_hook(metadata[name], model_type) for name in names}
     if None in found.values():
@@ -112,7 +124,7 @@ sae = load_sae("<this folder>")
 ```
 
 In SAELens the hook is `{metadata["hook_name"]}` of `{metadata["model_class_name"]}`; in transformers the module
-`{record["hook"]}`. TransformerLens must load the model without processing its weights
+`{record["hook"]}`. Where TransformerLens loads the model, it must not process its weights
 (`from_pretrained_no_processing`), or its activations are not those that the SAE was trained on.
 
 ## Where it comes from

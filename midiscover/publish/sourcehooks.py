@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 from midiscover.errors import ModelError
+from midiscover.hooknames import transformer_lens_hook
 from midiscover.hooks import HookTable
-from midiscover.publish.names import transformer_lens_hook
 
 
 class SourceHooks(NamedTuple):

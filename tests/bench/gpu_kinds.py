@@ -111,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with sparse, devices:
                 seconds, l0, graph = step_seconds(config, batches, args.steps)
             share, speed = f"{100 * dense / seconds / rate:.1f} %", f"{args.batch_size / seconds:,.0f}"
-            table.add_row(
-                config.kind, label, f"{1000 * seconds:.2f}", share, speed, f"{l0:.1f}", "yes" if graph else ""
-            )
+            cells = (config.kind, label, f"{1000 * seconds:.2f}", share, speed, f"{l0:.1f}", "yes" if graph else "")
+            print(*cells, flush=True)  # a run that is cut off has told what it knew
+            table.add_row(*cells)
     tables.show(table)
     return 0
 

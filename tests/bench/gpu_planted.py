@@ -99,6 +99,7 @@ def main() -> None:
     source = PlantedSource(planted, batch_size=shape.batch_size, steps=shape.steps, seed=known.seed, rows=shape.rows)
     train_config = TrainConfig(
         batch_size=shape.batch_size,
+        epochs=max(1, shape.steps * shape.batch_size // shape.rows),
         lr=known.lr,
         dtype="float32" if known.small else "bfloat16",
         seed=known.seed,

@@ -98,6 +98,7 @@ def _table(
         for side in sides:
             spent, l0[side] = seconds_a_step(side, kind, folder, args)
             seconds[side].append(spent)
+            print(kind, side, f"{1000 * spent:.2f} ms", flush=True)  # a run that is cut off has told what it knew
     products = 2 * args.batch_size * args.d_in * args.d_sae
     table = Table(
         f"{kind}, {args.batch_size:,} x {args.d_in:,} x {args.d_sae:,}",

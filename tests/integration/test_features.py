@@ -149,8 +149,9 @@ def test_exports(store: Path, tmp_path: Path) -> None:
     mine, theirs = load_sae(sae, store=str(store)), load_sae(str(tmp_path / "folder"))
     x = torch.randn(50, mine.module.d_in, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mine.encode(x), theirs.encode(x))
-    assert theirs.cfg["metadata"]["hook_name"] == "blocks.0.hook_mlp_out"
+    assert theirs.cfg["metadata"]["hook_name"] == theirs.cfg["metadata"]["hf_hook_name"]
     assert theirs.cfg["metadata"]["hf_hook_name"] == "model.layers.0.mlp.down_proj"
+    assert theirs.cfg["metadata"]["model_class_name"] == "AutoModelForCausalLM"  # none that TransformerLens knows
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert midiscover(*words, "saelens", "--out", str(tmp_path / "folder")).code == 0
     refused = midiscover(*words, "saelens", "--out", str(tmp_path / "np"))

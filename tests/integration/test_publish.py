@@ -153,7 +153,7 @@ def test_a_push_arrives_and_saelens_loads_it_from_there(world: World, tmp_path: 
         environment = os.environ | there.environment() | {"HF_HOME": str(tmp_path / "home")}
         words = ["lab/saes", sae, str(tmp_path / "x.safetensors"), str(tmp_path / "f.safetensors")]
         told = checked([str(python), "-I", "-c", FROM_HUB, *words], env=environment)
-        assert told.strip().endswith("StandardSAE blocks.1.hook_mlp_out")
+        assert told.strip().endswith(f"StandardSAE {HOOK}")
         features = load_file(tmp_path / "f.safetensors")["features"]
         assert float((features - ours.encode(x)).abs().max()) < 1e-5
 

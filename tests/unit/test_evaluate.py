@@ -91,6 +91,23 @@ def test_splicing_equals_a_plain_loop_over_windows(model: LanguageModel, corpus:
         assert metrics[key] == pytest.approx(totals[name] / tokens, rel=1e-4)
 
 
+def test_windows_are_taken_from_all_of_the_held_out_text(model: LanguageModel, corpus: Corpus) -> None:
+    """Part of them: the clean cross-entropy is that of the windows evenly spread over the split, by a plain pass."""
+    start, n = corpus.manifest.windows["train"], corpus.manifest.windows["held_out"]
+    assert n >= 8
+    found = splice_metrics(model, corpus, HOOK, {}, max_tokens=4 * CONTEXT, mask_first=True, outlier_norm=10)
+    clean, tokens = 0.0, 0
+    for place in (0, n // 4, n // 2, 3 * n // 4):
+        ids, doc = (torch.from_numpy(part.copy()).long() for part in corpus.windows(start + place, start + place + 1))
+        text = ids[:, : int((doc != -1).sum())]
+        with torch.inference_mode():
+            log_p = torch.log_softmax(model.model(text).logits[0, :-1].double(), dim=-1)
+        clean -= float(log_p[torch.arange(len(log_p)), text[0, 1:]].sum())
+        tokens += len(log_p)
+    assert found.tokens == tokens
+    assert found.clean == pytest.approx(clean, rel=1e-5)
+
+
 def test_the_token_budget_is_kept(model: LanguageModel, corpus: Corpus) -> None:
     seen: list[int] = []
     splice_metrics(

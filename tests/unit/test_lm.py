@@ -13,7 +13,15 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from midiscover import hookfacts
 from midiscover.attach import fuse_gelu
@@ -283,6 +291,27 @@ def test_experts_count_as_often_as_they_run(tmp_path: Path) -> None:
     per_layer = 4 * 32 * 32 + 4 * 32 + 2 * 3 * 32 * 64
     assert facts["full"][0] == 2 * (2 * per_layer + 32 * 100)
     assert facts["recommended"] == ["model.layers.1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("config", "hook"),
+    [
+        (OPTConfig(hidden_size=32, ffn_dim=64, word_embed_proj_dim=32), "model.decoder.layers.1"),
+        (DeepseekV3Config(hidden_size=32, first_k_dense_replace=0, n_group=1, topk_group=1), "model.layers.1"),
+        (MambaConfig(hidden_size=32), "backbone.layers.1.mixer.out_proj"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_is_recommended_where_no_mlp_ends_in_one_projection(
+    config: PretrainedConfig, hook: str, tmp_path: Path
+) -> None:
+    """Never a part of an MLP's output, nor attention: OPT's projection has no windows, and experts have several."""
+    small = {"num_hidden_layers": 2, "vocab_size": 100, "num_attention_heads": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 64}
+    for name, value in (small | experts).items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    assert hook_facts(tmp_path)["recommended"] == [hook]
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def relu_backward(grad: Tensor, column_grad: Tensor, features: Tensor) -> tuple[
     blocks, grid = _grid(features)
     out = torch.empty_like(features)
     sums = torch.empty(blocks, features.shape[1], dtype=torch.float32, device=features.device)
-    _relu_backward[grid](grad.contiguous(), column_grad, features, out, sums, *features.shape, **_LAUNCH)
+    _relu_backward[grid](grad.contiguous(), column_grad.contiguous(), features, out, sums, *features.shape, **_LAUNCH)
     return out, sums.sum(0)
 
 

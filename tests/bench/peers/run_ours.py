@@ -62,6 +62,7 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         sae = config(d_sae=job.d_sae, target_l0=job.sparsity)
     else:
         sae = config(d_sae=job.d_sae, l1_coefficient=job.sparsity)
+    timed = job.variant in ("sparse", "dense", "plain")
     settings = TrainConfig(
         batch_size=job.batch_size,
         seed=job.seed,
@@ -69,6 +70,7 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         dtype="bfloat16" if job.precision == "bfloat16" else "float32",
         checkpoint_every=1e9,
         report_every=50,
+        dead_window=10**12 if timed else None,  # nothing is dead in a peer's timed steps either
     )
     worker = SilentWorker()
     worker.device = torch.device(job.device)

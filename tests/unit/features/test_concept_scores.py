@@ -62,6 +62,8 @@ def test_scores_are_those_of_a_loop(model: LanguageModel) -> None:
                 assert (float(neurons.max[i, d]), float(neurons.max[i, 24 + d])) == (max(column), -min(column))
                 mean = pytest.approx(sum(column) / len(column), abs=1e-6)
                 assert (float(neurons.mean[i, d]), -float(neurons.mean[i, 24 + d])) == (mean, mean)
+            lengths = scored.of[name]["length"]
+            assert lengths.max[i].tolist() == lengths.mean[i].tolist() == [len(text.tokens)]
     bare = score_texts(model, saes, TEXTS, baselines=False)
     assert [list(groups) for groups in bare.of.values()] == [["sae_scores"]] * 2
 

@@ -152,9 +152,15 @@ def test_contexts_of_intervals_are_those_with_the_smallest_hashes(world: World, 
             assert mine == pytest.approx(naive, rel=1e-6)
 
 
-def test_random_contexts_are_drawn_from_all_rows(world: World, records: FeatureRecords) -> None:
-    drawn = [context for f in range(D_SAE) for context in records.contexts(f) if context.kind == "random"]
-    assert len(drawn) == D_SAE * SETTINGS.random_contexts
+def test_random_contexts_are_drawn_from_all_usable_rows(world: World, records: FeatureRecords) -> None:
+    drawn, masked = [], 0
+    for f, rows in enumerate(world.plan.drawn(D_SAE).tolist()):
+        contexts = [context for context in records.contexts(f) if context.kind == "random"]
+        usable = [row for row in rows if world.usable[row]]
+        assert [context.window * CONTEXT + context.position for context in contexts] == usable
+        assert [context.value for context in contexts] == pytest.approx(world.codes[usable, f].tolist(), rel=1e-6)
+        drawn, masked = drawn + contexts, masked + len(rows) - len(usable)
+    assert masked
     assert any(context.value == 0 for context in drawn)
     assert len({context.window for context in drawn}) > 15
 

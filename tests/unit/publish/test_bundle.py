@@ -32,6 +32,11 @@ ROWS = [
 ]
 
 
+def spelled(ids: list[int]) -> str:
+    """Of a tokenizer whose tokens are no characters by themselves."""
+    return "|".join(map(str, ids))
+
+
 class Made(NamedTuple):
     sae: Path
     """The SAE's folder."""
@@ -52,6 +57,7 @@ def make(root: Path, kind: str, rows: list[dict[str, Any]]) -> Made:
         kind="bundle",
         neuronpedia=NeuronpediaExport(record, cfg, FACTS, NeuronpediaConfig()),
         records=open_features(storage, sae.name),
+        decode=spelled,
         rows=rows,
         made_of="0123456789",
     )

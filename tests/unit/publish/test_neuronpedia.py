@@ -16,7 +16,7 @@ from midiscover.errors import UserError
 from midiscover.features.collect import collect_chunk
 from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords, open_features
-from midiscover.publish.names import checked_model_id, checked_source_set, model_id, source_set, transformer_lens_hook
+from midiscover.publish.names import checked_model_id, checked_source_set, model_id, source_set
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.neuronpedia_rules import violations
 from tests.unit.features.naive import D_IN, D_SAE, VOCABULARY, make_world, strings
@@ -200,27 +200,6 @@ def elsewhere(folder: Path) -> None:
 def test_each_rule_can_be_broken(folder: Path, breaks: Callable[[Path], Any], problem: str) -> None:
     breaks(folder)
     assert any(problem in found for found in violations(folder)), violations(folder)[:5]
-
-
-@pytest.mark.parametrize(
-    ("hook", "family", "name"),
-    [
-        ("model.layers.16.mlp.fc2", "phi", "blocks.16.hook_mlp_out"),
-        ("model.layers.16.mlp", "phi", "blocks.16.hook_mlp_out"),
-        ("model.layers.3.self_attn.dense", "phi", "blocks.3.hook_attn_out"),
-        ("model.layers.3", "llama", "blocks.3.hook_resid_post"),
-        ("model.layers.3:in", "llama", "blocks.3.hook_resid_pre"),
-        ("model.layers.3.mlp.down_proj", "llama", "blocks.3.hook_mlp_out"),
-        ("model.layers.3.mlp.down_proj", "gemma2", None),
-        ("model.layers.3.mlp:in", "llama", None),
-        ("model.layers.3.mlp.up_proj", "llama", None),
-        ("transformer.h.0.mlp.c_proj", "gpt2", "blocks.0.hook_mlp_out"),
-        ("gpt_neox.layers.2.attention.dense", "gpt_neox", "blocks.2.hook_attn_out"),
-        ("lm_head", "llama", None),
-    ],
-)
-def test_hooks_of_transformer_lens(hook: str, family: str, name: str | None) -> None:
-    assert transformer_lens_hook(hook, family) == name
 
 
 def test_names() -> None:

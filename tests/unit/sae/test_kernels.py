@@ -294,6 +294,19 @@ def test_recorded_steps_ask_seldom_for_dead_features_and_learn_the_same(
         assert torch.allclose(one, two, atol=1e-5), name
 
 
+@pytest.mark.parametrize("window", [1, BATCH // 2, 3 * BATCH, 20 * BATCH])
+def test_what_has_just_fired_never_counts_as_dead(window: int, kernel_device: None) -> None:
+    """However short the window is beside the steps for which one answer would hold."""
+    recorded = slot(CONFIGS["topk"], "bfloat16", DEVICE)
+    recorded.aux_window, recorded.records = window, True
+    for step in range(40):
+        recorded.since_fired.zero_()
+        assert recorded._dead_at_most(step, BATCH) == 0
+    recorded.since_fired[:3] = 10**6
+    recorded.known_before = 0
+    assert 3 <= recorded._dead_at_most(40, BATCH) <= recorded.member.d_sae
+
+
 def test_recordings_read_an_argument_of_one_form_from_one_place() -> None:
     rows = normal(0, 3, 4)
     held = replay._shared(0, rows)

@@ -1,0 +1,90 @@
+"""Paths of hooks: their names in TransformerLens, and whether they are in the residual stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from midiscover.hooknames import is_residual, transformer_lens_hook
+from tests.tiny import make_tiny_model
+
+
+@pytest.mark.parametrize(
+    ("hook", "family", "name"),
+    [
+        ("model.layers.16.mlp.fc2", "phi", "blocks.16.hook_mlp_out"),
+        ("model.layers.16.mlp", "phi", "blocks.16.hook_mlp_out"),
+        ("model.layers.3.self_attn.dense", "phi", "blocks.3.hook_attn_out"),
+        ("model.layers.3", "llama", "blocks.3.hook_resid_post"),
+        ("model.layers.3:in", "llama", "blocks.3.hook_resid_pre"),
+        ("model.layers.3.mlp.down_proj", "llama", "blocks.3.hook_mlp_out"),
+        ("model.layers.3.mlp.down_proj", "gemma2", None),
+        ("model.layers.3.mlp:in", "llama", None),
+        ("model.layers.3.mlp.up_proj", "llama", None),
+        ("transformer.h.0.mlp.c_proj", "gpt2", "blocks.0.hook_mlp_out"),
+        ("gpt_neox.layers.2.attention.dense", "gpt_neox", "blocks.2.hook_attn_out"),
+        ("model.layers.3.mlp.down_proj", "olmo2", None),
+        ("model.layers.3.self_attn.o_proj", "olmo3", None),
+        ("model.layers.3", "olmo2", "blocks.3.hook_resid_post"),
+        ("transformer.h.3.mlp.dense_4h_to_h", "bloom", "blocks.3.hook_mlp_out"),
+        ("transformer.h.3.mlp", "bloom", None),
+        ("lm_head", "llama", None),
+    ],
+)
+def test_hooks_of_transformer_lens(hook: str, family: str, name: str | None) -> None:
+    assert transformer_lens_hook(hook, family) == name
+
+
+@pytest.mark.parametrize(
+    ("hook", "family", "expected"),
+    [
+        ("model.layers.1", "phi", True),
+        ("model.layers.1:in", "phi", True),
+        ("model.layers.1.mlp.fc2", "phi", True),
+        ("model.layers.1.self_attn.dense", "phi", True),
+        ("model.decoder.layers.1.fc2", "opt", True),
+        ("transformer.h.1.attn.out_proj", "gptj", True),
+        ("model.language_model.layers.1", "gemma3", True),
+        ("model.layers.1.mlp.down_proj", "gemma2", False),
+        ("model.layers.1.mlp.fc1:in", "phi", False),
+        ("model.layers.1.self_attn.q_proj", "phi", False),
+        ("model.layers.1.self_attn.dense:in", "phi", False),
+        ("model.layers.1.input_layernorm", "phi", False),
+        ("lm_head", "phi", False),
+    ],
+)
+def test_which_hooks_are_in_the_residual_stream(hook: str, family: str, expected: bool) -> None:
+    assert is_residual(hook, family) is expected
+
+
+@pytest.mark.parametrize("family", ["phi", "llama", "gpt2", "gpt_neox"])
+def test_what_an_mlp_and_attention_add_is_what_the_next_layer_gets(family: str, tmp_path: Path) -> None:
+    """The hooks named so, added to what came in, are what goes out: in serial and in parallel blocks."""
+    folder = make_tiny_model(family, tmp_path / family)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str, value: object) -> None:
+        seen[name] = value[0] if isinstance(value, tuple) else value  # type: ignore[assignment]
+
+    for path, module in model.named_modules():
+        if transformer_lens_hook(path, family) is not None:
+            module.register_forward_hook(lambda _m, _i, out, path=path: note(path, out))
+        if transformer_lens_hook(f"{path}:in", family) is not None:
+            module.register_forward_pre_hook(
+                lambda _m, args, kwargs, path=path: note(f"{path}:in", args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+    with torch.no_grad():
+        model(torch.arange(3, 12)[None])
+    by_name: dict[str, list[torch.Tensor]] = {}
+    for path, value in seen.items():
+        by_name.setdefault(transformer_lens_hook(path, family) or "", []).append(value)
+    parts = [by_name[f"blocks.1.hook_{part}"] for part in ("resid_pre", "attn_out", "mlp_out")]
+    for same in parts:
+        assert all(torch.equal(same[0], other) for other in same[1:])
+    added = parts[0][0] + parts[1][0] + parts[2][0]
+    torch.testing.assert_close(added, by_name["blocks.1.hook_resid_post"][0])
