@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
@@ -33,6 +34,7 @@ from midiscover.shuffled import shuffle_weights_
 from midiscover.store import layout
 from midiscover.store.blocks import (
     block_plan,
+    commit_tokens,
     committed,
     read_manifest,
     read_tokens_manifest,
@@ -189,15 +191,21 @@ def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: 
 
 
 def commit_manifests(resolved: Resolved, corpus: CorpusManifest, storage: Storage) -> None:
-    """Declare every hook harvested, and the tokens they share; needs all blocks and no Ray."""
+    """Declare every hook harvested, and the tokens they share; needs all blocks of the hooks and no Ray."""
     plan, lineage = plan_of(resolved, corpus), harvest_lineage(resolved)
+    # The tokens first: whoever finds a hook's manifest reads them as well.
+    if read_tokens_manifest(storage, resolved.harvest_id) is None:
+        rows = committed(storage, resolved.harvest_id, layout.TOKENS)
+        text = Corpus(storage, corpus)
+        for span in plan:
+            if span.index not in rows:  # lost where a removal was cut short; they need no model
+                ids = torch.from_numpy(text.windows(span.start_window, span.stop_window).ids)
+                rows[span.index] = commit_tokens(storage, resolved.harvest_id, span, ids)
+        write_tokens_manifest(storage, resolved.harvest_id, plan, rows, lineage=lineage)
     for hook in resolved.hooks:
         if read_manifest(storage, resolved.harvest_id, hook) is None:
             rows = committed(storage, resolved.harvest_id, hook)
             write_manifest(storage, resolved.harvest_id, hook, plan, rows, lineage=lineage)
-    if read_tokens_manifest(storage, resolved.harvest_id) is None:
-        rows = committed(storage, resolved.harvest_id, layout.TOKENS)
-        write_tokens_manifest(storage, resolved.harvest_id, plan, rows, lineage=lineage)
 
 
 def _run_actors(

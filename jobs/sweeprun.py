@@ -14,7 +14,7 @@ import torch
 
 from jobs.board import Event, watched
 from jobs.evaluation import measure
-from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
+from jobs.harvest import commit_manifests, ensure_corpus, harvest
 from jobs.leases import Leases
 from jobs.packs import run_packs
 from jobs.packworker import PackJob
@@ -23,7 +23,7 @@ from jobs.recorder import Recorder
 from jobs.runtime import Cluster, RayLater, model_slots, pack_slots
 from jobs.ways import streams_activations
 from midiscover import lineage, upkeep
-from midiscover.config import UNTIL_DONE, days_of
+from midiscover.config import UNTIL_DONE
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import CorpusError, MiDiscoverError
@@ -33,8 +33,8 @@ from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
+from midiscover.tracking.annotations import annotations_key
 from midiscover.tracking.sweepfiles import retired_reason, stability_document
-from midiscover.ways import STORE
 
 
 class SweepRun:
@@ -53,14 +53,10 @@ class SweepRun:
         try:
             corpus = ensure_corpus(self.prepared, self.bars)
             self._check_held_out(corpus)
-            parts = self.resolved.parts()
-            resources = self.resolved.config.resources
-            keeps = resources.activations == STORE and days_of(resources.keep_activations) is None
-            unread = keeps and any(missing_spans(part, corpus, self.storage) for part in parts)
-            if unread or self._untrained() or self._unmeasured():
+            if self._untrained() or self._unmeasured():
                 cluster = self.session.cluster()
                 streams = streams_activations(self.resolved, self.storage, corpus, cluster, self.bars.say)
-                for part in parts if not streams or self._lacks_mean() else ():
+                for part in self.resolved.parts() if not streams or self._lacks_mean() else ():
                     harvest(replace(self.prepared, resolved=part), corpus, cluster, self.bars)
                     commit_manifests(part, corpus, self.storage)
                 self._train(corpus, cluster, streams)
@@ -95,25 +91,37 @@ class SweepRun:
             "evaluation_id": resolved.evaluation_id,
             "corpus": resolved.corpus_id,
             "harvest": resolved.harvest_id,
+            "harvests": [part.harvest_id for part in resolved.parts()],
             "lineage": harvest_lineage(resolved),
         }
-        if not self.storage.create(layout.sweep_record(self.id), dump(sweep)):
-            sweep = read_json(self.storage, layout.sweep_record(self.id)) or sweep
+        sweep = self._put(sweep)
         self.recorder.track(lambda tracker: tracker.start_sweep(sweep))
         if args.tags or args.note:
             self.recorder.track(lambda tracker: _annotate(tracker, self.id, args.note, args.tags))
         self.bars.say(f"{self.id}: {len(resolved.saes)} SAEs of {resolved.model.name} in {self.storage.uri}")
 
+    def _put(self, sweep: dict[str, Any]) -> dict[str, Any]:
+        """Write sweep.json and return it; one that stands takes on the settings of this run.
+
+        They may differ in what is no part of the sweep's id, such as `resources.keep_activations`.
+        """
+        key, new, standing = layout.sweep_record(self.id), sweep, None
+        while not self.storage.replace(key, standing, dump(new)):
+            standing = self.storage.read(key)
+            new = (read_json(self.storage, key) or {}) | {name: sweep[name] for name in ("config", "harvests")}
+        return new
+
     def _forget(self) -> None:
-        """--force: the SAEs of this sweep are made anew; corpus and blocks stay."""
+        """--force: the SAEs of this sweep are made anew; corpus and blocks stay, and so do people's notes and tags."""
         for sae in self.resolved.saes:
-            keys = self.storage.list(layout.sae_folder(sae.id))
             # What makes others believe in the rest goes first: the record, then the word that it is trained.
             first = [layout.record(sae.id), layout.training(sae.id)]
-            for key in [*first, *(key for key in keys if key not in first)]:
+            rest = set(self.storage.list(layout.sae_folder(sae.id))).difference(first)
+            for key in [*first, *sorted(rest - {annotations_key("sae", sae.id)})]:
                 self.storage.delete(key)
         for key in self.storage.list(layout.sweep_folder(self.id)):
-            self.storage.delete(key)
+            if key != annotations_key("sweep", self.id):
+                self.storage.delete(key)
 
     def _check_held_out(self, corpus: CorpusManifest) -> None:
         if corpus.windows["held_out"] == 0:

@@ -105,11 +105,20 @@ def garbage(found: Survey, *, grace: float = GRACE_SECONDS, now: float | None = 
     """What no later run reads and is older than `grace` seconds, in the order of keys."""
     before = (time.time() if now is None else now) - grace
     reasons = dict(_reasons(found))
+    # What is still being made has old files beside young ones.
+    touched: dict[str, float] = {}
+    for key, entry in found.entries.items():
+        unit = _unit(key)
+        touched[unit] = max(touched.get(unit, 0.0), entry.modified)
     return [
-        Waste(key, found.entries[key].bytes, reasons[key])
-        for key in sorted(reasons)
-        if found.entries[key].modified <= before
+        Waste(key, found.entries[key].bytes, reasons[key]) for key in sorted(reasons) if touched[_unit(key)] <= before
     ]
+
+
+def _unit(key: str) -> str:
+    """What is as old as its newest file: a whole folder where all of it belongs to one work, else a file by itself."""
+    parts = key.split("/")
+    return "/".join(parts[:2]) if parts[0] in LAST_WRITTEN else key
 
 
 def spent_activations(found: Survey, *, asked: bool = False, now: float | None = None) -> list[Waste]:
@@ -129,8 +138,17 @@ def spent_activations(found: Survey, *, asked: bool = False, now: float | None =
 
 
 def remove(storage: Storage, waste: Iterable[Waste]) -> int:
-    """Delete; returns the bytes. Manifests and markers go first, so that nothing half-gone is believed in."""
-    ordered = sorted(waste, key=lambda one: (not one.key.endswith("manifest.json"), not one.key.endswith(".json")))
+    """Delete; returns the bytes. Manifests and markers go first, so that nothing half-gone is believed in.
+
+    The tokens of a harvest go after its hooks, which are worth nothing without them.
+    """
+
+    def turn(one: Waste) -> tuple[bool, bool, bool]:
+        kind, place = _place(one.key)
+        tokens = kind == "activations" and place.endswith(f"/{layout.TOKENS}")
+        return tokens, not one.key.endswith("manifest.json"), not one.key.endswith(".json")
+
+    ordered = sorted(waste, key=turn)
     for one in ordered:
         storage.delete(one.key)
     return sum(one.bytes for one in ordered)
@@ -239,8 +257,11 @@ def _harvests(found: Survey) -> dict[str, list[Entry]]:
 
 
 def _harvests_of(found: Survey, sweep: Json) -> set[str]:
-    """Of a sweep: that of its model, and those of its SAEs, one of which may read the model with shuffled weights."""
-    named = {sweep.get("harvest")}
+    """Of a sweep: that of its model, and that of the model with shuffled weights where an SAE reads it.
+
+    An older sweep.json names the first alone; the other is then known from the SAEs that are done.
+    """
+    named = {sweep.get("harvest"), *(sweep.get("harvests") or ())}
     for name in sweep.get("sae_ids", ()):
         named.add(((found.records.get(name) or {}).get("lineage") or {}).get("harvest"))
     return {harvest for harvest in named if harvest}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_the_second_run_does_nothing_and_says_the_same(folder: Path, store: Path
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")} == before
     assert "tokens/s" not in again.err  # neither a forward pass nor a step
     assert again.seconds < 30
+
+
+def test_a_finished_sweep_harvests_nothing_again_and_is_told_to_let_go_later(
+    folder: Path, store: Path, tmp_path: Path
+) -> None:
+    copy = str(shutil.copytree(store, tmp_path / "store"))
+    line = ("sweep", str(folder / "run.yaml"), "--store", copy)
+    assert midiscover(*line, "--resources.keep_activations", "until_done").code == 0
+    assert blocks(copy) == {}
+    again = midiscover(*line)
+    assert again.code == 0, again.err
+    assert "tokens/s" not in again.err
+    assert blocks(copy) == {}
+    assert weights(copy) == weights(str(store))
 
 
 def test_another_grid_reuses_what_is_there(folder: Path, store: Path) -> None:

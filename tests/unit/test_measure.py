@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from jobs.evaluation import FOREIGN, NO_SPLICE, _foreign_text, measure_site, splice_passes
-from jobs.harvest import ModelPlace, commit_manifests, model_place, plan_of
+from jobs.harvest import ModelPlace, commit_manifests, missing_spans, model_place, plan_of
 from jobs.runtime import Slots
 from midiscover.configio import load_config
-from midiscover.corpus import Corpus, build_corpus
+from midiscover.corpus import Corpus, CorpusManifest, build_corpus
 from midiscover.errors import CorpusError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
@@ -42,6 +42,13 @@ class SilentBoard:
         self.kinds.append(kind)
 
 
+def harvest(part: Resolved, manifest: CorpusManifest, storage: Storage) -> None:
+    job = HarvestJob(harvest_id=part.harvest_id, hooks=part.hooks, config=part.config.harvest)
+    harvester = Harvester(job, model_place(part, SLOTS).load(), Corpus(storage, manifest), storage)
+    list(harvester.run([(span, list(part.hooks)) for span in plan_of(part, manifest)]))
+    commit_manifests(part, manifest, storage)
+
+
 def made(folder: Path, evaluate: dict[str, Any]) -> tuple[Resolved, Storage]:
     """Corpus, activations of both language models, and trained SAEs."""
     config = load_config(write_run(folder, harvest={"hooks": [HOOK]}, grid=GRID, evaluate=evaluate))
@@ -49,10 +56,7 @@ def made(folder: Path, evaluate: dict[str, Any]) -> tuple[Resolved, Storage]:
     tokenizer = load_tokenizer(resolved.model)
     manifest = build_corpus(config.corpus, resolved.source, tokenizer, storage, resolved.corpus_id, lineage={})
     for part in resolved.parts():
-        job = HarvestJob(harvest_id=part.harvest_id, hooks=part.hooks, config=config.harvest)
-        harvester = Harvester(job, model_place(part, SLOTS).load(), Corpus(storage, manifest), storage)
-        list(harvester.run([(span, list(part.hooks)) for span in plan_of(part, manifest)]))
-        commit_manifests(part, manifest, storage)
+        harvest(part, manifest, storage)
     for planned in resolved.saes:
         point = planned.point
         source = open_source(storage, planned.harvest_id, point.hook, planned.output_hook, point.train)
@@ -61,6 +65,23 @@ def made(folder: Path, evaluate: dict[str, Any]) -> tuple[Resolved, Storage]:
         assert isinstance(trained, Trained)
         write_trained(storage, planned, resolved.part_of(planned), trained, prepend_bos=True, run={})
     return resolved, storage
+
+
+def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, harvest={"hooks": [HOOK], "block_tokens": 1024}))
+    resolved, storage = resolve(config), open_store(str(tmp_path / "store"))
+    manifest = build_corpus(
+        config.corpus, resolved.source, load_tokenizer(resolved.model), storage, resolved.corpus_id, lineage={}
+    )
+    harvest(resolved, manifest, storage)
+    before = {key: storage.read(key) for key in storage.list("activations")}
+    tokens = [layout.block_marker(resolved.harvest_id, "tokens", span.index) for span in plan_of(resolved, manifest)]
+    assert len(tokens) > 3
+    for key in [layout.hook_manifest(resolved.harvest_id, name) for name in (HOOK, "tokens")] + tokens[1:3]:
+        storage.delete(key)
+    assert missing_spans(resolved, manifest, storage) == [], "no pass of the model is needed"
+    commit_manifests(resolved, manifest, storage)
+    assert {key: storage.read(key) for key in storage.list("activations")} == before
 
 
 def measured(resolved: Resolved, storage: Storage, planned: PlannedSae) -> dict[str, Any]:

@@ -100,6 +100,43 @@ def test_what_is_young_stays(storage: LocalStorage, tmp_path: Path) -> None:
     assert garbage(survey(storage), grace=10_000, now=now) == []
 
 
+def test_the_old_files_of_something_that_is_still_being_made_stay(storage: LocalStorage, tmp_path: Path) -> None:
+    now = time.time()
+    for number in range(3):
+        storage.write(f"corpora/c.2/shard-{number}.safetensors", b"t")
+    for path in [*tmp_path.glob("corpora/c.2/shard-[01]*"), *tmp_path.glob("models/half/*")]:
+        os.utime(path, (now - 7200, now - 7200))
+    assert [one.key for one in garbage(survey(storage), grace=3600, now=now)] == ["models/half/model.safetensors"]
+    gone = {one.key for one in garbage(survey(storage), grace=3600, now=now + 3700)}
+    assert gone > {f"corpora/c.2/shard-{number}.safetensors" for number in range(3)}
+
+
+def test_the_tokens_of_a_harvest_go_after_its_hooks(storage: LocalStorage) -> None:
+    """A hook of which a block stands is of use only with its tokens, wherever the removal is cut short."""
+    for name in ("tokens", "a.hook", "z.hook"):
+        for file in ("block-00000.json", A, "manifest.json"):
+            storage.write(f"activations/h.1/{name}/{file}", b"{}")
+    storage.write("sweeps/s.1/sweep.json", json.dumps(sweep("s.1", ["one", "two"])).encode())
+    storage.delete("sweeps/s.2/sweep.json")
+    waste = [one for one in spent_activations(survey(storage), asked=True) if one.key.startswith("activations/h.1/")]
+    deleted: list[str] = []
+
+    class Noted:
+        def delete(self, key: str) -> None:
+            deleted.append(key)
+
+    remove(Noted(), waste)  # type: ignore[arg-type]
+    assert set(deleted) == {key for key in storage.list("activations") if key.startswith("activations/h.1/")}
+    tokens = [key.startswith("activations/h.1/tokens/") for key in deleted]
+    assert tokens == sorted(tokens)
+    assert sum(tokens) == 3
+    for part in (True, False):
+        kinds = [
+            ("manifest" in key, key.endswith(".json")) for key, own in zip(deleted, tokens, strict=True) if own is part
+        ]
+        assert kinds == sorted(kinds, reverse=True)
+
+
 def test_sizes_are_those_of_the_files(storage: LocalStorage, tmp_path: Path) -> None:
     rows = {row.what: row for row in holdings(survey(storage))}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
