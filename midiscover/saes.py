@@ -92,14 +92,20 @@ def write_trained(
     prepend_bos: bool,
     run: Mapping[str, Any],
 ) -> None:
-    """Write weights and cfg.json, then training.json, which says that this SAE is trained.
+    """Write weights and cfg.json, then training.json, which says that this SAE is trained; nothing where it says so.
 
     run: where it was trained (threads, device, trainer), kept in the record's lineage.
     """
-    weights = save(trained.weights)
+    if storage.exists(layout.training(planned.id)):
+        return
+    weights, key = save(trained.weights), layout.sae_file(planned.id, WEIGHTS)
+    # Another run may train the same SAE right now, and a killed one may have left its weights. They come from the same
+    # settings and rows, so those that stand first stay: whoever is first with training.json then names what stands,
+    # and nobody takes it away. The history may be that of the other run, which differs by rounding.
+    if not storage.create(key, weights):
+        weights = storage.read(key)
     cfg = saelens_cfg(planned, resolved, trained.sae, prepend_bos=prepend_bos)
-    storage.write(layout.sae_file(planned.id, WEIGHTS), weights)
-    storage.write(layout.sae_file(planned.id, CFG), dump(cfg))
+    storage.create(layout.sae_file(planned.id, CFG), dump(cfg))
     training = {
         "v": RECORD_VERSION,
         "id": planned.id,

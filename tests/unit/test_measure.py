@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
-from midiscover.saes import load_trained, write_trained
+from midiscover.saes import WEIGHTS, load_trained, write_trained
 from midiscover.source import open_source
 from midiscover.store import layout
 from midiscover.store.documents import read_json
@@ -58,13 +60,18 @@ def made(folder: Path, evaluate: dict[str, Any]) -> tuple[Resolved, Storage]:
     for part in resolved.parts():
         harvest(part, manifest, storage)
     for planned in resolved.saes:
-        point = planned.point
-        source = open_source(storage, planned.harvest_id, point.hook, planned.output_hook, point.train)
-        member = Member(id=planned.id, config=point.sae, train=point.train, d_sae=planned.d_sae)
-        (trained,) = train([member], source, MemoryWorker())
-        assert isinstance(trained, Trained)
+        trained = train_one(planned, storage)
         write_trained(storage, planned, resolved.part_of(planned), trained, prepend_bos=True, run={})
     return resolved, storage
+
+
+def train_one(planned: PlannedSae, storage: Storage) -> Trained:
+    point = planned.point
+    source = open_source(storage, planned.harvest_id, point.hook, planned.output_hook, point.train)
+    member = Member(id=planned.id, config=point.sae, train=point.train, d_sae=planned.d_sae)
+    (trained,) = train([member], source, MemoryWorker())
+    assert isinstance(trained, Trained)
+    return trained
 
 
 def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path: Path) -> None:
@@ -82,6 +89,32 @@ def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path
     assert missing_spans(resolved, manifest, storage) == [], "no pass of the model is needed"
     commit_manifests(resolved, manifest, storage)
     assert {key: storage.read(key) for key in storage.list("activations")} == before
+
+
+def test_a_second_writer_of_an_sae_never_changes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends later, one that looked before the first was done, and one after a writer that was killed."""
+    resolved, storage = made(tmp_path, {"ce_tokens": 256})
+    planned = resolved.saes[0]
+    weights, training = layout.sae_file(planned.id, WEIGHTS), layout.training(planned.id)
+    trained = train_one(planned, storage)
+    trained = dataclasses.replace(trained, weights={name: w + 1e-4 for name, w in trained.weights.items()})
+
+    def write() -> None:
+        write_trained(storage, planned, resolved.part_of(planned), trained, prepend_bos=True, run={})
+
+    before = {key: storage.read(key) for key in storage.list(layout.sae_folder(planned.id))}
+    assert before.keys() >= {weights, training}
+    write()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(storage), "exists", lambda *_: False)
+        write()
+    assert {key: storage.read(key) for key in storage.list(layout.sae_folder(planned.id))} == before
+    storage.delete(training)
+    write()
+    assert storage.read(weights) == before[weights]
+    named = read_json(storage, training)
+    assert named is not None
+    assert named["weights_sha256"] == hashlib.sha256(before[weights]).hexdigest()
 
 
 def measured(resolved: Resolved, storage: Storage, planned: PlannedSae) -> dict[str, Any]:
