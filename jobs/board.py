@@ -7,6 +7,7 @@ which of them does the work. The driver's thread is also the watchdog: a stage i
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 from collections import deque
@@ -152,7 +153,9 @@ class _Watcher(threading.Thread):
             except Exception as error:  # handed to the main thread, which waits inside Ray
                 self.error = error
                 if not self.ended.is_set():
-                    _thread.interrupt_main()
+                    # A driver in a script's background ignores SIGINT, and interrupt_main does then nothing.
+                    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                    _thread.interrupt_main(signal.SIGTERM if ignored else signal.SIGINT)
                 return
 
     def finish(self) -> None:

@@ -197,7 +197,7 @@ def insisting(seconds: float = ASK_AGAIN_SECONDS) -> Iterator[None]:
     def ask_again() -> None:
         while not left.wait(min(seconds, 0.5)):
             if _asked.is_set() and not left.wait(seconds):
-                _thread.interrupt_main()
+                _thread.interrupt_main(signal.SIGTERM if _terminated.is_set() else signal.SIGINT)
 
     thread = threading.Thread(target=ask_again, name="insisting", daemon=True)
     thread.start()
