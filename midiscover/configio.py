@@ -31,6 +31,13 @@ T = TypeVar("T")
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but `1e-3` is a number and a key may not stand twice."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a date that no calendar has; PyYAML lets it through
+            problem = f"'{node.value}' can't be read: {error}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
@@ -88,7 +95,9 @@ def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `tree["train"]["lr"]` for `train.lr`, making the sections on the way."""
     *sections, last = dotted.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # absent, or a section without a line
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"'{dotted}' names a setting inside '{section}', which is a value and no section.")
     tree[last] = value
@@ -216,8 +225,8 @@ def _build_sae(tree: Any, path: str) -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path} must be a section of settings, not {_kind(tree)}.")
     kind = tree.get("kind", "standard")
-    if kind not in SAE_KINDS:
-        raise ConfigError(f"{path}.kind is '{kind}', which is no architecture; known are {', '.join(SAE_KINDS)}.")
+    if not isinstance(kind, str) or kind not in SAE_KINDS:
+        raise ConfigError(f"{path}.kind is {_show(kind)}, which is no architecture; known are {', '.join(SAE_KINDS)}.")
     return build_section(SAE_KINDS[kind], tree, path)
 
 

@@ -11,14 +11,14 @@ import os
 import platform
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from midiscover import lineage, tables
 from midiscover.config import RunConfig
 from midiscover.errors import MiDiscoverError, StoreError
 from midiscover.models import hook_table, resolve_model
-from midiscover.store.storage import Storage, open_store, store_uri
+from midiscover.store.local import lock_of
+from midiscover.store.storage import Storage, folder_of, open_store, store_uri
 from midiscover.texts import resolve_source
 from midiscover.tracking import Tracker
 from midiscover.tracking.engine import VARIABLE
@@ -104,8 +104,8 @@ def _memory() -> str:
 
 def _store(uri: str | None) -> str:
     address = store_uri(uri)
-    if "://" not in address and not Path(address).expanduser().exists():
-        parent = next(path for path in Path(address).expanduser().resolve().parents if path.exists())
+    if "://" not in address and not folder_of(address).exists():
+        parent = next(path for path in folder_of(address).resolve().parents if path.exists())
         if not os.access(parent, os.W_OK):
             raise StoreError(
                 f"The store {address} is not there, and {parent} can't be written to; choose another place."
@@ -134,11 +134,14 @@ def _try_writes(storage: Storage) -> None:
             raise StoreError(f"{storage.uri} does not show at once what was written.")
     finally:
         storage.delete(key)
+        path = storage.local_path(key)
+        if path is not None:
+            lock_of(path).unlink(missing_ok=True)
 
 
 def _database(uri: str | None) -> str:
     address = store_uri(uri)
-    if not os.environ.get(VARIABLE) and "://" not in address and not Path(address, "tracker.db").expanduser().exists():
+    if not os.environ.get(VARIABLE) and "://" not in address and not (folder_of(address) / "tracker.db").exists():
         raise Absent("tracker.db is not there yet; the first run makes it")
     with Tracker.for_store(open_store(uri, create=False)) as tracker:
         runs = len(tracker.list_runs())

@@ -97,7 +97,27 @@ class DoctorArgs:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence on stderr and exit code 2."""
+    """argparse whose errors are one sentence on stderr and exit code 2, and which knows where settings stand."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]  # all overloads
+        """As argparse does, but the value of a setting, `--sae.k 32`, is never taken for a CONFIG that comes after."""
+        given, words, settings = list(sys.argv[1:] if args is None else args), [], []
+        while given:
+            word = given.pop(0)
+            if word == "--":
+                words += [word, *given]
+                break
+            if not self._is_setting(word.partition("=")[0]):
+                words.append(word)
+                continue
+            settings.append(word)
+            if "=" not in word and given and not given[0].startswith("--"):
+                settings.append(given.pop(0))
+        known, rest = super().parse_known_args(words, namespace)
+        return known, [*rest, *settings]
+
+    def _is_setting(self, flag: str) -> bool:
+        return flag.startswith("--") and ("." in flag or flag == "--name") and flag not in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. Try `{self.prog} --help`.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def resolve_model(config: ModelConfig, store: str | None = None) -> ModelIdentit
     """
     if not config.id:
         raise ModelError("model.id is empty; give a hub id, a folder, a .gguf file, store:<name> or 'embedded'.")
-    path = Path(config.id).expanduser()
+    path = Path(os.path.expanduser(config.id))  # which leaves a ~ as it is where the user is not known here
     stored = config.id.startswith(STORED)
     local = config.id == "embedded" or stored or path.exists()
     if local and config.revision is not None:

@@ -59,7 +59,7 @@ def find(source: str) -> list[TextFile] | None:
         return _in_store(source)
     if "://" in source:
         raise CorpusError(f"{source}: text is read from files, folders, s3:// prefixes and hub data sets, by its id.")
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
         return _in_folder(path)
     if path.exists():
@@ -79,20 +79,24 @@ def put(source: str, storage: Storage) -> tuple[str, int, bool]:
     files = find(source) or []
     folder = layout.text_folder(digest(files))
     paths = [file.path for file in files if file.path is not None]
-    contents = {file.name: sha256 for file, sha256 in zip(files, files_sha256(paths), strict=True)}
+    contents = {file.name: sha256 for file, sha256 in zip(files, _sha256(paths), strict=True)}
     is_new = not storage.exists(f"{folder}/{CONTENTS}")
     if is_new:
         for file, path in zip(files, paths, strict=True):
             storage.write(f"{folder}/{file.name}", path.read_bytes())
         storage.create(f"{folder}/{CONTENTS}", canonical_json(contents).encode())
     # A file that stands alone is named by itself: a folder of one .txt would be another text.
-    only = f"/{files[0].name}" if Path(source).expanduser().is_file() else ""
+    only = f"/{files[0].name}" if _path(source).is_file() else ""
     return f"{storage.uri}/{folder}{only}", sum(path.stat().st_size for path in paths), is_new
 
 
 def name_of(source: str) -> str:
     """What records call the source: the address in a bucket, else the last part of the path."""
-    return source if "://" in source else Path(source).expanduser().resolve().name
+    return source if "://" in source else _path(source).resolve().name
+
+
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))  # which leaves a ~ as it is where this machine does not know the user
 
 
 def digest(files: Sequence[TextFile]) -> str:
@@ -101,12 +105,23 @@ def digest(files: Sequence[TextFile]) -> str:
     Hashes of large local files are remembered between runs.
     """
     paths = [file.path for file in files if file.path is not None]
-    contents = dict(zip(paths, files_sha256(paths), strict=True))
+    contents = dict(zip(paths, _sha256(paths), strict=True))
     total = hashlib.sha256()
     for file in files:
         content = contents[file.path] if file.path is not None else file.version
         total.update(f"{file.name}\n{content}\n".encode(errors="surrogateescape"))
     return total.hexdigest()
+
+
+def _sha256(paths: Sequence[Path]) -> list[str]:
+    try:
+        return files_sha256(paths)
+    except OSError as error:  # a link to nothing, or a file that is somebody else's
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> CorpusError:
+    return CorpusError(f"{error.filename} can't be read: {error.strerror}.")
 
 
 def read(files: Sequence[TextFile], field: str) -> Generator[str]:
@@ -137,7 +152,11 @@ def text_of(row: Mapping[str, Any], field: str, where: str) -> str:
 
 def _in_folder(folder: Path) -> list[TextFile]:
     found, others = [], set()
-    for root, names, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error) from error
+
+    for root, names, files in os.walk(folder, followlinks=True, onerror=refuse):
         names[:] = [name for name in names if not name.startswith((".", "_"))]
         for name in files:
             path = Path(root, name)

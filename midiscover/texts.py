@@ -167,16 +167,18 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 def _hub_documents(cfg: CorpusConfig, identity: SourceIdentity) -> Iterator[str]:
     import datasets
-    from datasets.exceptions import DatasetsError
 
     where = f"{cfg.source}, split {cfg.split}" + (f", subset {cfg.subset}" if cfg.subset else "")
-    try:
-        rows = datasets.load_dataset(
-            cfg.source, name=cfg.subset, split=cfg.split, revision=identity.revision, streaming=True
-        )
-    except (ValueError, DatasetsError) as error:  # an unknown subset or split; the message lists those there are
-        raise CorpusError(f"Data set {where} can't be opened: {error}") from error
-    for number, row in enumerate(rows, 1):
+
+    def rows() -> Iterator[Any]:
+        try:
+            yield from datasets.load_dataset(
+                cfg.source, name=cfg.subset, split=cfg.split, revision=identity.revision, streaming=True
+            )
+        except Exception as error:  # of `datasets`, of the HTTP library of the day, or of the files' formats
+            raise CorpusError(f"Data set {where} can't be read: {str(error) or type(error).__name__}") from error
+
+    for number, row in enumerate(rows(), 1):
         text = text_files.text_of(row, cfg.text_field, f"{where}, row {number}")
         if text:
             yield text

@@ -15,7 +15,7 @@ from typing import Any
 
 import midiscover
 from midiscover.cli import concepts, features, figures, models, plan, publish, runs, serve, store, verify
-from midiscover.configio import build_config, to_yaml
+from midiscover.configio import build_config, set_path, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
 from midiscover.saeconfig import SAE_KINDS
@@ -157,11 +157,9 @@ def _train(argv: Sequence[str]) -> None:
     given = {path: getattr(known, _attribute(flag)) for flag, (path, _, _) in TRAIN_FLAGS.items()}
     for path, value in given.items():
         if value is not None:
-            section, _, name = path.partition(".")
-            tree.setdefault(section, {})[name] = value
+            set_path(tree, path, value)
     for path, value in parse_overrides(rest).items():
-        section, _, name = path.partition(".")
-        tree.setdefault(section, {})[name] = value
+        set_path(tree, path, value)
     text = to_yaml(build_config(tree))
     # A file, so that the job reads it as it reads every config; it stays for as long as the machine keeps such files.
     folder = Path(tempfile.mkdtemp(prefix="midiscover-"))

@@ -70,6 +70,12 @@ def _parser() -> Parser:
     return parser
 
 
+def require_folder(out: Path) -> None:
+    """ConfigError where the folder of `--out` is not there."""
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"There is no folder {out.absolute().parent} for --out; make it first.")
+
+
 def _figure(argv: Sequence[str]) -> None:
     known = _parser().parse_args(list(argv))
     if known.name not in {**OF_SWEEP, **OF_SAE, **OF_BOTH}:
@@ -83,8 +89,7 @@ def _figure(argv: Sequence[str]) -> None:
     from midiscover.figures.saving import RASTERED, require_format
 
     suffix = require_format(known.out)
-    if not known.out.absolute().parent.is_dir():
-        raise ConfigError(f"There is no folder {known.out.absolute().parent} for --out; make it first.")
+    require_folder(known.out)
     storage = open_store(known.store, create=False)
     chart = draw(storage, find_target(storage, known.target), known.name, wanted, known.measure)
     figures.save(chart, known.out)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from midiscover import plantables, tables
+from midiscover.cli.figures import require_folder
 from midiscover.configio import find_config, load_config
 from midiscover.cores import cores
 from midiscover.errors import ConfigError, NotFoundError
@@ -16,7 +17,7 @@ from midiscover.launch import Parser, parse_calibrate, parse_overrides, prepare,
 from midiscover.plan import Plan
 from midiscover.rates import SHEETS, Rates, known_rates, read_rates
 from midiscover.resolve import Resolved, resolve
-from midiscover.store.storage import Storage, open_store, store_uri
+from midiscover.store.storage import Storage, folder_of, open_store, store_uri
 from midiscover.ways import chosen_way, plan_ways
 from midiscover.work import work_of
 
@@ -88,11 +89,13 @@ def _check(known: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is {value:g}; it must be above 0.")
     if known.out is not None and known.out.suffix not in PICTURES:
         raise ConfigError(f"--out {known.out} ends in none of {', '.join(PICTURES)}, the kinds of pictures there are.")
+    if known.out is not None:
+        require_folder(known.out)
 
 
 def _store(uri: str | None) -> Storage | None:
     """The store, where there is one: a plan needs none."""
-    if uri is None and "://" not in store_uri() and not Path(store_uri()).is_dir():
+    if uri is None and "://" not in store_uri() and not folder_of(store_uri()).is_dir():
         return None
     return open_store(uri, create=False)
 

@@ -85,7 +85,7 @@ class LocalStorage:
         path = self.local_path(key)
         with self._explained("write", key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{path.name}.lock")):
+            with FileLock(lock_of(path)):
                 try:
                     standing = self.read(key)
                 except FileNotFoundError:
@@ -170,6 +170,11 @@ class LocalStorage:
             if isinstance(error, FileNotFoundError) and verb in ("read", "look for"):
                 raise
             raise StoreFailedError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of a file that `LocalStorage.replace` has changed."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _refuse(error: OSError) -> None:

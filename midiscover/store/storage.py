@@ -101,6 +101,14 @@ def store_uri(uri: str | None = None) -> str:
     return uri or os.environ.get("MIDISCOVER_STORE") or DEFAULT_STORE
 
 
+def folder_of(address: str) -> Path:
+    """The folder of a local store, there or not. StoreError for the home of a user whom this machine does not know."""
+    try:
+        return Path(address).expanduser()
+    except RuntimeError:
+        raise StoreError(f"The store {address!r} lies in the home of a user whom this machine does not know.") from None
+
+
 def open_store(uri: str | None = None, *, create: bool = True, patient: bool = True) -> Storage:
     """Open the store at `uri`, else at $MIDISCOVER_STORE, else at ./midiscover-store.
 
@@ -114,7 +122,7 @@ def open_store(uri: str | None = None, *, create: bool = True, patient: bool = T
     address = store_uri(uri)
     scheme, separator, rest = address.partition("://")
     if not separator:
-        return _open_folder(Path(address).expanduser(), create)
+        return _open_folder(folder_of(address), create)
     if scheme != "s3":
         raise StoreError(
             f"The store {address!r} has the unknown scheme {scheme!r}: give a folder or s3://bucket/prefix."

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from midiscover import cli
 from midiscover.config import RunConfig
 from midiscover.configio import (
     build_config,
@@ -20,8 +21,9 @@ from midiscover.configio import (
     to_yaml,
 )
 from midiscover.errors import ConfigError
-from midiscover.launch import parse_job, parse_overrides
+from midiscover.launch import parse_calibrate, parse_doctor, parse_job, parse_overrides
 from midiscover.saeconfig import StandardConfig, TopKConfig
+from midiscover.submission import parse_submit, split_cluster
 
 HOOKS = {"hooks": ["a.0.b", "a.1.b"]}
 
@@ -39,6 +41,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sae": {"l1_coefficient": -3}}, "sae.l1_coefficient must be 0 or above."),
     ({"sae": {"d_sae": 0}}, "sae.d_sae must be a whole number above 0."),
     ({"sae": {"kind": "gatd"}}, "sae.kind is 'gatd', which is no architecture; known are standard, gated, topk,"),
+    ({"sae": {"kind": ["topk", "standard"]}}, "sae.kind is ['topk', 'standard'], which is no architecture; known are"),
     ({"sae": {"kind": "topk", "l1": 3}}, "'sae.l1' is not a setting of 'sae'"),
     ({"corpus": {"held_out": 0}}, "corpus.held_out must lie between 0 and 1"),
     ({"corpus": {"max_samples": 0}}, "corpus.max_samples must be a whole number above 0."),
@@ -64,7 +67,12 @@ def test_every_mistake_is_named(tree: dict[str, Any], sentence: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("a: [1", "not readable as YAML"), ("- 1", "must hold settings"), ("name: a\nname: b", "stands twice, line 1")],
+    [
+        ("a: [1", "not readable as YAML"),
+        ("- 1", "must hold settings"),
+        ("name: a\nname: b", "stands twice, line 1"),
+        ("train: {lr: 1}\nname: 2024-02-30", "'2024-02-30' can't be read: day is out of range for month, line 2"),
+    ],
 )
 def test_broken_files(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
@@ -153,6 +161,43 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
     config = load_config(path, args.overrides)
     assert (config.name, config.train.lr, args.store) == ("my", 5e-4, "s")
     assert config.grid == ({"sae.l1_coefficient": (3, 4), "train.seed": (0, 1)},)
+
+
+def test_a_flag_goes_into_a_section_without_a_line(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("train:\nharvest: {hooks: a.0.b}")
+    assert load_config(tmp_path / "x.yaml", {"train.lr": 0.5}).train.lr == 0.5
+    (tmp_path / "x.yaml").write_text("train: 3")
+    with pytest.raises(ConfigError, match="'train.lr' names a setting inside 'train', which is a value"):
+        load_config(tmp_path / "x.yaml", {"train.lr": 0.5})
+
+
+def test_train_takes_settings_of_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[RunConfig] = []
+    monkeypatch.setattr(cli, "_job", lambda _stage, argv: made.append(load_config(argv[0])))
+    line = ["train", "--hook", "a.0.b", "--k", "4", "--train.lr_warmup", "0.1"]
+    names = {"creator_name": "me", "release": "mine", "source_set": "first"}
+    flags = [word for name, value in names.items() for word in (f"--publish.neuronpedia.{name}", value)]
+    assert cli.main([*line, *flags]) == 0
+    assert {name: getattr(made[0].publish.neuronpedia, name) for name in names} == names
+    assert (made[0].train.lr_warmup, made[0].sae.kind) == (0.1, "topk")
+
+
+def test_the_value_of_a_setting_is_no_config() -> None:
+    given: dict[str, Any] = {"sae.d_sae": 20480}
+    line = ["--sae.d_sae", "20480"]
+    assert parse_calibrate(line).config == "quick"
+    assert parse_calibrate([*line, "demo"]).config == "demo"
+    assert parse_doctor(["--json", *line]).config is None
+    for args in (parse_calibrate(line), parse_doctor(["demo", *line]), parse_job("sweep", [*line, "demo"])):
+        assert args.overrides == given
+    named = parse_job("sweep", ["--name", "own", "--train.lr=-1", "demo", "--grid.sae.k", "[1, 2]", "--tag", "a.b"])
+    assert (named.config, named.tags) == ("demo", ("a.b",))
+    assert named.overrides == {"name": "own", "train.lr": -1, "grid": {"sae.k": [1, 2]}}
+    submitted = parse_submit(["run", "calibrate", *line, "--cluster", "http://head:8265"])
+    assert (submitted.target, submitted.flags) == ("", ("--sae.d_sae", "20480"))
+    assert split_cluster([*line, "--cluster", "http://head:8265", "demo"]) == ("http://head:8265", ["demo", *line])
+    with pytest.raises(ConfigError, match="--sae.d_sae needs a value"):
+        parse_job("sweep", ["demo", "--sae.d_sae", "--force"])
 
 
 @pytest.mark.parametrize(

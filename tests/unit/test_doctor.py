@@ -46,7 +46,7 @@ def test_a_machine_that_has_everything(tmp_path: Path) -> None:
     assert {what for what, (status, _) in seen.items() if status != "ok"} <= {"GPUs", "hub token"}
     assert seen["model"][1].startswith("tiny: 3 layers, d_model 24, digest ")
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and ".db" not in path.name}
-    assert {path for path in after if not path.name.startswith(".")} == set(before), "nothing is left behind"
+    assert set(after) == set(before), "nothing is left behind"
     assert all(after[path] == time for path, time in before.items())
 
 

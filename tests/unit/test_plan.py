@@ -214,6 +214,7 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
         (("--price", "3"), "say how many with --gpus"),
         (("--gpus", "1", "--price", "0"), "--price is 0; it must be above 0"),
         (("--out", "plan.txt"), "--out plan.txt ends in none of .png"),
+        (("--out", "/no/such/plan.png"), "There is no folder /no/such for --out; make it first."),
         (("--sea.kind", "topk"), "did you mean"),
     ],
 )
@@ -223,6 +224,17 @@ def test_what_makes_no_plan(
     (tmp_path / "store").mkdir()
     assert main(["plan", str(write_run(tmp_path)), "--store", str(tmp_path / "store"), *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_store_of_the_environment_may_lie_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").mkdir()
+    write_rates(LocalStorage(tmp_path / "x"), RATES)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MIDISCOVER_STORE", "~/x")
+    assert main(["plan", str(write_run(tmp_path))]) == 0
+    assert "rates of CPU" in capsys.readouterr().out
 
 
 def test_rates_of_an_older_midiscover_are_refused() -> None:

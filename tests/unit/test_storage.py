@@ -304,6 +304,8 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="There is no store at"):
         open_store(str(tmp_path / "absent"), create=False)
     assert not (tmp_path / "absent").exists()
+    with pytest.raises(StoreError, match="'~nosuchuser/x' lies in the home of a user whom this machine does not know"):
+        open_store("~nosuchuser/x")
 
 
 @pytest.mark.parametrize("address", ["s3://", "s3:///prefix"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import email.message
+import errno
 import gzip
 import hashlib
 import inspect
 import json
+import os
 import pydoc_data.topics
 import threading
 import time
@@ -168,6 +170,8 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
     """Name -> (source, what the message says)."""
     (folder / "empty").mkdir()
     make(folder / "others/notes.md")
+    make(folder / "dangling/a.jsonl")
+    (folder / "dangling/z.jsonl").symlink_to(folder / "gone.jsonl")
     (folder / "blank.txt").write_text(" \n\n ")
     (folder / "nothing.jsonl").write_bytes(b"")
     (folder / "broken.jsonl").write_bytes(b'{"text": "fine"}\n{"text": \n')
@@ -186,6 +190,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
         "empty": "holds no text files but nothing",
         "others": r"holds no text files but only \.md; text files end in \.parquet",
         "others/notes.md": "is of no kind",
+        "dangling": r"dangling/z\.jsonl can't be read: No such file",
         "blank.txt": "holds no text",
         "nothing.jsonl": "holds no text",
         "broken.jsonl": "broken.jsonl, line 2 is not JSON",
@@ -200,6 +205,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
         "number.parquet": "column 'text' holds int64, not text",
     }
     return {name: (str(folder / name), said) for name, said in named.items()} | {
+        "unknown home": ("~nosuchuser/text", "does not exist"),
         "scheme": ("https://example.org/a.jsonl", "files, folders, s3:// prefixes"),
         "suffix of no file": ("data/missing.parquet", "does not exist"),
         "no id": ("what is this?", "does not exist. corpus.source is `builtin`"),
@@ -215,6 +221,21 @@ def test_wrong_sources_say_what_is_wrong(tmp_path: Path) -> None:
         assert time.monotonic() - start < 5, name
         assert caught.value.exit_code == 2
         assert Path(source).name in str(caught.value), name
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "a.jsonl")
+    make(tmp_path / "closed/b.jsonl")
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(CorpusError, match="closed can't be read: Permission denied"):
+        resolve_source(CorpusConfig(source=str(tmp_path)))
 
 
 @pytest.mark.parametrize("address", ["s3://", "s3:///prefix"])
@@ -298,6 +319,25 @@ def test_hub_rows_are_streamed(hub: str, tmp_path: Path, monkeypatch: pytest.Mon
     }  # fmt: skip
     with pytest.raises(CorpusError, match=r"some/prose, split train, row 1 has no field 'body'; it has: id, text"):
         read("some/prose", text_field="body")
+
+
+def test_a_hub_data_set_that_breaks_says_so(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its opening or in the middle, by whatever `datasets` and the HTTP library of the day raise."""
+    import datasets
+
+    def breaking(error: Exception) -> Iterator[dict[str, str]]:
+        yield {"text": "fine"}
+        raise error
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Dataset scripts are no longer supported, but found prose.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(CorpusError, match="Data set some/prose, split train can't be read: Dataset scripts are no"):
+        read("some/prose")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: breaking(ConnectionError("reset by peer")))
+    with pytest.raises(CorpusError, match="can't be read: reset by peer"):
+        read("some/prose")
 
 
 @pytest.mark.s3
