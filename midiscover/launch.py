@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,9 @@ class DoctorArgs:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
+_SETTING = re.compile(r"--(name|[\w-]+(\.[\w-]+)+)")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence on stderr and exit code 2, and which knows where settings stand."""
 
@@ -117,7 +121,7 @@ class Parser(argparse.ArgumentParser):
         return known, [*rest, *settings]
 
     def _is_setting(self, flag: str) -> bool:
-        return flag.startswith("--") and ("." in flag or flag == "--name") and flag not in self._option_string_actions
+        return _SETTING.fullmatch(flag) is not None and flag not in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. Try `{self.prog} --help`.")
