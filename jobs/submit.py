@@ -43,7 +43,7 @@ from midiscover.configio import to_yaml
 from midiscover.errors import ConfigError, NotFoundError, StageError
 from midiscover.models import STORED, push_model
 from midiscover.store.storage import store_uri
-from midiscover.submission import SubmitArgs, parse_submit, submitted_config
+from midiscover.submission import SubmitArgs, decided_here, parse_submit, submitted_config
 from midiscover.texts import is_local, push_text
 
 PACKAGES = ("midiscover", "jobs", "serve")
@@ -108,6 +108,9 @@ def run(client: JobSubmissionClient, args: SubmitArgs) -> int:
     config, store = submitted_config(args), store_uri(args.store)
     words = [args.target] if args.target else []
     if config is not None:
+        for path in decided_here(args):
+            dtype = getattr(config, path.partition(".")[0]).dtype
+            print(f"{path}: auto is {dtype}, by this machine; for GPU nodes give bfloat16", file=sys.stderr)
         config, words = portable(config, store), [CONFIG]
     job = submit(client, args.stage, [*words, "--store", store, *args.flags], config, args.target)
     if args.detach:

@@ -26,7 +26,8 @@ class ModelConfig:
     revision: str | None = None
     """Hub branch, tag or commit; resolved to a commit once. Hub ids only."""
     dtype: Dtype = "bfloat16"
-    """Precision of the forward pass. `auto`: bfloat16 where this machine computes in it natively, else float32."""
+    """Precision of the forward pass. `auto`: bfloat16 where this machine, which may only submit the run, computes in it
+    natively, else float32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
     weights: Literal["trained", "shuffled"] = "trained"

@@ -79,6 +79,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a YAML file strictly, set `overrides` (dotted path -> value) over it, and validate the whole."""
+    return build_config(config_tree(path, overrides))
+
+
+def config_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `load_config` builds a config of: the settings as they are written, unchecked."""
     tree = read_yaml(path)
     tree.setdefault("name", re.sub(r"[^a-z0-9_-]+", "-", Path(path).stem.lower()))
     for dotted, value in (overrides or {}).items():
@@ -88,7 +93,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             tree["grid"] = [grid | value if isinstance(grid, dict) else grid for grid in grids]
         else:
             set_path(tree, dotted, value)
-    return build_config(tree)
+    return tree
 
 
 def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from midiscover.config import RunConfig
-from midiscover.configio import find_config, load_config, names_config
+from midiscover.configio import config_tree, find_config, load_config, names_config
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_overrides, run_job
 from midiscover.store.storage import store_uri
@@ -112,6 +112,15 @@ def submitted_config(args: SubmitArgs) -> RunConfig | None:
     if not store.startswith("s3://"):
         raise ConfigError(f"The store {store} is a folder here, which the nodes don't see; give --store s3://….")
     return load_config(find_config(args.target), args.overrides) if args.is_config else None
+
+
+def decided_here(args: SubmitArgs) -> list[str]:
+    """The settings of a submitted config that are `auto`, so that this machine decides for the cluster.
+
+    The nodes can't: those that an autoscaler has at the time would, and ids follow from it.
+    """
+    tree = config_tree(find_config(args.target), args.overrides) if args.is_config else {}
+    return [f"{name}.dtype" for name in ("model", "train") if (tree.get(name) or {}).get("dtype") == "auto"]
 
 
 def run_on_cluster(action: str, argv: Sequence[str], cluster: str | None = None) -> NoReturn:

@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus
 from jobs import NICENESS, submit
 from jobs.progress import Bars, replay
 from jobs.runtime import CLIENT, check_client
-from midiscover import lineage
+from midiscover import configio, lineage
 from midiscover.config import CorpusConfig, EvaluateConfig, ModelConfig, RunConfig
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, NotFoundError, StageError
@@ -104,6 +104,25 @@ def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path) -> None:
     assert moved.corpus.source == moved.evaluate.foreign_source
     assert moved.corpus.source.startswith(f"{store}/texts/")
     assert Path(moved.corpus.source).read_bytes() == Path(text).read_bytes()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_what_auto_came_to_is_said(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(configio, "native_bfloat16", lambda: native)
+    sent: list[RunConfig] = []
+    monkeypatch.setattr(submit, "submit", lambda _client, _stage, _words, config, _name: sent.append(config) or "job")
+    monkeypatch.setattr(submit, "portable", lambda config, _store: config)
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {dtype: auto}\ntrain: {dtype: float32}\nharvest: {hooks: a.0.b}")
+    line = ["run", "sweep", str(path), "--store", "s3://b/p", "--cluster", URL, "--detach"]
+    dtype = "bfloat16" if native else "float32"
+    assert submit.run(FakeClient([]), parse_submit(line)) == 0  # type: ignore[arg-type]
+    assert sent[0].model.dtype == dtype
+    assert capsys.readouterr().err == f"model.dtype: auto is {dtype}, by this machine; for GPU nodes give bfloat16\n"
+    assert submit.run(FakeClient([]), parse_submit([*line, "--model.dtype", "bfloat16"])) == 0  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
 
 
 class FakeClient:
