@@ -29,7 +29,7 @@ from ray.exceptions import RayTaskError
 from jobs.nodes import Node, ask_for, give_back, working_nodes
 from midiscover import lineage
 from midiscover.config import ResourcesConfig
-from midiscover.cores import cores, packs_at_once
+from midiscover.cores import cores, packs_at_once, places_on
 from midiscover.errors import ConfigError, MiDiscoverError, StageError, TrackingError
 
 LOCAL_LOGICAL_CPUS = 4
@@ -273,12 +273,7 @@ def _cpus(cluster: Cluster, threads: int, per_node: int) -> int:
 
 def _places(node: Node, cpus: float, gpus: float) -> int:
     places = int(node.cpus / cpus + 1e-9)
-    if gpus >= 1:
-        places = min(places, int(node.gpus // gpus))
-    elif gpus:
-        # A share never spans two cards: 0.6 of a GPU fits once on each.
-        places = min(places, int(node.gpus) * int(1 / gpus + 1e-9))
-    return places
+    return min(places, places_on(node.gpus, gpus)) if gpus else places
 
 
 def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:

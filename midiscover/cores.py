@@ -18,6 +18,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def places_on(cards: float, each: float) -> int:
+    """How many workers that take `each` GPUs find a place on the cards of one node."""
+    if each >= 1:
+        return int(cards // each)
+    return int(cards) * int(1 / each + 1e-9)  # a share never spans two cards: 0.6 of a GPU fits once on each
+
+
 def packs_at_once(packs: int, *, cores: int, most: int, nodes: int = 1, threads: int | None = None) -> int:
     """Packs that a node trains at once so that all end soonest: 3 equal packs on 2 cores run one after another.
 

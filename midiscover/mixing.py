@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from midiscover.overlap import NearCopies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 Split = Literal["train", "held_out"]
 
@@ -60,24 +62,34 @@ def mix(
     streams = {name: _tokenised(islice(texts, cfg.max_samples), tokenizer) for name, texts in parts.items()}
     given = counts.parts = dict.fromkeys(streams, 0)
     copies = NearCopies()
-    while streams and counts.read != cfg.max_samples and counts.tokens != cfg.max_tokens:
-        part = min(streams, key=lambda name: given[name])
-        following = next(streams[part], None)
-        if following is None:
-            del streams[part]
-            continue
-        text, ids = following
+    for part, (text, ids) in in_turn(streams, given):
         counts.read += 1
-        if not len(ids):
-            continue
-        if copies.is_copy(ids):
+        if len(ids) and copies.is_copy(ids):
             counts.copies += 1
+        elif len(ids):
+            if cfg.max_tokens is not None:
+                ids = ids[: cfg.max_tokens - counts.tokens]
+            given[part] += len(ids)
+            counts.tokens += len(ids)
+            yield Document(part, split_of(text, cfg), len(text), ids)
+        if counts.read == cfg.max_samples or counts.tokens == cfg.max_tokens:
+            return
+
+
+def in_turn(streams: Mapping[str, Iterator[T]], given: Mapping[str, int]) -> Iterator[tuple[str, T]]:
+    """What the streams hold, each with its part: the next is of the part that has given the fewest tokens so far.
+
+    given: part -> tokens, which whoever takes them keeps up to date.
+    """
+    left = dict(streams)
+    while left:
+        part = min(left, key=lambda name: given[name])
+        try:
+            following = next(left[part])
+        except StopIteration:
+            del left[part]
             continue
-        if cfg.max_tokens is not None:
-            ids = ids[: cfg.max_tokens - counts.tokens]
-        given[part] += len(ids)
-        counts.tokens += len(ids)
-        yield Document(part, split_of(text, cfg), len(text), ids)
+        yield part, following
 
 
 def split_of(text: str, cfg: CorpusConfig) -> Split:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from midiscover.cores import SCALING, packs_at_once
+from midiscover.cores import SCALING, packs_at_once, places_on
 from midiscover.ids import first_block
 from midiscover.memory import fit_together
 from midiscover.rates import Rates
@@ -254,7 +254,9 @@ class _Planner:
     def _slots(self, packs: int) -> tuple[int, float]:
         """Packs at once, and how many times slower each is than one alone on the whole machine."""
         if self.gpus:
-            return max(1, min(packs, int(self.gpus / self.resources.gpus_per_pack))), 1.0
+            share = self.resources.gpus_per_pack
+            count = max(1, min(packs, places_on(self.gpus, share)))
+            return count, float(min(count, max(1, places_on(1, share))))
         threads = self.resources.threads
         most = max(1, self.cores // (threads or 1))
         count = packs_at_once(packs, cores=self.cores, most=most, threads=threads)
@@ -263,7 +265,7 @@ class _Planner:
 
     def _packs(self) -> list[Pack]:
         saes = self.resolved.saes
-        slots = max(1, int(self.gpus / self.resources.gpus_per_pack) // self.resources.workers) if self.gpus else 1
+        slots = max(1, places_on(self.gpus, self.resources.gpus_per_pack) // self.resources.workers)
         packs = make_packs(saes, self.resources.pack_size or auto_pack_size(saes, slots), {sae.id for sae in saes})
         if self.gpus and self.rates.memory:
             limit = int(0.95 * self.rates.memory * min(1.0, self.resources.gpus_per_pack))

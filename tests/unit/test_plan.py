@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 from itertools import groupby
@@ -14,11 +15,13 @@ from midiscover import work
 from midiscover.cli import main
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError
+from midiscover.mixing import Mixed, mix
 from midiscover.plan import Plan, plan_sweep
 from midiscover.rates import Rates, StepCost, of_sheet, read_rates, write_rates
 from midiscover.resolve import Resolved, resolve
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.store.local import LocalStorage
+from midiscover.texts import documents
 from midiscover.ways import chosen_way, plan_ways
 from midiscover.work import Work, work_of
 from tests.runs import write_run
@@ -125,6 +128,20 @@ def test_gpus_share_models_packs_and_sites(tmp_path: Path) -> None:
     assert first["evaluate"] - 3 == pytest.approx(2 * (second["evaluate"] - 3) - not_repeated(run))
 
 
+def test_packs_that_share_a_card_share_its_speed(tmp_path: Path) -> None:
+    def train(share: float, gpus: int) -> float:
+        run = resolved(tmp_path, grid={"train.seed": [0, 1]}, resources={"gpus_per_pack": share})  # four packs
+        return stage_seconds(plan_sweep(run, WORK, rates, gpus=gpus))["train"]
+
+    rates = replace(RATES, device="GPU", steps=dict.fromkeys(SAE_KINDS, StepCost(1e-6, 1e-10, 1e-9)))
+    pack = train(1, 4) - 4
+    assert pack > 1
+    assert train(0.5, 1) == pytest.approx(4 + 0.5 + 2 * (2 * pack))
+    assert train(0.25, 1) == pytest.approx(4 + 4 * pack)
+    assert train(0.6, 2) == pytest.approx(train(1, 2)), "0.6 of a card fits once on each"
+    assert train(0.6, 2) == pytest.approx(4 + 0.5 + 2 * pack)
+
+
 def test_no_worker_does_two_things_at_once_and_no_stage_ends_before_its_spans(tmp_path: Path) -> None:
     run = resolved(tmp_path, grid={"train.seed": [0, 1, 2], "sae.control": ["none", "random_model"]})
     plan = plan_sweep(run, WORK, RATES, gpus=3)
@@ -162,6 +179,34 @@ def test_few_long_documents_are_counted_on_the_side_that_each_falls_to(tmp_path:
     assert work_of(resolved(tmp_path, corpus=given), None) == expected
     short = work_of(resolved(tmp_path, corpus=given | {"max_tokens": 999_999}), None)
     assert short.train + short.held_out == 22_000
+
+
+def test_documents_that_are_counted_come_in_the_order_of_the_mix(tmp_path: Path) -> None:
+    """Of the built-in text's parts one has few long documents and the other many short ones."""
+    run = resolved(tmp_path, corpus={"source": "builtin", "max_samples": 1500, "context_size": 32})
+    numbers = itertools.count()
+
+    def tokenizer(batch: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[next(numbers) for _ in range(round(len(text) / 4.2))] for text in batch]}
+
+    parts = dict(zip(run.source.parts, documents(run.config.corpus, run.source), strict=True))
+    mixed = list(mix(parts, run.config.corpus, tokenizer, Mixed()))  # type: ignore[arg-type]
+    assert len({document.part for document in mixed[:400]}) == len({document.part for document in mixed}) == 2
+    expected = {split: sum(len(one.ids) for one in mixed if one.split == split) for split in ("train", "held_out")}
+    assert work_of(run, None) == Work(**expected, exact=False)
+
+
+def test_a_text_that_ends_before_its_limit_has_its_own_size(tmp_path: Path) -> None:
+    def total(**limits: int) -> int:
+        source = {"source": str(tmp_path / "text.jsonl"), "context_size": 32}
+        found = work_of(resolved(tmp_path, corpus=source | limits), None)
+        return found.train + found.held_out
+
+    whole = total(max_samples=10_000)
+    characters = sum(len(json.loads(line)["text"]) for line in (tmp_path / "text.jsonl").read_text().splitlines())
+    assert whole == pytest.approx(characters / 4.2, rel=1e-3)
+    assert total() == total(max_tokens=5_000_000) == whole
+    assert total(max_tokens=whole - 100) == whole - 100
 
 
 def test_the_text_is_counted_by_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
