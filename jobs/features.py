@@ -124,8 +124,12 @@ def finish_sae(
     run: Run, site: Site, sae_id: str, chunks: int, identity: ModelIdentity, threads: int, gpu: bool
 ) -> dict[str, Any]:
     """Merge the parts of one SAE, write its records, remove the parts; returns the manifest."""
-    compute_on(threads)
     storage = run.storage
+    standing = read_json(storage, layout.features_manifest(sae_id, run.features_id))
+    if standing is not None:  # of a try whose process died while it removed the parts
+        run.remove_parts(sae_id)
+        return standing
+    compute_on(threads)
     keys = [run.part_key(sae_id, chunk, chunks) for chunk in range(chunks)]
     sae = load_trained(storage, sae_id)
     record = _record(storage, sae_id)

@@ -109,16 +109,16 @@ def test_the_scripts_pass_shellcheck() -> None:
 STAND_INS = {
     "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
     "srun": 'echo "srun $*" >> "$LOG"; case "$*" in *hostname*) echo 192.0.2.1 ;; esac',
-    "ray": 'echo "ray $* $RAY_AUTH_MODE $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"',
-    "python": "echo 3",
-    "midiscover": 'echo "midiscover $* $RAY_ADDRESS" >> "$LOG"; exit "${CODE:-0}"',
+    "ray": 'echo "ray $* $RAY_AUTH_MODE $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"; exit "${STATUS:-0}"',
+    "python": 'test "${JOINED:-3}" = "$3"',
+    "sleep": 'echo "sleep $*" >> "$LOG"',
+    "midiscover": 'echo "midiscover $* $RAY_ADDRESS ${MIDISCOVER_CLUSTER-}" >> "$LOG"; exit "${CODE:-0}"',
 }
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: Path, code: int) -> None:
-    """Run for real, with stand-ins of Slurm's commands and ours that write down how they were called."""
-    tools, log = tmp_path / ".venv" / "bin", tmp_path / "log"
+def run_slurm(folder: Path, **told: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The script run for real, with stand-ins of Slurm's commands and ours; also how they were called."""
+    tools, log = folder / ".venv" / "bin", folder / "log"
     tools.mkdir(parents=True)
     for name, body in STAND_INS.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -131,12 +131,19 @@ def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: P
     }
     done = subprocess.run(
         ["bash", str(CLUSTER / "slurm.sbatch"), "sweep", "quick", "--store", "s3://b/p"],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "LOG": str(log), "CODE": str(code), **slurm},
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "LOG": str(log), "MIDISCOVER_CLUSTER": "http://elsewhere", **told, **slurm},
+        capture_output=True,
+        text=True,
         timeout=60,
     )
+    return done, log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: Path, code: int) -> None:
+    done, said = run_slurm(tmp_path, CODE=str(code))
     assert done.returncode == code
-    said = log.read_text().splitlines()
     started = [line for line in said if line.startswith("srun") and " ray start " in line]
     assert len(started) == 2
     for line in started:
@@ -144,8 +151,21 @@ def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: P
     head, workers = sorted(started, key=lambda line: "--exclude" in line)  # they start side by side
     assert "--nodelist=node1 " in head
     assert "--nodes=2 --ntasks-per-node=1 --exclude=node1" in workers
-    assert "midiscover sweep quick --store s3://b/p 192.0.2.1:20007" in said
+    assert "midiscover sweep quick --store s3://b/p 192.0.2.1:20007 " in said, "and no other cluster is named"
     assert any(line.startswith("ray status token 64") for line in said)
+    assert not list(tmp_path.glob(".slurm-*")), "the token goes with the job"
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [({"STATUS": "1"}, "Ray's head does not answer"), ({"JOINED": "2"}, "Not all nodes have joined Ray")],
+)
+def test_slurm_does_not_wait_for_ever(tmp_path: Path, told: dict[str, str], sentence: str) -> None:
+    done, said = run_slurm(tmp_path, **told)
+    assert done.returncode == 1
+    assert f"{sentence} within 5 minutes" in done.stderr
+    assert said.count("sleep 2") == 149
+    assert not [line for line in said if line.startswith("midiscover")]
     assert not list(tmp_path.glob(".slurm-*")), "the token goes with the job"
 
 

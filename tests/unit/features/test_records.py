@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import jobs.features
 from midiscover.config import FeaturesConfig
 from midiscover.errors import CorruptError, NotFoundError
 from midiscover.features import collect
@@ -49,6 +50,18 @@ def unembedding() -> Tensor:
 def records(world: World, unembedding: Tensor) -> FeatureRecords:
     finish(world, whole(world), unembedding)
     return open_features(world.storage, "sae")
+
+
+def test_a_task_that_is_tried_again_after_its_last_word_finds_it(world: World, unembedding: Tensor) -> None:
+    run = jobs.features.Run(storage=world.storage, settings=world.plan.settings)
+    manifest = finish(world, whole(world), unembedding, "again")
+    parts = [run.part_key("again", number, 3) for number in range(3)]
+    for key in parts[1:]:  # it died when it had removed one
+        world.storage.write(key, b"part")
+    site = jobs.features.Site("h.gone", "c.gone", "hook")
+    again = jobs.features.finish_sae._function(run, site, "again", 3, None, 1, False)
+    assert again == manifest
+    assert not any(map(world.storage.exists, parts))
 
 
 def whole(world: World) -> Part:
