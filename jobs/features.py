@@ -177,8 +177,7 @@ class FeaturesRun:
             for sae in todo:
                 sites.setdefault(_site(self.records[sae]), []).append(sae)
             with ray_session(self.resources.nodes, self.bars.say) as cluster:
-                for site, saes in sites.items():
-                    self._ensure_rows(site, self.records[saes[0]], cluster)
+                self._ensure_rows(sites, cluster)
                 self._collect(sites, identities, cluster)
         manifests = [open_features(self.storage, sae, self.run.features_id).manifest for sae in self.target.saes]
         self._track(todo)
@@ -193,21 +192,32 @@ class FeaturesRun:
             for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):
                 self.storage.delete(key)
 
-    def _ensure_rows(self, site: Site, record: Record, cluster: Cluster) -> None:
-        """Harvest again what is gone, or was never there, as for an SAE from elsewhere."""
-        has_rows = read_manifest(self.storage, site.harvest_id, site.hook) is not None
-        if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
-            return
-        gone = "the text" if has_rows else "its activations"
-        self.bars.say(f"{site.hook}: {gone} can't be found in the store and will be made again")
-        resolved = resolve(replace(run_config(record), resources=self.resources), self.storage.uri)
-        if resolved.harvest_id != site.harvest_id:
+    def _ensure_rows(self, sites: Mapping[Site, list[str]], cluster: Cluster) -> None:
+        """Harvest again what is gone, or was never there, as for SAEs from elsewhere."""
+        lacking: dict[str, list[Record]] = {}
+        for site, saes in sites.items():
+            has_rows = read_manifest(self.storage, site.harvest_id, site.hook) is not None
+            if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
+                continue
+            gone = "the text" if has_rows else "its activations"
+            self.bars.say(f"{site.hook}: {gone} can't be found in the store and will be made again")
+            lacking.setdefault(site.harvest_id, []).append(self.records[saes[0]])
+        for harvest_id, records in lacking.items():
+            self._harvest(harvest_id, records, cluster)
+
+    def _harvest(self, harvest_id: str, records: Sequence[Record], cluster: Cluster) -> None:
+        """One pass of the language model for the hooks of all these SAEs, whose harvest is the same."""
+        configs = [run_config(record) for record in records]
+        hooks = dict.fromkeys(hook for config in configs for hook in config.harvest.hooks)
+        config = replace(configs[0], harvest=replace(configs[0].harvest, hooks=tuple(hooks)), resources=self.resources)
+        resolved = resolve(config, self.storage.uri)
+        if resolved.harvest_id != harvest_id:
             raise StageError(
-                f"The activations of {record['id']} can't be had again: its settings lead to {resolved.harvest_id} "
-                f"now, and its record names {site.harvest_id}; its text or model has changed."
+                f"The activations of {records[0]['id']} can't be had again: its settings lead to {resolved.harvest_id} "
+                f"now, and its record names {harvest_id}; its text or model has changed."
             )
         with Tracker.for_store(self.storage) as tracker:
-            args = JobArgs(config=record["id"], store=self.args.store)
+            args = JobArgs(config=records[0]["id"], store=self.args.store)
             prepared = Prepared(args=args, resolved=resolved, storage=self.storage, tracker=tracker)
             corpus = ensure_corpus(prepared, self.bars)
             harvest(prepared, corpus, cluster, self.bars)

@@ -74,10 +74,12 @@ def test_saes_and_their_metrics_are_those_of_a_stored_sweep(stored: Path, stream
     assert not (streamed / "activations").exists()
 
 
-def test_features_harvest_what_they_read(streamed: Path) -> None:
+def test_features_harvest_once_for_all_hooks(streamed: Path) -> None:
     sae = next(path.name for path in sorted((streamed / "saes").iterdir()))
-    done = midiscover("features", sae, "--store", str(streamed))
+    done = midiscover("features", "tiny", "--store", str(streamed))
     assert done.code == 0, done.err
+    assert done.err.count("will be made again") == 2
+    assert done.err.count("until the first batch was done") == 1
     assert (streamed / "activations").exists()
     assert midiscover("verify", sae, "--store", str(streamed)).code == 0
 

@@ -1,0 +1,48 @@
+"""What the features job harvests again before it reads, without a Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.features
+from jobs.features import FeaturesRun, Site
+from midiscover.config import ResourcesConfig
+from midiscover.launch import Prepared, TargetArgs
+from midiscover.saes import harvest_lineage, read_from
+from tests.runs import prepared_sweep, write_run
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_one_pass_of_each_language_model_for_all_hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepared_sweep(write_run(tmp_path, grid=[{"sae.control": ["none", "random_model"]}]), tmp_path / "store")
+    run = FeaturesRun.__new__(FeaturesRun)
+    run.args, run.bars, run.storage = TargetArgs(target="tiny"), Silent(), prepared.storage  # type: ignore[assignment]
+    run.resources, run.records = ResourcesConfig(threads=1), {}
+    sites: dict[Site, list[str]] = {}
+    for sae in prepared.resolved.saes:
+        part = prepared.resolved.part_of(sae)
+        config, lineage = read_from(part, (sae.point.hook, sae.output_hook)), harvest_lineage(part)
+        run.records[sae.id] = {"id": sae.id, "hook": sae.point.hook, "config": config, "lineage": lineage}
+        sites.setdefault(Site(part.harvest_id, part.corpus_id, sae.point.hook), []).append(sae.id)
+    assert len(sites) == 4
+    passes: list[tuple[str, set[str]]] = []
+
+    def harvest(asked: Prepared, *_: Any) -> None:
+        passes.append((asked.resolved.harvest_id, set(asked.resolved.hooks)))
+
+    monkeypatch.setattr(jobs.features, "harvest", harvest)
+    monkeypatch.setattr(jobs.features, "ensure_corpus", lambda *_: None)
+    monkeypatch.setattr(jobs.features, "commit_manifests", lambda *_: None)
+    run._ensure_rows(sites, None)  # type: ignore[arg-type]
+    hooks = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
+    assert passes == [(part.harvest_id, hooks) for part in prepared.resolved.parts()]
