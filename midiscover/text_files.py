@@ -121,7 +121,7 @@ def _sha256(paths: Sequence[Path]) -> list[str]:
 
 
 def _unreadable(error: OSError) -> CorpusError:
-    return CorpusError(f"{error.filename} can't be read: {error.strerror}.")
+    return CorpusError(f"{error.filename or 'A text file'} can't be read: {error.strerror}.")
 
 
 def read(files: Sequence[TextFile], field: str) -> Generator[str]:
