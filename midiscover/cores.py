@@ -1,4 +1,4 @@
-"""How many cores there are to share, how packs share them, and how a process that computes sets itself up."""
+"""How many cores and cards there are to share, how packs share them, and how a process that computes sets itself up."""
 
 from __future__ import annotations
 
