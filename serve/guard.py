@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from midiscover.serving import ServeConfig
 from midiscover.tracking.keys import ApiKey
 from serve.access import COOKIE, Access
-from serve.problems import problem_bytes, problem_headers
+from serve.problems import NOTHING_HERE, failed, problem_bytes, problem_headers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,6 +36,8 @@ SCOPES = (
 )
 """What needs more than `read`, by path."""
 BODIES = ("POST", "PUT", "PATCH")
+GONE = 499
+"""What the log calls a request whose client left before it was answered."""
 UNAUTHORISED = "A valid key is needed: Authorization: Bearer mdc_…, as `midiscover keys create` makes one."
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -47,6 +49,8 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
+NOBODY = ""
+"""Whom requests without a key are counted under; no key has this id."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 log = logging.getLogger("midiscover.serve")
 
@@ -95,13 +99,14 @@ class _Exchange:
         self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.status = 0
         self.started = asyncio.Event()
-        self.received = 0
+        self.is_answered = False
         self.key: ApiKey | None = None
 
     async def run(self) -> None:
         """Answer, whatever happens, and write down how it went."""
         began = time.perf_counter()
         try:
+            self._require_path()
             self._require_host()
             self.key = self._who()
             self._require_scope()
@@ -112,7 +117,7 @@ class _Exchange:
         except Exception as error:
             log.exception("failed", extra={"fields": {"request": self.id, "error": type(error).__name__}})
             if not self.started.is_set():
-                await self._refuse(_Refused(500, f"Something went wrong here; the log has it under {self.id}."))
+                await self._refuse(_Refused(500, failed(self.id)))
         finally:
             seconds, route = time.perf_counter() - began, self.scope.get("route")
             path = getattr(route, "path", None) or "(none)"
@@ -120,6 +125,11 @@ class _Exchange:
             fields = {"request": self.id, "route": path, "method": self.scope["method"], "status": self.status}
             fields |= {"key": self.key.id if self.key else None, "ms": round(1000 * seconds, 1)}
             log.info("request", extra={"fields": fields})
+
+    def _require_path(self) -> None:
+        """A route matches a path with a line feed at its end; what is looked up here must be what is run there."""
+        if not self.scope["path"].isprintable():
+            raise _Refused(404, NOTHING_HERE)
 
     def _require_host(self) -> None:
         host = self.headers.get("host", "").lower()
@@ -174,24 +184,23 @@ class _Exchange:
 
     async def _within_limits(self) -> None:
         running, limits = self.guard._running, self.guard._limits
-        if self.key is None:
-            await self.guard._app(self.scope, self._receive, self._answer)
-            return
-        if running[self.key.id] >= limits.concurrent_per_key:
-            raise _Refused(429, f"The key '{self.key.name}' has {running[self.key.id]} requests under way already.")
-        if running.total() >= limits.concurrent:
+        name = self.key.id if self.key is not None else NOBODY
+        if running[name] >= limits.concurrent_per_key:
+            whose = f"The key '{self.key.name}' has" if self.key is not None else "Without a key there are"
+            raise _Refused(429, f"{whose} {running[name]} requests under way already.")
+        if self.key is not None and running.total() - running[NOBODY] >= limits.concurrent:
             raise _Refused(503, "All places are taken; try again in a moment.")
-        running[self.key.id] += 1
+        running[name] += 1
         try:
             await self._in_time()
         finally:
-            running[self.key.id] -= 1
+            running[name] -= 1
             running += Counter()  # forget those at 0
 
     async def _in_time(self) -> None:
         """Run the application; 503 where its answer has not begun in time. A stream may then go on."""
         self.scope["midiscover"] = {"request_id": self.id, "key": self.key}
-        work = asyncio.ensure_future(self.guard._app(self.scope, self._limited_receive, self._answer))
+        work = asyncio.ensure_future(self._while_there())
         begun = asyncio.ensure_future(self.started.wait())
         try:
             await asyncio.wait((work, begun), timeout=self.guard._limits.seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -203,12 +212,41 @@ class _Exchange:
             if not work.done():
                 work.cancel()
 
-    async def _limited_receive(self) -> Message:
-        message = await self._receive()
-        self.received += len(message.get("body", b""))
-        if self.received > self.guard._limits.body_bytes:
-            raise _Refused(413, "The body is longer than it said.")
-        return message
+    async def _while_there(self) -> None:
+        """Read the body, then run the application until it has answered or the client is gone."""
+        messages = await self._body()
+        if not messages:
+            self.status = GONE
+            return
+        gone = asyncio.ensure_future(self._receive())  # nothing else comes after a body
+
+        async def receive() -> Message:
+            return messages.pop(0) if messages else await asyncio.shield(gone)
+
+        work = asyncio.ensure_future(self.guard._app(self.scope, receive, self._answer))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if work.done() or self.is_answered:  # a server says "gone" after the last byte too
+                await work
+            elif not self.started.is_set():
+                self.status = GONE
+        finally:
+            gone.cancel()
+            work.cancel()
+
+    async def _body(self) -> list[Message]:
+        """All messages of the body; none where the client left before its end. 413 for more than is taken."""
+        messages: list[Message] = []
+        received, more = 0, True
+        while more:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                return []
+            messages.append(message)
+            received, more = received + len(message.get("body", b"")), message.get("more_body", False)
+            if received > self.guard._limits.body_bytes:
+                raise _Refused(413, "The body is longer than it said.")
+        return messages
 
     async def _answer(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -222,6 +260,7 @@ class _Exchange:
             }
             extra = [(n.lower().encode(), v.encode()) for n, v in added.items() if n.lower().encode() not in own]
             message = {**message, "headers": [*message.get("headers", ()), *extra]}
+        self.is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
     async def _refuse(self, refused: _Refused) -> None:

@@ -16,6 +16,7 @@ from midiscover.errors import CorruptError, MiDiscoverError, NotFoundError, Stor
 
 MEDIA = "application/problem+json"
 RETRY_SECONDS = 2
+NOTHING_HERE = "There is nothing at this address; /docs lists what there is."
 
 
 class ProblemDocument(BaseModel):
@@ -35,6 +36,11 @@ class ProblemError(Exception):
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
+
+
+def failed(request_id: str | None) -> str:
+    """What is said of an error that nobody foresaw."""
+    return f"Something went wrong here; the log has it under {request_id}."
 
 
 def problem_bytes(status: int, detail: str, request_id: str | None) -> bytes:

@@ -17,7 +17,7 @@ from midiscover.errors import MiDiscoverError
 from serve import api, browse, jobs, neuronpedia_steer, neuronpedia_v1, neuronpedia_web, pages
 from serve.context import Context
 from serve.guard import Guard, Meter
-from serve.problems import RESPONSES, ProblemError, of_error, problem_bytes, problem_headers
+from serve.problems import NOTHING_HERE, RESPONSES, ProblemError, failed, of_error, problem_bytes, problem_headers
 
 DESCRIPTION = """\
 Which features of sparse autoencoders fire on texts, what is known of each feature, and what a model writes while
@@ -76,7 +76,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        told = {404: "There is nothing at this address; /docs lists what there is.", 405: "Not by this method."}
+        told = {404: NOTHING_HERE, 405: "Not by this method."}
         return _answer(request, error.status_code, told.get(error.status_code, str(error.detail)), error.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -89,10 +89,18 @@ def _handle_errors(app: FastAPI) -> None:
         others = f" ({more} more problem{'s' if more > 1 else ''})" if more else ""
         return _answer(request, 422, f"{place}: {str(first['msg']).removeprefix('Value error, ')}{others}.")
 
+    @app.exception_handler(Exception)
+    async def _failed(request: Request, error: Exception) -> Response:
+        # Starlette raises it again after this answer, and the guard writes it down.
+        return _answer(request, 500, failed(_id(request)))
+
+
+def _id(request: Request) -> str | None:
+    return request.scope.get("midiscover", {}).get("request_id")
+
 
 def _answer(request: Request, status: int, detail: str, headers: Any = None) -> Response:
-    request_id = request.scope.get("midiscover", {}).get("request_id")
-    return Response(problem_bytes(status, detail, request_id), status, problem_headers(status, headers))
+    return Response(problem_bytes(status, detail, _id(request)), status, problem_headers(status, headers))
 
 
 def _describe_keys(app: FastAPI) -> None:

@@ -119,12 +119,17 @@ def api(store: Path) -> Iterator[Served]:
 @contextmanager
 def live(one: Served) -> Iterator[str]:
     """The same application behind a port of 127.0.0.1, for clients that need one; gives its address."""
+    with listening(one.client.app) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[int]:
+    """An ASGI application behind a port of 127.0.0.1; gives the port."""
     import uvicorn
 
     port = free_port()
-    server = uvicorn.Server(
-        uvicorn.Config(one.client.app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
-    )
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     ends = time.monotonic() + 20
@@ -132,7 +137,7 @@ def live(one: Served) -> Iterator[str]:
         assert time.monotonic() < ends, "the server did not start"
         time.sleep(0.02)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield port
     finally:
         server.should_exit = True
         thread.join(20)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from midiscover.features.records import open_features
 from midiscover.interpret import encode_texts, load_language_model, summarise
 from midiscover.saes import load_sae
 from midiscover.store.local import LocalStorage
+from serve import jobs as jobs_routes
+from serve import neuronpedia_steer as steering
 from serve.exchange import Query
 from serve.logs import structured
 from serve.web import create_routes
@@ -24,34 +28,71 @@ from tests.served import Served, api, served, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
+SCOPES = ("read", "steer", "admin")
 TEXTS = ["The river ran past the old mill.", "Entry 12: stone lamp engine."]
 __all__ = ["api", "store", "store_to_serve"]  # fixtures
 
 
-def routes(one: Served) -> list[tuple[str, str]]:
-    """Every method and path that the application answers, mounts by a file of theirs."""
-    found = []
+def routes_of(one: Served) -> list[tuple[Any, str, str]]:
+    """Every route that the application answers, with a method and the path; mounts by a file of theirs."""
+    found: list[tuple[Any, str, str]] = []
     waiting = list(create_routes(one.context).routes)
     while waiting:
         route: Any = waiting.pop()
         if isinstance(route, Mount):
-            found += [("GET", f"{route.path}/app.js"), ("GET", f"{route.path}/swagger-ui.css")]
+            found += [(route, "GET", f"{route.path}/app.js"), (route, "GET", f"{route.path}/swagger-ui.css")]
         elif hasattr(route, "original_router"):
             waiting += route.original_router.routes
         else:
-            found += [(method, route.path) for method in route.methods]
+            found += [(route, method, route.path) for method in route.methods]
     return found
 
 
 def test_every_route_needs_a_key(api: Served) -> None:
-    known = routes(api)
+    known = routes_of(api)
     assert len(known) > 45
-    for method, path in known:
+    for _, method, path in known:
         concrete = path.replace("{index}", "0").replace("{sae}", "x").replace("{run_id}", "x").replace("{job}", "x")
         answer = api.client.request(method, concrete, json={} if method in ("POST", "PUT") else None)
         is_open = (method, path) in {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
         # The log-in itself answers 401 to what is no key.
         assert (answer.status_code == 401) is not is_open or path == "/login", (method, path, answer.status_code)
+
+
+def test_every_route_asks_for_its_scope_however_it_is_written(api: Served) -> None:
+    """By the routers: the guard knows paths, and what a path means is decided by Starlette."""
+    needs = {id(route): "admin" for route in jobs_routes.router.routes}
+    needs |= {id(r): "steer" for part in (steering.inference, steering.application) for r in part.routes}
+    refused = set()
+    for route, method, path in routes_of(api):
+        needed = "steer" if path == "/steer" else needs.get(id(route), "read")
+        concrete = re.sub(r"\{.*?\}", "0", path)
+        for unprintable in ("%0A", "%0D", "%00", "%0A/", "%E2%80%A8"):
+            answer = api.client.request(method, f"{concrete}{unprintable}", headers=api.headers("admin"), json={})
+            assert answer.status_code == 404, (method, path, unprintable)
+        for scope in SCOPES[: SCOPES.index(needed)]:
+            for ending in ("", "/"):
+                answer = api.client.request(method, f"{concrete}{ending}", headers=api.headers(scope), json={})
+                assert answer.status_code == 403, (method, path, ending, scope)
+                refused.add((method, path))
+    assert len(refused) == 11
+
+
+def test_an_error_that_nobody_foresaw_is_a_problem_as_any_other(
+    api: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: object, name: str) -> None:
+        raise ZeroDivisionError("s3://bucket")
+
+    monkeypatch.setattr(type(api.context.catalog), "find", broken)
+    monkeypatch.setattr(logging.getLogger("midiscover.serve"), "propagate", True)
+    answer = api.get("/saes/x")
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "application/problem+json")
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert answer.json()["request_id"] in answer.json()["detail"]
+    assert "bucket" not in answer.text
+    (line,) = [record for record in caplog.records if record.getMessage() == "failed"]
+    assert line.fields == {"request": answer.json()["request_id"], "error": "ZeroDivisionError"}  # type: ignore[attr-defined]
 
 
 def test_interpreting_is_what_the_library_does(api: Served, store: Path) -> None:

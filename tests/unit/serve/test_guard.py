@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +16,8 @@ from midiscover.serving import serve_config
 from midiscover.tracking.keys import ApiKey, _hash
 from serve.access import COOKIE, SESSION_SECONDS, Access
 from serve.guard import Guard
+from serve.problems import NOTHING_HERE
+from tests.served import listening
 
 SECRET = "0123456789abcdef" * 3
 SCOPES = ("read", "steer", "admin")
@@ -90,6 +95,8 @@ async def ask(
 
     async def receive() -> Any:
         nonlocal taken
+        if taken == len(pieces):
+            await asyncio.Event().wait()  # the client stays
         piece = pieces[taken]
         taken += 1
         return {"type": "http.request", "body": piece, "more_body": taken < len(pieces)}
@@ -168,6 +175,17 @@ def test_each_scope_includes_those_before_it_and_no_other(method: str, path: str
             assert f"lacks the scope '{needed}'" in answer.problem()["detail"]
 
 
+@pytest.mark.parametrize(
+    "path", ["/train\n", "/jobs\n", "/steer\n", "/saes/\x00", "/login\r", "/\u2028", "/saes/\ud800"]
+)
+@pytest.mark.parametrize("scope", [None, *SCOPES])
+def test_a_path_that_can_t_be_printed_is_nobodys(path: str, scope: str | None) -> None:
+    app = App()
+    answer = run(guarded(app), "POST", path, b"{}", **({"x_api_key": text_of(scope)} if scope else {}))
+    assert (answer.status, answer.problem()["detail"], answer.taken) == (404, NOTHING_HERE, 0)
+    assert app.bodies == []
+
+
 def test_what_is_open_is_health_and_the_log_in() -> None:
     for method, path, status in (
         ("GET", "/health", 200),
@@ -244,6 +262,76 @@ def test_an_answer_that_does_not_begin_in_time_is_given_up() -> None:
     answer = asyncio.run(work())
     assert answer.status == 503
     assert "retry-after" in answer.headers
+
+
+def test_without_a_key_there_are_so_many_at_once_and_so_much_time_and_no_place_of_others_is_taken() -> None:
+    async def work() -> None:
+        guard = guarded(App(waits=asyncio.Event()), limits={"seconds": 0.5, "concurrent": 2, "concurrent_per_key": 2})
+        open_ones = [asyncio.create_task(ask(guard, "POST", "/login", b"key=")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        more = await ask(guard, "GET", "/health")
+        assert (more.status, more.problem()["detail"]) == (429, "Without a key there are 2 requests under way already.")
+        with_key = await ask(guard, x_api_key=text_of("read"))
+        assert (with_key.status, with_key.problem()["detail"][:20]) == (503, "No answer within 0.5")
+        assert [answer.status for answer in await asyncio.gather(*open_ones)] == [503, 503]
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+class Slow:
+    """Answers when it is let; tells when it began and how it ended."""
+
+    def __init__(self, *, streams: bool) -> None:
+        self.streams, self.began, self.ends = streams, threading.Event(), list[str]()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.began.set()
+        try:
+            if self.streams:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(100):
+                await asyncio.sleep(0.1)
+                if self.streams:
+                    await send({"type": "http.response.body", "body": b"more", "more_body": True})
+            self.ends.append("worked to the end")
+        except asyncio.CancelledError:
+            self.ends.append("cancelled")
+            raise
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("body", [b"{}", b""])
+def test_who_hangs_up_ends_the_work_and_gives_the_place_back(streams: bool, body: bytes) -> None:
+    app = Slow(streams=streams)
+    guard = guarded(app, allowed_hosts=["127.0.0.1"], limits={"concurrent_per_key": 1})  # type: ignore[arg-type]
+    head = f"Host: 127.0.0.1\r\nX-Api-Key: {text_of('read')}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with listening(guard) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall((b"POST" if body else b"GET") + b" /saes HTTP/1.1\r\n" + head + body)
+            assert app.began.wait(10)
+            assert guard._running.total() == 1
+        ends = time.monotonic() + 5
+        while guard._running.total() and time.monotonic() < ends:
+            time.sleep(0.02)
+        assert guard._running.total() == 0
+        assert app.ends == ["cancelled"]
+
+
+def test_who_hangs_up_in_the_middle_of_a_body_starts_nothing() -> None:
+    app = Slow(streams=False)
+    guard = guarded(app, allowed_hosts=["127.0.0.1"])  # type: ignore[arg-type]
+    head = f"Host: 127.0.0.1\r\nX-Api-Key: {text_of('read')}\r\nContent-Length: 10\r\n\r\n".encode()
+    with listening(guard) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST /saes HTTP/1.1\r\n" + head + b"{")
+            ends = time.monotonic() + 5
+            while not guard._running.total() and time.monotonic() < ends:
+                time.sleep(0.02)
+            assert guard._running.total() == 1
+        while guard._running.total() and time.monotonic() < ends:
+            time.sleep(0.02)
+        assert guard._running.total() == 0
+    assert not app.began.is_set()
 
 
 def test_an_error_of_the_application_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
