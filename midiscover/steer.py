@@ -126,7 +126,9 @@ def _drawn(logits: Tensor, made: Sequence[int], sampling: Sampling, generator: t
         logits = logits - sampling.frequency_penalty * counts
     if sampling.temperature <= 0:
         return int(logits.argmax())
-    return int(torch.multinomial((logits / sampling.temperature).softmax(0), 1, generator=generator))
+    # Below 0 and in float64, so that no temperature, however small, makes inf - inf of it.
+    shares = ((logits - logits.max()).double() / sampling.temperature).softmax(0).float()
+    return int(torch.multinomial(shares, 1, generator=generator))
 
 
 def _ends(lm: LanguageModel) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from midiscover.configio import build_config, find_config, load_config, names_co
 from midiscover.errors import ConfigError, CorruptError, NotFoundError
 from midiscover.resolve import resolve
 from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
 
 
@@ -70,12 +70,9 @@ def find_sae(storage: Storage, name: str) -> str:
 def _of_sweep(
     storage: Storage, sweep_id: str, config: RunConfig | None, overrides: Mapping[str, Any] | None = None
 ) -> Target:
-    try:
-        sweep = json.loads(storage.read(layout.sweep_record(sweep_id)))
-    except FileNotFoundError:
-        raise NotFoundError(
-            f"{storage.uri} holds no sweep {sweep_id}; run `midiscover sweep` with this config first."
-        ) from None
+    sweep = read_json(storage, layout.sweep_record(sweep_id))
+    if sweep is None:
+        raise NotFoundError(f"{storage.uri} holds no sweep {sweep_id}; run `midiscover sweep` with this config first.")
     committed = set(_ids(storage, layout.SAES, "record.json"))
     saes = tuple(name for name in sweep["sae_ids"] if name in committed)
     if not saes:

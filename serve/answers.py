@@ -24,12 +24,12 @@ def answer_query(query: Query, sae: LoadedSae | None, x: Tensor) -> Found:
         if wanted.numel() and int(wanted.max()) >= codes.shape[1]:
             raise UserError(f"{query.sae} has no feature {int(wanted.max())}; it has {codes.shape[1]}.")
         return _found(*_nothing(), wanted, codes)
+    nobody = torch.zeros(0, dtype=torch.long, device=codes.device)
     if query.kind == "active":
         token, feature = codes.nonzero(as_tuple=True)
-        nobody = torch.zeros(0, dtype=torch.long, device=codes.device)
         return _found(token, feature, codes[token, feature], nobody, codes)
     entries = _per_token(codes, query.k) if query.per_token else _nothing()
-    return _found(*entries, _strongest(codes, query), codes)
+    return _found(*entries, _strongest(codes, query) if query.per_text else nobody, codes)
 
 
 def _codes(query: Query, sae: LoadedSae | None, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from midiscover.features.labels import label
 from serve.catalog import Hosted
-from serve.context import Context, answered, context_of
+from serve.context import Context, answered, as_json, context_of
 from serve.exchange import Edit, Found, Query, SteerPiece, SteerRequest, TextAnswer
 from serve.problems import ProblemError
 from serve.streams import events
@@ -96,7 +96,7 @@ class InterpretAnswer(BaseModel):
 
 
 @router.post("/interpret", response_model=InterpretAnswer)
-async def interpret(request: InterpretRequest, context: Given) -> InterpretAnswer:
+async def interpret(request: InterpretRequest, context: Given) -> Any:
     """Which features fire on texts, token by token; or which stand for a concept."""
     limits = context.config.limits
     if request.top_k > limits.top_k:
@@ -109,39 +109,47 @@ async def interpret(request: InterpretRequest, context: Given) -> InterpretAnswe
     texts = request.texts if request.texts is not None else [request.text or ""]
     queries = [Query(sae=sae.id, k=request.top_k, per_token=request.per_token) for sae in saes]
     answers = await context.read(saes[0], texts, queries)
-    labels = {sae.id: await labels_of(context, sae, answers, place) for place, sae in enumerate(saes)}
-    readings = []
-    for text, answer in zip(texts, answers, strict=True):
-        of = {
-            sae.id: reading(answer, found, labels[sae.id], per_token=request.per_token)
-            for sae, found in zip(saes, answer.found, strict=True)
-        }
-        readings.append(TextReading(text=text, tokens=answer.tokens, saes=of))
-    return InterpretAnswer(model=name, texts=readings, concept=None)
+    labels = [await labels_of(context, sae, answers, place) for place, sae in enumerate(saes)]
+
+    def readings() -> dict[str, Any]:
+        rows = [
+            {
+                "text": text,
+                "tokens": answer.tokens,
+                "saes": {
+                    sae.id: reading(answer, answer.found[place], labels[place], per_token=request.per_token)
+                    for place, sae in enumerate(saes)
+                },
+            }
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        return {"model": name, "texts": rows, "concept": None}
+
+    return await as_json(readings)
 
 
-def reading(answer: TextAnswer, found: Found, labels: dict[int, str], *, per_token: bool) -> SaeReading:
-    """Arrays as the answer's members."""
-    rows: list[list[TokenFeature]] = [[] for _ in answer.tokens]
+def reading(answer: TextAnswer, found: Found, labels: dict[int, str], *, per_token: bool) -> dict[str, Any]:
+    """Arrays as the members of `SaeReading`, plain: a pydantic object for each of 100,000 numbers takes seconds."""
+    rows: list[list[dict[str, Any]]] = [[] for _ in answer.tokens]
     if per_token:
         for token, feature, value in zip(
             found.token.tolist(), found.feature.tolist(), found.value.tolist(), strict=True
         ):
-            rows[token].append(TokenFeature(feature=feature, value=value))
+            rows[token].append({"feature": feature, "value": value})
     features = [
-        TextFeature(
-            feature=feature,
-            max=max(values),
-            position=values.index(max(values)),
-            mean=mean,
-            values=values,
-            label=labels.get(feature),
-        )
+        {
+            "feature": feature,
+            "max": max(values),
+            "position": values.index(max(values)),
+            "mean": mean,
+            "values": values,
+            "label": labels.get(feature),
+        }
         for feature, values, mean in zip(
             found.strongest.tolist(), found.values.tolist(), found.mean.tolist(), strict=True
         )
     ]
-    return SaeReading(features=features, per_token=rows if per_token else None)
+    return {"features": features, "per_token": rows if per_token else None}
 
 
 async def labels_of(context: Context, sae: Hosted, answers: Sequence[TextAnswer], place: int) -> dict[int, str]:

@@ -43,7 +43,6 @@ WAITING = 256
 FIRST_KEY = "first key"
 LEAST_CPUS = 4
 """That a Ray of this machine claims to have, so that a sweep of POST /train finds its places."""
-log = logging.getLogger("midiscover.serve")
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -60,8 +59,6 @@ def application(config: ServeConfig, at: Address | None = None) -> serve.Applica
     catalog = Catalog(storage, config)
     catalog.refresh()
     tree, firsts = to_tree(config), first_of_models(catalog.hosted)
-    for problem in catalog.broken.values():
-        log.warning("sae_broken", extra={"fields": {"reason": problem}})
     if at is not None:
         together: Any = serve.deployment(Together, name=TOGETHER, **_replica_options(config))
         return together.bind(tree, at)

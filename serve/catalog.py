@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from midiscover.errors import MiDiscoverError, NotFoundError, StoreError, StoreFailedError
+from midiscover.errors import NotFoundError, StoreError, StoreFailedError
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.frontier import is_control
 from midiscover.promoted import promoted
@@ -167,6 +167,9 @@ class Catalog:
             return [name]
         try:
             found = self._sweeps[name] = find_stored(self.storage, name).saes
+        except NotFoundError as error:
+            uri = self.storage.uri  # which is nobody's business
+            raise NotFoundError(str(error).replace(f"in {uri}", "here").replace(uri, "The store")) from None
         except StoreFailedError:  # it is away, and what is hosted is known
             found = self._sweeps.get(name) or tuple(sae for sae in hosted if sae.startswith(name))
             if not found:
@@ -253,17 +256,19 @@ class Catalog:
             _ = hosted.model, hosted.source, is_control(record["sae"]), hosted.summary()
         except StoreError:
             raise  # it says nothing of this one
-        except MiDiscoverError as error:
-            problem = str(error)
         except Exception as error:  # a record that somebody else wrote can hold anything
             problem = f"{name}: its record.json is not readable ({type(error).__name__})."
+            reason = str(error)
         else:
             self._records[name] = record
             with self._lock:
                 self._broken.pop(name, None)
             return record
         with self._lock:
+            is_new = self._broken.get(name) != problem
             self._broken[name] = problem
+        if is_new:
+            log.warning("sae_broken", extra={"fields": {"sae": name, "reason": reason}})
         return None
 
     def _watch(self) -> None:

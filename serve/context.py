@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 
 from midiscover.errors import MiDiscoverError
 from midiscover.features.records import FeatureRecords
@@ -100,8 +101,13 @@ def asked(work: Callable[[], Result]) -> Result:
 
 
 async def in_thread(work: Callable[[], Result]) -> Result:
-    """The same in another thread: for what reads the store."""
+    """The same in another thread: for what reads the store, or takes long."""
     return await asyncio.to_thread(asked, work)
+
+
+async def as_json(build: Callable[[], Any]) -> JSONResponse:
+    """What `build` makes, as an answer; both in another thread, since a large one takes longer than others may wait."""
+    return await in_thread(lambda: JSONResponse(build()))
 
 
 def answered(result: Result | Problem) -> Result:

@@ -30,6 +30,7 @@ class Query:
     k: int = 10
     """Features of each token, and of the text."""
     per_token: bool = True
+    per_text: bool = True
     features: tuple[int, ...] = ()
     """Of kind `values`."""
     rank_at: tuple[int, ...] = ()
@@ -39,6 +40,14 @@ class Query:
     hook: str = ""
     vector: tuple[float, ...] = ()
     """A direction at `hook`, whose dot products with the activations are the only feature."""
+
+    def numbers(self, tokens: int) -> int:
+        """Activations that the answer about so many tokens may hold; 0 for `active`, which only the pass can tell."""
+        if self.kind == "active":
+            return 0
+        if self.kind == "values":
+            return tokens * max(1, len(self.features))
+        return tokens * self.k * (self.per_text + self.per_token)
 
 
 class Found(NamedTuple):

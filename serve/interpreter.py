@@ -1,15 +1,15 @@
 """A language model and SAEs that answer queries about texts. No Ray: `replicas.py` makes it a deployment.
 
 One forward pass of a batch serves all SAEs that its texts are asked about, and ends at the deepest hook among them. All
-work with the model happens in one thread, so that the event loop stays free and no two passes meet; SAEs are loaded in
-others, so that a store that stays away holds up nobody who needs nothing of it.
+work with the model happens in one thread, so that the event loop stays free and no two passes meet; texts are cut into
+tokens in another; SAEs are loaded in others, so that a store that stays away holds up nobody who needs nothing of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -41,6 +41,7 @@ from midiscover.tokens import TokenStrings
 from serve.answers import answer_query
 from serve.batching import TokenBatcher
 from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.problems import of_error
 from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
 
 Result = TypeVar("Result")
@@ -74,8 +75,9 @@ def answers_problems(method: Callable[..., Awaitable[Result]]) -> Callable[..., 
 
 
 def problem_of(error: MiDiscoverError) -> Problem:
-    """Wrong input is 422; an SAE that can't be loaded, or a store or database that is away, is 503."""
-    return Problem(422 if isinstance(error, UserError) and error.exit_code == 2 else 503, str(error))
+    """As an answer of the ingress; see `problems.of_error`."""
+    told = of_error(error)
+    return Problem(told.status, told.detail)
 
 
 class Interpreter:
@@ -96,6 +98,7 @@ class Interpreter:
         self._specials = set(self.lm.tokenizer.all_special_ids)
         self._compute = ThreadPoolExecutor(1, "compute")
         self._loading = ThreadPoolExecutor(LOADERS, "load")
+        self._tokenising = ThreadPoolExecutor(1, "tokens")
         self._batcher: TokenBatcher[_Item, list[Found]] = TokenBatcher(
             self._run, lambda item: len(item.ids), config.batch_tokens, self._compute
         )
@@ -115,15 +118,20 @@ class Interpreter:
         """Answer all queries about each text; see `exchange.Model`."""
         saes = await self._saes({query.sae for query in queries if query.sae})
         asked = [(query, saes.get(query.sae), query.hook or hook_of(query.sae, saes[query.sae])) for query in queries]
-        tokens = self._tokens(texts, front, list(saes.values()))
+        tokens = await self._in_tokenising(lambda: self._tokens(texts, front, list(saes.values())))
         items = [_Item(ids, dropped, asked) for ids, dropped in tokens]
+        count = sum(len(item.ids) - item.front for item in items)
+        self._refuse_large(sum(query.numbers(count) for query in queries))
         found = await self._batcher.submit(items) if queries else [[] for _ in items]
-        return [self._answer(item, each) for item, each in zip(items, found, strict=True)]
+        self._refuse_large(sum(one.value.size + one.values.size for each in found for one in each))
+        return await self._in_tokenising(
+            lambda: [self._answer(item, each) for item, each in zip(items, found, strict=True)]
+        )
 
     @answers_problems
     async def tokenise(self, text: str, front: Front) -> TextAnswer:
         """The tokens alone."""
-        ((ids, dropped),) = self._tokens([text], front, [])
+        ((ids, dropped),) = await self._in_tokenising(lambda: self._tokens([text], front, []))
         return self._answer(_Item(ids, dropped, []), [])
 
     @answers_problems
@@ -134,6 +142,7 @@ class Interpreter:
 
         def judge() -> dict[str, Any]:
             texts = [*concept.texts, *concept.controls]
+            self._require_hooks({hook_of(sae, found) for sae, found in loaded.items()})
             scored = score_texts(self.lm, loaded, texts, baselines=False)
             found = Judge(concept, ConceptSettings(top_features=top, shuffles=200))
             return {sae: found.document(scored.of[sae], scored.tokens) for sae in loaded}
@@ -176,7 +185,9 @@ class Interpreter:
                 raise UserError("This deployment keeps no whole language model, so it can't generate; set steering.")
             saes = await self._saes({edit.sae for edit in request.edits})
             prompt = chat_text(self.lm, request.messages) if request.messages else request.prompt
-            ((ids, _),) = self._tokens([prompt], request.front, list(saes.values()), request.new_tokens)
+            ((ids, _),) = await self._in_tokenising(
+                lambda: self._tokens([prompt], request.front, list(saes.values()), request.new_tokens)
+            )
             pieces = self._pieces(request, ids, saes)
             counted = 0
             while (piece := await self._in_compute(partial(next, pieces, None))) is not None:
@@ -217,6 +228,8 @@ class Interpreter:
         loop = asyncio.get_running_loop()
         found = {name: self.shelf.held(name) for name in sorted(names)}
         missing = [name for name, sae in found.items() if sae is None]
+        if missing and len(found) > 1:
+            await loop.run_in_executor(self._loading, self.shelf.require_room, list(found))
         for name, sae in zip(
             missing,
             await asyncio.gather(*(loop.run_in_executor(self._loading, self.shelf.get, name) for name in missing)),
@@ -261,8 +274,19 @@ class Interpreter:
     def _text(self, ids: Sequence[int]) -> str:
         return self.lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def _refuse_large(self, numbers: int) -> None:
+        most = self.config.limits.numbers
+        if numbers > most:
+            raise UserError(
+                f"The answer would hold {numbers:,} activations, and at most {most:,} are given at once; "
+                "ask about fewer texts, SAEs or features."
+            )
+
     async def _in_compute(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, work)
+
+    async def _in_tokenising(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)
 
     def _pieces(self, request: SteerRequest, ids: list[int], saes: dict[str, LoadedSae]) -> Iterator[Piece]:
         return generate(
@@ -285,12 +309,12 @@ class Interpreter:
         """One batch, in the compute thread."""
         try:
             rows = self._activations(items)
-        except MiDiscoverError as error:
-            return [error] * len(items)
         except RuntimeError as error:  # of torch: out of memory, a card that fell off
             self._broken = f"The language model failed: {str(error).splitlines()[0]}"
             log.error("model_failed", extra={"fields": {"reason": self._broken}})
             raise
+        except Exception as error:  # of somebody's hooks; whose they are is seen when each is run alone
+            return [error] if len(items) == 1 else [self._run([item])[0] for item in items]
         self.done["batches"] += 1
         self.done["texts"] += len(items)
         self.done["tokens"] += sum(len(item.ids) for item in items)
@@ -298,7 +322,7 @@ class Interpreter:
         for item, found in zip(items, rows, strict=True):
             try:
                 answers.append([self._found(*asked, found, item.front) for asked in item.asked])
-            except MiDiscoverError as error:
+            except Exception as error:  # whatever it is, it is this item's own
                 answers.append(error)
         return answers
 
@@ -306,7 +330,14 @@ class Interpreter:
         x = rows[hook]
         if sae is not None:
             require_width(self.lm, query.sae, sae, hook, x.shape[-1])
-        return answer_query(query, sae, x[front:])
+        found = answer_query(query, sae, x[front:])
+        self._refuse_large(found.value.size)
+        return found
+
+    def _require_hooks(self, hooks: Collection[str]) -> None:
+        """Load the model anew where it was cut above these hooks."""
+        if not holds(self.lm, hooks):
+            self.lm = self._load(sorted(hooks))
 
     def _activations(self, items: Sequence[_Item]) -> list[dict[str, Tensor]]:
         """For each item, hook -> [t, d_in], of the whole sequence; from the cache where it has them all."""
@@ -318,8 +349,7 @@ class Interpreter:
         missing = [i for i, item in enumerate(items) if any(hook not in known[i] for _, _, hook in item.asked)]
         hooks = {hook for i in missing for _, _, hook in items[i].asked if hook not in known[i]}
         if hooks:
-            if not holds(self.lm, hooks):
-                self.lm = self._load(sorted({*hooks, *(hook for item in items for _, _, hook in item.asked)}))
+            self._require_hooks(hooks)
             found = activations_of(self.lm, [items[i].ids for i in missing], 0, sorted(hooks))
             for place, i in enumerate(missing):
                 for hook in hooks:

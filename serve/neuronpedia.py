@@ -5,21 +5,28 @@ Members are camelCase on the wire, snake_case is taken as well. BOS is put befor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
 from pydantic.alias_generators import to_camel
 
 from serve.api import MOST_PROMPT
 from serve.catalog import Hosted
-from serve.context import Context, answered, asked
+from serve.context import Context, answered, asked, in_thread
 from serve.exchange import Found, Query, TextAnswer
 from serve.problems import ProblemError
 
 Prompt = Annotated[StrictStr, Field(min_length=1, max_length=MOST_PROMPT)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=128)]
+Vector = list[Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]]
+"""A direction; what is larger overflows float32 where it meets activations."""
+Seed = Annotated[int, AfterValidator(lambda seed: seed % 2**63)]
+"""Any whole number, negative ones too."""
+INDEX = r"^[0-9]{1,9}$"
+_INDEX = re.compile(INDEX.strip("^$"))
 NO_DFA: dict[str, Any] = {"dfaValues": None, "dfaMaxValue": None, "dfaTargetIndex": None}
 """Direct feature attribution is for attention SAEs that Neuronpedia marks so; null as there."""
 
@@ -66,12 +73,18 @@ async def strongest(request: All, prompts: Sequence[str], context: Context) -> l
     queries = [
         Query(sae=s.id, k=request.num_results, per_token=False, rank_at=at, skip_first=request.ignore_bos) for s in saes
     ]
-    results = []
-    for answer in await context.read(saes[0], prompts, queries, "bos"):
-        rows = [row for sae, found in zip(saes, answer.found, strict=True) for row in _rows(sae.source, found, at)]
-        rows.sort(key=lambda row: row["sumValues"] if at else row["maxValue"], reverse=True)  # stable
-        results.append({"activations": rows[: request.num_results], "tokens": answer.tokens, "counts": None})
-    return results
+    answers = await context.read(saes[0], prompts, queries, "bos")
+
+    def results() -> list[dict[str, Any]]:
+        return [_strongest(answer, saes, at, request.num_results) for answer in answers]
+
+    return await in_thread(results)
+
+
+def _strongest(answer: TextAnswer, saes: Sequence[Hosted], at: Sequence[int], most: int) -> dict[str, Any]:
+    rows = [row for sae, found in zip(saes, answer.found, strict=True) for row in _rows(sae.source, found, at)]
+    rows.sort(key=lambda row: row["sumValues"] if at else row["maxValue"], reverse=True)  # stable
+    return {"activations": rows[:most], "tokens": answer.tokens, "counts": None}
 
 
 def _rows(name: str, found: Found, at: Sequence[int]) -> list[dict[str, Any]]:
@@ -88,39 +101,53 @@ async def by_token(request: TopkByToken, prompts: Sequence[str], context: Contex
     if request.top_k > limit:
         raise ProblemError(422, f"topK is {request.top_k}; at most {limit} are given at once.")
     sae = source(context, request.model, request.source)
-    results = []
-    for answer in await context.read(sae, prompts, [Query(sae=sae.id, k=request.top_k)], "bos"):
-        found: list[list[dict[str, Any]]] = [[] for _ in answer.tokens]
-        entries = answer.found[0]
-        for token, feature, value in zip(
-            entries.token.tolist(), entries.feature.tolist(), entries.value.tolist(), strict=True
-        ):
-            found[token].append({"featureIndex": feature, "activationValue": value})
-        rows = [
-            {"tokenPosition": place, "token": token, "isSpecial": special, "topFeatures": features}
-            for place, (token, special, features) in enumerate(zip(answer.tokens, answer.special, found, strict=True))
-        ]
-        results.append({"results": rows[1:] if request.ignore_bos else rows, "tokens": answer.tokens})
-    return results
+    query = Query(sae=sae.id, k=request.top_k, per_text=False)
+    answers = await context.read(sae, prompts, [query], "bos")
+    return await in_thread(lambda: [_by_token(answer, 1 if request.ignore_bos else 0) for answer in answers])
+
+
+def _by_token(answer: TextAnswer, first: int) -> dict[str, Any]:
+    """The tokens from `first` on."""
+    entries, found = answer.found[0], [[] for _ in answer.tokens]
+    for token, feature, value in zip(
+        entries.token.tolist(), entries.feature.tolist(), entries.value.tolist(), strict=True
+    ):
+        found[token].append({"featureIndex": feature, "activationValue": value})
+    rows = [
+        {"tokenPosition": place, "token": token, "isSpecial": special, "topFeatures": features}
+        for place, (token, special, features) in enumerate(zip(answer.tokens, answer.special, found, strict=True))
+    ]
+    return {"results": rows[first:], "tokens": answer.tokens[first:]}
 
 
 async def active(sae: Hosted, prompts: Sequence[str], context: Context) -> list[dict[str, Any]]:
     """For each text its tokens, and feature -> [[token, value], ...]; BOS counts as 0."""
-    results = []
     query = Query(sae=sae.id, kind="active", skip_first=True)
+    answers = await context.read(sae, prompts, [query], "bos")
+    return await in_thread(lambda: [{"tokens": one.tokens, "activeFeatures": _fires(one.found[0])} for one in answers])
+
+
+def _fires(found: Found) -> dict[str, list[list[float]]]:
+    fires: dict[str, list[list[float]]] = {}
+    for token, feature, value in zip(found.token.tolist(), found.feature.tolist(), found.value.tolist(), strict=True):
+        fires.setdefault(str(feature), []).append([token, value])
+    return fires
+
+
+async def single(sae: Hosted, query: Query, prompts: Sequence[str], context: Context) -> list[dict[str, Any]]:
+    """For each text its tokens and the values of a query's one feature, but for the BOS in front; others count as 0."""
+    results = []
     for answer in await context.read(sae, prompts, [query], "bos"):
-        fires: dict[str, list[list[float]]] = {}
-        found = answer.found[0]
-        entries = zip(found.token.tolist(), found.feature.tolist(), found.value.tolist(), strict=True)
-        for token, feature, value in entries:
-            fires.setdefault(str(feature), []).append([token, value])
-        results.append({"tokens": answer.tokens, "activeFeatures": fires})
+        bos, *ids = answer.token_ids
+        found = answer.found[0].values[0].tolist()[1:]
+        values = [0.0 if token == bos else value for token, value in zip(ids, found, strict=True)]
+        results.append({"values": values, "tokens": answer.tokens[1:], "special": answer.special[1:]})
     return results
 
 
 def number(index: int | str) -> int:
     """A feature's index, which comes as text or as a number."""
-    if not str(index).isdigit() or len(str(index)) > 9:
+    if not _INDEX.fullmatch(str(index)):
         raise ProblemError(422, f"'{index}' is no index of a feature.")
     return int(index)
 
@@ -175,9 +202,12 @@ def any_of(context: Context, model: str) -> Hosted:
     return found
 
 
-def hook_of(context: Context, name: str) -> str:
-    """A hook as the model's module path. 404 for one that no hosted SAE reads."""
-    known = {sae.record["hook"] for sae in context.catalog.hosted}
-    if name not in known:
-        raise ProblemError(404, f"No SAE here reads the hook '{name}'; they read {', '.join(sorted(known))}.")
-    return name
+def reader_of(context: Context, model: str, hook: str) -> Hosted:
+    """Some SAE of a model that reads this hook, a module's path. 404 where there is none."""
+    wanted = any_of(context, model).model
+    of_model = [sae for sae in context.catalog.hosted if sae.model == wanted]
+    found = next((sae for sae in of_model if sae.record["hook"] == hook), None)
+    if found is None:
+        known = ", ".join(sorted({sae.record["hook"] for sae in of_model}))
+        raise ProblemError(404, f"No SAE of '{model}' here reads the hook '{hook}'; they read {known}.")
+    return found

@@ -14,13 +14,18 @@ from serve.api import MOST_PROMPT, last_piece, started
 from serve.catalog import Hosted
 from serve.context import Context, context_of
 from serve.exchange import Edit, SteerPiece, SteerRequest
-from serve.neuronpedia import Name, Prompt, Wire, number, source, twice
+from serve.neuronpedia import Name, Prompt, Seed, Wire, number, source, twice
 from serve.problems import ProblemError
 from serve.streams import events
 
 inference = APIRouter(prefix="/v1", tags=["neuronpedia inference"])
 application = APIRouter(prefix="/api", tags=["neuronpedia web"])
 Given = Annotated[Context, Depends(context_of)]
+STREAMED: dict[str, Any] = {
+    "response_model": None,
+    "responses": {200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The texts."}},
+}
+"""Of a route that answers with texts, or with a stream of them."""
 
 
 class SteerFeature(Wire):
@@ -44,7 +49,7 @@ class Steered(Wire):
     temperature: float = Field(ge=0, le=2)
     strength_multiplier: float = Field(ge=-100, le=100)
     freq_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
     stream: bool = False
 
 
@@ -127,21 +132,13 @@ async def generated(request: Completion | Chat, context: Context, shown: Callabl
     return shown(await last_piece(pieces), sides)
 
 
-@inference.post(
-    "/steer/completion",
-    response_model=None,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The texts."}},
-)
+@inference.post("/steer/completion", **STREAMED)
 async def steer_completion(request: Completion, context: Given) -> Any:
     """Generate with features added and without; a stream of the whole text so far where asked for."""
     return await generated(request, context, outputs)
 
 
-@inference.post(
-    "/steer/completion-chat",
-    response_model=None,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The chats."}},
-)
+@inference.post("/steer/completion-chat", **STREAMED)
 async def steer_chat(request: Chat, context: Given) -> Any:
     """Answer a conversation with features added and without; streamed where asked for."""
     return await generated(request, context, partial(chat_outputs, request))
@@ -164,7 +161,7 @@ class WebSteered(Wire):
     temperature: float = Field(0.5, ge=0, le=2)
     n_tokens: int = Field(32, ge=1, le=256, alias="n_tokens")
     freq_penalty: float = Field(0.0, ge=-2, le=2, alias="freq_penalty")
-    seed: int = Field(16, ge=0, lt=2**63)
+    seed: Seed = 16
     strength_multiplier: float = Field(1.0, ge=0, le=10, alias="strength_multiplier")
     steer_method: str = Field("SIMPLE_ADDITIVE", alias="steer_method", pattern="^(SIMPLE_ADDITIVE|ORTHOGONAL_DECOMP)$")
 
@@ -190,6 +187,7 @@ class WebSteer(WebSteered):
     """Text to go on from."""
 
     prompt: Annotated[StrictStr, Field(min_length=1, max_length=2048)]
+    stream: bool = False
 
 
 class WebChat(WebSteered):
@@ -203,15 +201,19 @@ class WebChat(WebSteered):
 NOT_KEPT = {"id": None, "shareUrl": None, "limit": None}
 
 
-@twice(application, "/steer")
-async def web_steer(request: WebSteer, context: Given) -> dict[str, Any]:
-    """Generate with features added and without."""
-    completion = Completion(prompt=request.prompt, types=["STEERED", "DEFAULT"], **request.as_v1())
-    sae, asked_of = steering(completion, context)
-    texts = (await last_piece(context.model(sae).steer(asked_of))).texts
-    # With the prompt in front, as the web application shows it.
-    both = {side: request.prompt + texts[side.lower()] for side in ("STEERED", "DEFAULT")}
-    return both | {"steeredLogProbs": None, "defaultLogProbs": None} | NOT_KEPT
+@twice(application, "/steer", **STREAMED)
+async def web_steer(request: WebSteer, context: Given) -> Any:
+    """Generate with features added and without; a stream of the whole text so far where asked for."""
+    completion = Completion(
+        prompt=request.prompt, types=["STEERED", "DEFAULT"], stream=request.stream, **request.as_v1()
+    )
+
+    def shown(piece: SteerPiece, sides: Sequence[str]) -> dict[str, Any]:
+        # With the prompt in front, as the web application shows it.
+        both = {side: request.prompt + piece.texts[side.lower()] for side in sides}
+        return both | {"steeredLogProbs": None, "defaultLogProbs": None} | NOT_KEPT
+
+    return await generated(completion, context, shown)
 
 
 @twice(application, "/steer-chat")

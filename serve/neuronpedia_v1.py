@@ -11,20 +11,22 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import Field, StrictStr
 
-from serve.context import Context, answered, context_of
+from serve.context import Context, answered, as_json, context_of
 from serve.exchange import Query
 from serve.neuronpedia import (
+    INDEX,
     NO_DFA,
     All,
     Name,
     Prompt,
     TopkByToken,
+    Vector,
     Wire,
     active,
-    any_of,
     by_token,
-    hook_of,
     peak,
+    reader_of,
+    single,
     source,
     strongest,
     tokens,
@@ -40,8 +42,8 @@ class Single(Wire):
 
     model: Name
     source: Name | None = None
-    index: StrictStr | None = Field(None, pattern=r"^\d{1,9}$")
-    vector: list[float] | None = None
+    index: StrictStr | None = Field(None, pattern=INDEX)
+    vector: Vector | None = None
     hook: Name | None = None
 
 
@@ -57,16 +59,18 @@ class SingleBatch(Single):
     prompts: list[Prompt]
 
 
-@router.post("/activation/single")
-async def single(request: SingleRequest, context: Given) -> dict[str, Any]:
+@router.post("/activation/single", response_model=dict[str, Any])
+async def activation_single(request: SingleRequest, context: Given) -> Any:
     """The activations of one feature on each token of a text."""
-    return (await _single(request, [request.prompt], context))[0]
+    (found,) = await _single(request, [request.prompt], context)
+    return await as_json(lambda: found)
 
 
-@router.post("/activation/single-batch")
-async def single_batch(request: SingleBatch, context: Given) -> dict[str, Any]:
+@router.post("/activation/single-batch", response_model=dict[str, Any])
+async def activation_single_batch(request: SingleBatch, context: Given) -> Any:
     """The same on several texts."""
-    return {"results": await _single(request, request.prompts, context)}
+    found = await _single(request, request.prompts, context)
+    return await as_json(lambda: {"results": found})
 
 
 async def _single(request: Single, prompts: Sequence[str], context: Context) -> list[dict[str, Any]]:
@@ -78,21 +82,12 @@ async def _single(request: Single, prompts: Sequence[str], context: Context) -> 
         sae = source(context, request.model, request.source or "")
         query = Query(sae=sae.id, kind="values", features=(int(request.index or 0),))
     else:
-        sae = any_of(context, request.model)
-        query = Query(kind="values", hook=hook_of(context, request.hook or ""), vector=tuple(request.vector or ()))
-    answers = await context.read(sae, prompts, [query], "bos")
-    results = []
-    for answer in answers:
-        # The first position is BOS: neither its token nor its activation is given.
-        values = answer.found[0].values[0].tolist()[1:]
-        results.append(
-            {
-                "activation": peak(values) | NO_DFA,
-                "tokens": answer.tokens[1:],
-                "tokensIsSpecial": answer.special[1:],
-            }
-        )
-    return results
+        sae = reader_of(context, request.model, request.hook or "")
+        query = Query(kind="values", hook=sae.record["hook"], vector=tuple(request.vector or ()))
+    return [
+        {"activation": peak(one["values"]) | NO_DFA, "tokens": one["tokens"], "tokensIsSpecial": one["special"]}
+        for one in await single(sae, query, prompts, context)
+    ]
 
 
 class AllRequest(All):
@@ -107,16 +102,18 @@ class AllBatch(All):
     prompts: list[Prompt]
 
 
-@router.post("/activation/all")
-async def activations_all(request: AllRequest, context: Given) -> dict[str, Any]:
+@router.post("/activation/all", response_model=dict[str, Any])
+async def activations_all(request: AllRequest, context: Given) -> Any:
     """The strongest features of a text, over all sources asked for."""
-    return (await strongest(request, [request.prompt], context))[0]
+    (found,) = await strongest(request, [request.prompt], context)
+    return await as_json(lambda: found)
 
 
-@router.post("/activation/all-batch")
-async def activations_all_batch(request: AllBatch, context: Given) -> dict[str, Any]:
+@router.post("/activation/all-batch", response_model=dict[str, Any])
+async def activations_all_batch(request: AllBatch, context: Given) -> Any:
     """The same for several texts."""
-    return {"results": await strongest(request, request.prompts, context)}
+    found = await strongest(request, request.prompts, context)
+    return await as_json(lambda: {"results": found})
 
 
 class TopkRequest(TopkByToken):
@@ -131,16 +128,18 @@ class TopkBatch(TopkByToken):
     prompts: list[Prompt]
 
 
-@router.post("/activation/topk-by-token")
-async def topk_by_token(request: TopkRequest, context: Given) -> dict[str, Any]:
+@router.post("/activation/topk-by-token", response_model=dict[str, Any])
+async def topk_by_token(request: TopkRequest, context: Given) -> Any:
     """The strongest features of each token."""
-    return (await by_token(request, [request.prompt], context))[0]
+    (found,) = await by_token(request, [request.prompt], context)
+    return await as_json(lambda: found)
 
 
-@router.post("/activation/topk-by-token-batch")
-async def topk_by_token_batch(request: TopkBatch, context: Given) -> dict[str, Any]:
+@router.post("/activation/topk-by-token-batch", response_model=dict[str, Any])
+async def topk_by_token_batch(request: TopkBatch, context: Given) -> Any:
     """The same for several texts."""
-    return {"results": await by_token(request, request.prompts, context)}
+    found = await by_token(request, request.prompts, context)
+    return await as_json(lambda: {"results": found})
 
 
 class SourceRequest(Wire):
@@ -151,10 +150,11 @@ class SourceRequest(Wire):
     prompts: list[Prompt]
 
 
-@router.post("/activation/source")
-async def activation_source(request: SourceRequest, context: Given) -> dict[str, Any]:
+@router.post("/activation/source", response_model=dict[str, Any])
+async def activation_source(request: SourceRequest, context: Given) -> Any:
     """All features of a source that fire on texts, with the tokens where they do."""
-    return {"results": await active(source(context, request.model, request.source), request.prompts, context)}
+    found = await active(source(context, request.model, request.source), request.prompts, context)
+    return await as_json(lambda: {"results": found})
 
 
 class VectorRequest(Wire):
@@ -185,7 +185,7 @@ class CosineRequest(Wire):
     """A feature or a vector, and the source whose decoder it is held against."""
 
     feature: CosineFeature | None = None
-    vector: list[float] | None = None
+    vector: Vector | None = None
     model: Name
     source: Name
     num_results: int = Field(10, ge=1, le=128)
@@ -242,5 +242,7 @@ async def capabilities(context: Given) -> dict[str, Any]:
         ],
         "sources": [{"model": sae.neuronpedia_model, "source": sae.source} for sae in context.catalog.hosted],
         "steerMethods": ["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP"],
-        "limits": {name: getattr(context.config.limits, name) for name in ("texts", "tokens", "top_k", "new_tokens")},
+        "limits": {
+            name: getattr(context.config.limits, name) for name in ("texts", "tokens", "top_k", "numbers", "new_tokens")
+        },
     }

@@ -5,6 +5,8 @@ Rows are those of an export (`midiscover.publish.neuronpedia`), so that a featur
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path
@@ -14,7 +16,7 @@ from midiscover.config import NeuronpediaConfig
 from midiscover.features.labels import label
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from serve.catalog import Hosted
-from serve.context import Context, context_of, in_thread
+from serve.context import Context, as_json, context_of, in_thread
 from serve.exchange import Query
 from serve.neuronpedia import (
     NO_DFA,
@@ -27,6 +29,7 @@ from serve.neuronpedia import (
     by_token,
     number,
     peak,
+    single,
     source,
     strongest,
     tokens,
@@ -39,6 +42,8 @@ Given = Annotated[Context, Depends(context_of)]
 Segment = Annotated[str, Path(min_length=1, max_length=128)]
 Index = Annotated[int, Path(ge=0, lt=2**31)]
 PAGE = 20
+WIDER = 4
+"""Times as many features of a token are looked at as are given, where those that fire too often are left out."""
 
 
 async def feature_row(context: Context, sae: Hosted, index: int, activations: int | None = None) -> dict[str, Any]:
@@ -122,7 +127,8 @@ class ActivationNew(Wire):
 
     feature: FeatureNamed
     custom_text: Prompt | list[Prompt]
-    ignore_bos: bool = True
+    ignore_bos: bool = False
+    """Leave out a special token that the text begins with, too."""
 
 
 @router.post("/activation/new", response_model=None)
@@ -131,17 +137,18 @@ async def activation_new(request: ActivationNew, context: Given) -> Any:
     sae, index = source(context, request.feature.model_id, request.feature.place), number(request.feature.index)
     many = isinstance(request.custom_text, list)
     texts = request.custom_text if isinstance(request.custom_text, list) else [request.custom_text]
-    query = Query(sae=sae.id, kind="values", features=(index,), skip_first=request.ignore_bos)
+    query = Query(sae=sae.id, kind="values", features=(index,))
     found = []
-    for answer in await context.read(sae, texts, [query], "bos"):
-        values = answer.found[0].values[0].tolist()
+    for one in await single(sae, query, texts, context):
+        first = 1 if request.ignore_bos and one["special"][:1] == [True] else 0
+        values = one["values"][first:]
         at = peak(values)
         found.append(
             {
-                "tokens": answer.tokens,
+                "tokens": one["tokens"][first:],
                 "values": values,
                 "maxValue": at["maxValue"],
-                "minValue": min(values),
+                "minValue": min(values, default=0.0),
                 "maxValueTokenIndex": at["maxValueIndex"],
                 "modelId": sae.neuronpedia_model,
                 "layer": sae.source,
@@ -153,7 +160,7 @@ async def activation_new(request: ActivationNew, context: Given) -> Any:
                 **NO_DFA,
             }
         )
-    return found if many else found[0]
+    return await as_json(lambda: found if many else found[0])
 
 
 class ActivationGet(Wire):
@@ -179,11 +186,12 @@ class ActivationSource(Wire):
     custom_text: Prompt | list[Prompt]
 
 
-@router.post("/activation/source")
-async def activation_source(request: ActivationSource, context: Given) -> dict[str, Any]:
+@router.post("/activation/source", response_model=dict[str, Any])
+async def activation_source(request: ActivationSource, context: Given) -> Any:
     """All features of a source that fire on texts."""
     texts = request.custom_text if isinstance(request.custom_text, list) else [request.custom_text]
-    return {"results": await active(source(context, request.model_id, request.source), texts, context)}
+    found = await active(source(context, request.model_id, request.source), texts, context)
+    return await as_json(lambda: {"results": found})
 
 
 class SearchAll(Wire):
@@ -199,39 +207,54 @@ class SearchAll(Wire):
     num_results: int = Field(50, ge=1, le=100)
 
 
-@twice(router, "/search-all")
-async def search_all(request: SearchAll, context: Given) -> dict[str, Any]:
+@twice(router, "/search-all", response_model=dict[str, Any])
+async def search_all(request: SearchAll, context: Given) -> Any:
     """The strongest features of texts over the sources of a set, those that fire too often left out."""
     many = isinstance(request.text, list)
     texts = request.text if isinstance(request.text, list) else [request.text]
-    bounded = 0 <= request.density_threshold < 1
     inner = All(
         model=request.model_id,
         source_set=request.source_set,
         selected_sources=request.selected_layers,
         sort_by_token_indexes=request.sort_indexes,
         ignore_bos=request.ignore_bos,
-        num_results=context.config.limits.top_k if bounded else request.num_results,
+        num_results=context.config.limits.top_k if bounds(request.density_threshold) else request.num_results,
     )
-    results = []
-    for answer in await strongest(inner, texts, context):
-        rows = answer["activations"]
-        if bounded:
-            rows = [row for row in rows if await rate(context, request.model_id, row) <= request.density_threshold]
-        found = [
-            {"modelId": request.model_id, "layer": row["source"], **row, "index": str(row["index"])}
-            for row in rows[: request.num_results]
-        ]
-        results.append({"tokens": answer["tokens"], "result": found, "sortIndexes": request.sort_indexes})
-    return {"results": results} if many else results[0]
+    answers = await strongest(inner, texts, context)
+    named = {row["source"] for answer in answers for row in answer["activations"]}
+    is_rare = await rarity(context, request.model_id, named, request.density_threshold)
+
+    def results() -> dict[str, Any]:
+        rows = []
+        for answer in answers:
+            kept = [row for row in answer["activations"] if is_rare(row["source"], row["index"])]
+            found = [
+                {"modelId": request.model_id, "layer": row["source"], **row, "index": str(row["index"])}
+                for row in kept[: request.num_results]
+            ]
+            rows.append({"tokens": answer["tokens"], "result": found, "sortIndexes": request.sort_indexes})
+        return {"results": rows} if many else rows[0]
+
+    return await as_json(results)
 
 
-async def rate(context: Context, model: str, row: dict[str, Any]) -> float:
-    """Share of tokens on which a feature fires; 0 where its features are not written down."""
-    try:
-        return (await context.rows(source(context, model, row["source"])))[row["index"]]["firing_rate"]
-    except ProblemError:
-        return 0.0
+def bounds(threshold: float) -> bool:
+    """Whether a densityThreshold leaves anything out; 0 and -1 say that it should not."""
+    return 0 < threshold < 1
+
+
+async def rarity(context: Context, model: str, sources: Iterable[str], threshold: float) -> Callable[[str, int], bool]:
+    """Whether a source's feature fires on so small a share of the tokens; one of which nothing is known does."""
+    rates: dict[str, list[float]] = {}
+    for name in sources if bounds(threshold) else ():
+        with suppress(ProblemError):
+            rates[name] = [row["firing_rate"] for row in await context.rows(source(context, model, name))]
+
+    def is_rare(name: str, feature: int) -> bool:
+        of = rates.get(name, ())
+        return feature >= len(of) or of[feature] <= threshold
+
+    return is_rare
 
 
 class SearchTopk(Wire):
@@ -245,19 +268,35 @@ class SearchTopk(Wire):
     density_threshold: float = 0.01
 
 
-@twice(router, "/search-topk-by-token")
-async def search_topk(request: SearchTopk, context: Given) -> dict[str, Any]:
-    """The strongest features of each token of texts."""
+@twice(router, "/search-topk-by-token", response_model=dict[str, Any])
+async def search_topk(request: SearchTopk, context: Given) -> Any:
+    """The strongest features of each token of texts, those that fire too often left out."""
     many = isinstance(request.text, list)
     texts = request.text if isinstance(request.text, list) else [request.text]
+    wider = WIDER if bounds(request.density_threshold) else 1
     inner = TopkByToken(
-        model=request.model_id, source=request.source, top_k=request.num_results, ignore_bos=request.ignore_bos
+        model=request.model_id,
+        source=request.source,
+        top_k=min(wider * request.num_results, context.config.limits.top_k),
+        ignore_bos=request.ignore_bos,
     )
-    results = []
-    for answer in await by_token(inner, texts, context):
-        rows = [{"position": row.pop("tokenPosition"), **row} for row in answer["results"]]
-        results.append({"source": request.source, "results": rows})
-    return {"source": request.source, "results": results} if many else results[0]
+    answers = await by_token(inner, texts, context)
+    is_rare = await rarity(context, request.model_id, [request.source], request.density_threshold)
+
+    def shown(row: dict[str, Any]) -> dict[str, Any]:
+        kept = [one for one in row["topFeatures"] if is_rare(request.source, one["featureIndex"])]
+        return {
+            "position": row["tokenPosition"],
+            "token": row["token"],
+            "isSpecial": row["isSpecial"],
+            "topFeatures": kept[: request.num_results],
+        }
+
+    def results() -> dict[str, Any]:
+        rows = [{"source": request.source, "results": [shown(row) for row in one["results"]]} for one in answers]
+        return {"source": request.source, "results": rows} if many else rows[0]
+
+    return await as_json(results)
 
 
 class WebTokenize(Wire):

@@ -6,17 +6,27 @@ Says what is wrong and what would be right, in the words of the exception; never
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from midiscover.errors import CorruptError, MiDiscoverError, NotFoundError, StoreError, TrackingError, UserError
+from midiscover.errors import (
+    CorruptError,
+    MiDiscoverError,
+    ModelError,
+    NotFoundError,
+    StoreError,
+    TrackingError,
+    UserError,
+)
 
 MEDIA = "application/problem+json"
 RETRY_SECONDS = 2
 NOTHING_HERE = "There is nothing at this address; /docs lists what there is."
+log = logging.getLogger("midiscover.serve")
 
 
 class ProblemDocument(BaseModel):
@@ -56,19 +66,23 @@ def problem_headers(status: int, given: Mapping[str, str] | None = None) -> dict
     return {"Content-Type": MEDIA} | again | dict(given or {})
 
 
+WITHHELD: dict[type[MiDiscoverError], str] = {
+    CorruptError: "What the store holds of this is damaged; whoever runs the deployment finds why in its log.",
+    ModelError: "The language model can't be loaded now; whoever runs the deployment finds why in its log.",
+    StoreError: "The store does not answer now; try again later.",
+    TrackingError: "The tracking database does not answer now; try again later.",
+}
+"""Errors whose own sentences name buckets, folders and hosts, which are nobody's business here; the log has them."""
+
+
 def of_error(error: MiDiscoverError) -> ProblemError:
     """What an error of the library is to who asked."""
-    if isinstance(error, NotFoundError):
-        return ProblemError(404, str(error))
-    if isinstance(error, (StoreError, TrackingError, CorruptError)):
-        # Their sentences name buckets and hosts, which are nobody's business here; the log has them.
-        told = {
-            CorruptError: "What the store holds of this is damaged; whoever runs the deployment finds why in its log.",
-            TrackingError: "The tracking database does not answer now; try again later.",
-        }
-        fallback = "The store does not answer now; try again later."
-        return ProblemError(503, next((text for kind, text in told.items() if isinstance(error, kind)), fallback))
-    return ProblemError(422 if isinstance(error, UserError) else 503, str(error))
+    for kind, told in WITHHELD.items():
+        if isinstance(error, kind):
+            log.warning("withheld", extra={"fields": {"reason": str(error)}})
+            return ProblemError(503, told)
+    status = 404 if isinstance(error, NotFoundError) else 422 if isinstance(error, UserError) else 503
+    return ProblemError(status, str(error))
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {

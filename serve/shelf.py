@@ -6,6 +6,7 @@ Both are bounded by bytes, and what was asked for longest ago makes room.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -14,13 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from midiscover.errors import MiDiscoverError
+from midiscover.errors import CorruptError, MiDiscoverError, NotFoundError, StoreError, UserError
 from midiscover.saes import WEIGHTS, LoadedSae, load_stored
 from midiscover.store import layout
 from midiscover.store.storage import Storage
 
 AGAIN_SECONDS = 5.0
 """How long an SAE that could not be loaded is left alone before it is tried again."""
+log = logging.getLogger("midiscover.serve")
 
 
 class SaeUnavailableError(MiDiscoverError):
@@ -64,8 +66,8 @@ class SaeShelf:
             try:
                 loaded = self._load(sae_id)
             except Exception as error:  # whatever is in a folder that somebody else wrote
-                reason = str(error) if isinstance(error, MiDiscoverError) else type(error).__name__
-                told = f"{sae_id} can't be loaded: {reason}"
+                log.warning("sae_broken", extra={"fields": {"sae": sae_id, "reason": str(error)}})
+                told = f"{sae_id} can't be loaded: {_reason(error)}"
                 self._failed[sae_id] = (self._clock(), told)
                 raise SaeUnavailableError(told) from error
             self._failed.pop(sae_id, None)
@@ -84,9 +86,25 @@ class SaeShelf:
         with self._lock:
             return list(self._saes)
 
-    def _load(self, sae_id: str) -> LoadedSae:
+    def require_room(self, sae_ids: Sequence[str]) -> None:
+        """UserError for SAEs that can't all be in memory at once, before one is loaded."""
+        total = sum(self._size(name) for name in sae_ids)
+        if total > self._limit:
+            raise UserError(
+                f"These {len(sae_ids)} SAEs take {total / 1e6:,.1f} MB together, and sae_bytes allows "
+                f"{self._limit / 1e6:,.1f}; ask fewer at once."
+            )
+
+    def _size(self, sae_id: str) -> int:
+        """Bytes of an SAE's weights; 0 where there are none."""
+        with self._lock:
+            if sae_id in self._saes:
+                return self._saes[sae_id][1]
         name = layout.sae_file(sae_id, WEIGHTS)
-        size = next((entry.bytes for entry in self._storage.entries(layout.sae_folder(sae_id)) if entry.key == name), 0)
+        return next((entry.bytes for entry in self._storage.entries(layout.sae_folder(sae_id)) if entry.key == name), 0)
+
+    def _load(self, sae_id: str) -> LoadedSae:
+        size = self._size(sae_id)
         if size > self._limit:
             raise SaeUnavailableError(f"its {size / 1e6:,.0f} MB are more than sae_bytes allows")
         return load_stored(self._storage, sae_id, device=self._device)
@@ -98,6 +116,15 @@ class SaeShelf:
             self._saes[sae_id] = (loaded, size)
             while sum(each for _, each in self._saes.values()) > self._limit and len(self._saes) > 1:
                 self._saes.popitem(last=False)
+
+
+def _reason(error: Exception) -> str:
+    """For who asked; whose sentence names the store is in the log alone."""
+    if isinstance(error, StoreError):
+        return "the store does not answer now"
+    if isinstance(error, (CorruptError, NotFoundError)):
+        return "what the store holds of it is damaged"
+    return str(error) if isinstance(error, MiDiscoverError) else type(error).__name__
 
 
 class ActivationCache:

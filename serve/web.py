@@ -90,7 +90,7 @@ def _handle_errors(app: FastAPI) -> None:
         return _answer(request, 422, f"{place}: {str(first['msg']).removeprefix('Value error, ')}{others}.")
 
     @app.exception_handler(Exception)
-    async def _failed(request: Request, error: Exception) -> Response:
+    async def _failed(request: Request, _: Exception) -> Response:
         # Starlette raises it again after this answer, and the guard writes it down.
         return _answer(request, 500, failed(_id(request)))
 

@@ -16,8 +16,6 @@ import yaml
 from starlette.routing import Mount
 
 from midiscover.features.records import open_features
-from midiscover.interpret import encode_texts, load_language_model, summarise
-from midiscover.saes import load_sae
 from midiscover.store.local import LocalStorage
 from serve import jobs as jobs_routes
 from serve import neuronpedia_steer as steering
@@ -93,50 +91,6 @@ def test_an_error_that_nobody_foresaw_is_a_problem_as_any_other(
     assert "bucket" not in answer.text
     (line,) = [record for record in caplog.records if record.getMessage() == "failed"]
     assert line.fields == {"request": answer.json()["request_id"], "error": "ZeroDivisionError"}  # type: ignore[attr-defined]
-
-
-def test_interpreting_is_what_the_library_does(api: Served, store: Path) -> None:
-    names = [api.saes[0], api.saes[2]]
-    answer = api.post("/interpret", {"texts": TEXTS, "saes": names, "top_k": 5}).json()
-    saes = {name: load_sae(name, store=str(store)) for name in names}
-    lm = load_language_model(list(saes.values()), str(store))
-    for got, text in zip(answer["texts"], encode_texts(lm, saes, TEXTS), strict=True):
-        assert got["tokens"] == text.tokens
-        for name in names:
-            summary, found = summarise(text, name, top=5), got["saes"][name]
-            assert [one["feature"] for one in found["features"]] == [one.feature for one in summary.by_max]
-            for mine, theirs in zip(found["features"], summary.by_max, strict=True):
-                assert mine["values"] == pytest.approx(theirs.values, abs=1e-5)
-                assert mine["position"] == theirs.position
-                assert mine["mean"] == pytest.approx(theirs.mean, abs=1e-5)
-            for mine, theirs in zip(found["per_token"], summary.per_token, strict=True):
-                assert [(one["feature"]) for one in mine] == [one.feature for one in theirs]
-                assert [one["value"] for one in mine] == pytest.approx([one.value for one in theirs], abs=1e-5)
-
-
-def test_the_best_sae_is_asked_where_none_is_named_and_text_once_read_is_not_read_again(api: Served) -> None:
-    first = api.post("/interpret", {"text": "A text that nobody has asked before.", "per_token": False}).json()
-    (name,) = first["texts"][0]["saes"]
-    metrics = {sae["id"]: sae["metrics"]["fvu"] for sae in api.get("/saes").json()["saes"]}
-    assert metrics[name] == min(metrics.values())
-    assert first["texts"][0]["saes"][name]["per_token"] is None
-    batches, hits = api.interpreter.done["batches"], api.interpreter.cache.hits
-    assert api.post("/interpret", {"text": "A text that nobody has asked before.", "per_token": False}).json() == first
-    assert api.interpreter.cache.hits == hits + 1
-    assert api.interpreter.done["batches"] == batches + 1, "it was a batch of the cache's rows"
-
-
-def test_a_concept_is_ranked(api: Served) -> None:
-    answer = api.post("/interpret", {"concept": "numbers", "sae": api.saes[2], "top_k": 3}).json()
-    (document,) = answer["concept"].values()
-    rows = document["sae_scores"]["features"]
-    assert len(rows) == 3
-    stored = json.loads(api.context.catalog.storage.read(f"saes/{api.saes[2]}/concepts/numbers.json"))["sae_scores"][
-        "features"
-    ]
-    assert [(row["feature"], row["auroc"]) for row in rows] == [(row["feature"], row["auroc"]) for row in stored[:3]]
-    listed = api.get(f"/features/{api.saes[2]}", params={"concept": "numbers", "size": 200}).json()
-    assert {row["index"] for row in listed["features"]} == {row["feature"] for row in stored}
 
 
 @pytest.mark.parametrize(

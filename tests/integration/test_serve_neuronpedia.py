@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -44,15 +45,15 @@ def test_neuronpedias_own_client_needs_only_another_address(api: Served) -> None
         assert many[0].values == pytest.approx(one.values, abs=1e-5)
         every = ActivationRequest().compute_all_source_activations_for_text(model, source, TEXTS)
         assert {tuple(entry) for entry in every[0]["activeFeatures"].get("5", [])} == {
-            (place, value) for place, value in enumerate(one.values) if value > 0
-        }
+            (place, value) for place, value in enumerate(one.values, start=1) if value > 0
+        }, "a source counts BOS, a feature leaves it out"
         top = SourceActivationRequest().compute_top_features_for_text(model, source, text, num_results=5)
         maxima = {int(i): max(v for _, v in entries) for i, entries in every[0]["activeFeatures"].items()}
         assert [max(row.values) for row in top] == pytest.approx(sorted(maxima.values(), reverse=True)[:5], abs=1e-5)
         both = SourceActivationRequest().compute_top_features_for_texts(model, source, TEXTS, num_results=5)
         assert [row.index for row in both[0]] == [row.index for row in top]
         tokens = TopKByTokenRequest().compute_top_features_by_token_for_text(model, source, text, num_results=3)
-        assert [row.token for row in tokens] == one.tokens[1:]
+        assert [row.token for row in tokens] == one.tokens
         assert len(TopKByTokenRequest().compute_top_features_by_token_for_texts(model, source, TEXTS)) == 2
         steered: Any = SteerCompletionRequest().steer_features(
             model, [SteerFeature(modelId=model, source=source, index="5", strength=2.0)], text, n_tokens=4
@@ -173,7 +174,11 @@ def test_the_inference_routes_count_and_leave_out_bos_as_neuronpedia_does(api: S
     ).json()  # fmt: skip
     sums = {i: values[i][1] + values[i][3] for i in range(96)}
     assert [row["index"] for row in at["activations"]] == sorted(sums, key=lambda i: (-sums[i], i))[:3]
-    by_token = api.post("/v1/activation/topk-by-token", {**of, "prompt": text, "topK": 2}).json()["results"]
+    without = api.post("/v1/activation/topk-by-token", {**of, "prompt": text, "topK": 2}).json()
+    by_token = without["results"]
+    assert without["tokens"] == tokens["tokenStrings"][1:]
+    whole = api.post("/v1/activation/topk-by-token", {**of, "prompt": text, "topK": 2, "ignoreBos": False}).json()
+    assert (whole["tokens"], whole["results"][1:]) == (tokens["tokenStrings"], by_token)
     assert [row["tokenPosition"] for row in by_token] == list(range(1, len(tokens["tokens"])))
     for row in by_token:
         here = [value[row["tokenPosition"] - 1] for value in values]
@@ -198,3 +203,119 @@ def test_the_inference_routes_count_and_leave_out_bos_as_neuronpedia_does(api: S
     assert direction.status_code == 200
     again = api.post("/v1/activation/single-batch", {**of, "prompts": TEXTS, "index": "5"}).json()["results"]
     assert again[0]["activation"]["values"] == pytest.approx(values[5], abs=1e-5)
+
+
+def test_bos_within_a_text_counts_as_0_and_a_special_beginning_may_be_left_out(api: Served) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    of = {"model": sae.neuronpedia_model, "source": sae.source}
+    text = "<s><s>The river <s> ran"
+    ids = api.post("/v1/tokenize", {"model": of["model"], "text": text}).json()
+    places = [place for place, token in enumerate(ids["tokens"]) if token == ids["tokens"][0]]
+    assert len(places) == 3
+    assert places[:2] == [0, 1]
+    every = api.post("/v1/activation/source", {**of, "prompts": [text]}).json()["results"][0]["activeFeatures"]
+    index = next(name for name, entries in every.items() if places[2] in dict(entries))
+    single = api.post("/v1/activation/single", {**of, "prompt": text, "index": index}).json()
+    values = [dict(every[index]).get(place, 0.0) for place in range(1, len(ids["tokens"]))]
+    assert values[places[2] - 1] > 0, "it would fire there"
+    expected = [0.0 if place in places else value for place, value in enumerate(values, start=1)]
+    assert single["activation"]["values"] == pytest.approx(expected, abs=1e-6)
+    assert single["tokens"] == ids["tokenStrings"][1:]
+    feature = {"feature": {"modelId": of["model"], "source": of["source"], "index": index}, "customText": text}
+    new = api.post("/api/activation/new", feature).json()
+    assert (new["tokens"], new["values"]) == (single["tokens"], single["activation"]["values"])
+    shorter = api.post("/api/activation/new", feature | {"ignoreBos": True}).json()
+    assert (shorter["tokens"], shorter["values"]) == (new["tokens"][1:], new["values"][1:])
+
+
+def test_features_that_fire_too_often_are_left_out_where_it_is_known_how_often(api: Served) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    rates = [row["firing_rate"] for row in api.context.catalog.rows(sae.id)]
+    by_token = {"modelId": sae.neuronpedia_model, "source": sae.source, "text": TEXTS[0], "numResults": 5}
+    over_all = {"modelId": sae.neuronpedia_model, "sourceSet": sae.set, "selectedLayers": [sae.source],
+                "text": TEXTS[0], "numResults": 5}  # fmt: skip
+
+    def of_tokens(threshold: float) -> list[list[int]]:
+        answer = api.post("/api/search-topk-by-token", by_token | {"densityThreshold": threshold}).json()
+        return [[one["featureIndex"] for one in row["topFeatures"]] for row in answer["results"]]
+
+    def of_text(threshold: float) -> list[int]:
+        answer = api.post("/api/search-all", over_all | {"densityThreshold": threshold}).json()
+        return [int(row["index"]) for row in answer["result"]]
+
+    every = of_tokens(-1)
+    assert of_tokens(0) == every
+    assert of_text(0) == of_text(-1)
+    assert len(of_text(0)) == 5
+    bound = sorted(rates[feature] for row in every for feature in row)[2]
+    assert 0 < bound < 1
+    rare = of_tokens(bound)
+    for row, all_of_it in zip(rare, every, strict=True):
+        assert all(rates[feature] <= bound for feature in row)
+        assert [one for one in all_of_it if rates[one] <= bound] == row[: sum(rates[o] <= bound for o in all_of_it)]
+    assert rare != every
+    assert all(rates[feature] <= bound for feature in of_text(bound))
+    default = api.post("/api/search-topk-by-token", by_token).json()
+    assert of_tokens(0.01) == [[one["featureIndex"] for one in row["topFeatures"]] for row in default["results"]]
+
+
+def test_the_web_routes_stream_and_take_any_seed(api: Served) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    feature = {"modelId": sae.neuronpedia_model, "layer": sae.source, "index": 5, "strength": 9.0}
+    body = {"modelId": sae.neuronpedia_model, "prompt": "The river", "features": [feature], "n_tokens": 6}
+    whole = api.post("/api/steer", body, "steer")
+    streamed = api.post("/api/steer", body | {"stream": True}, "steer")
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    frames = [json.loads(line.removeprefix("data: ")) for line in streamed.text.splitlines() if line]
+    assert len(frames) > 2
+    assert frames[-1] == whole.json()
+    for before, after in zip(frames, frames[1:], strict=False):
+        assert after["STEERED"].startswith(before["STEERED"])
+        assert before["STEERED"].startswith("The river")
+    negative = api.post("/api/steer", body | {"seed": -5}, "steer").json()
+    assert negative == api.post("/api/steer", body | {"seed": 2**63 - 5}, "steer").json()
+    assert negative != api.post("/api/steer", body | {"seed": 5}, "steer").json()
+
+
+def test_a_direction_is_read_at_hooks_of_its_own_model_alone(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = api.context.catalog
+    sae = catalog.find(api.saes[2])
+    record = json.loads(json.dumps(sae.record)) | {"hook": "transformer.h.7.mlp"}
+    record["lineage"]["model"] |= {"name": "other", "digest": "other"}
+    monkeypatch.setitem(catalog._hosted, "zz", dataclasses.replace(sae, id="zz", record=record))
+    body = {"model": sae.neuronpedia_model, "prompt": "The river", "vector": [1.0] * 24}
+    refused = api.post("/v1/activation/single", body | {"hook": "transformer.h.7.mlp"})
+    assert refused.status_code == 404
+    assert f"No SAE of '{sae.neuronpedia_model}' here reads the hook" in refused.json()["error"]
+    assert api.post("/v1/activation/single", body | {"hook": sae.record["hook"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/activation/new", '{"feature": {"modelId": "M", "source": "S", "index": "\u00b2"}, "customText": "a"}'),
+        ("/api/activation/new", '{"feature": {"modelId": "M", "source": "S", "index": "\u0663"}, "customText": "a"}'),
+        ("/v1/activation/single", '{"model": "M", "source": "S", "index": "\u0663", "prompt": "a"}'),
+        ("/v1/activation/single", '{"model": "M", "hook": "H", "vector": [NaN], "prompt": "a"}'),
+        ("/v1/activation/single", '{"model": "M", "hook": "H", "vector": [1e39], "prompt": "a"}'),
+        ("/v1/activation/single", '{"model": "M", "hook": "H", "vector": [], "prompt": "a"}'),
+        ("/v1/util/sae-topk-by-decoder-cossim", '{"model": "M", "source": "S", "vector": [1e39]}'),
+        ("/v1/util/sae-topk-by-decoder-cossim", '{"model": "M", "source": "S", "vector": [Infinity]}'),
+    ],
+)
+def test_numbers_that_are_none_are_refused(api: Served, path: str, body: str) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    for short, name in (("M", sae.neuronpedia_model), ("S", sae.source), ("H", sae.record["hook"])):
+        body = body.replace(f'"{short}"', json.dumps(name))
+    for vector in ("NaN", "1e39", "Infinity"):
+        body = body.replace(f"[{vector}]", f"[{', '.join([vector] * 24)}]")
+    answer = api.client.post(path, content=body, headers={**api.headers(), "Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_temperature_next_to_0_takes_the_likeliest(api: Served) -> None:
+    body = {"prompt": "The river", "features": [{"feature": 3, "value": 6.0}], "max_new_tokens": 6, "seed": 5}
+    likeliest = api.post("/steer", body, "steer").json()
+    for temperature in (1e-40, 1e-310, 5e-324):
+        assert api.post("/steer", body | {"temperature": temperature}, "steer").json() == likeliest

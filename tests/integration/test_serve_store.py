@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from midiscover.errors import StoreFailedError
+from midiscover.cutting import holds
+from midiscover.errors import MiDiscoverError, StoreFailedError
 from midiscover.store.local import LocalStorage
+from serve.catalog import Hosted
+from serve.exchange import Query
 from tests.served import Served, api, served, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -31,7 +38,8 @@ def test_without_steering_the_model_is_cut_and_answers_the_same(api: Served, sto
         assert "set steering" in refused.json()["detail"]
 
 
-def test_a_deeper_sae_that_is_promoted_later_is_answered(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["text", "concept"])
+def test_a_deeper_sae_that_is_promoted_later_is_answered(api: Served, store: Path, tmp_path: Path, by: str) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     names = sorted(path.name for path in (copy / "saes").iterdir())
@@ -46,13 +54,21 @@ def test_a_deeper_sae_that_is_promoted_later_is_answered(store: Path, tmp_path: 
         assert one.post("/interpret", {"text": "a", "sae": names[2]}).status_code == 404
         promote(names[0], names[2])
         one.context.catalog.refresh()
-        assert one.post("/interpret", {"text": "a", "sae": names[2]}).status_code == 200
+        asked = (
+            {"concept": "numbers", "sae": names[2], "top_k": 3} if by == "concept" else {"text": "a", "sae": names[2]}
+        )
+        assert not holds(one.interpreter.lm, [one.context.hosted(names[2]).record["hook"]])
+        answer = one.post("/interpret", asked)
+        assert (answer.status_code, answer.json()) == (200, api.post("/interpret", asked).json())
         promote()
         one.context.catalog.refresh()
         assert "No SAE is hosted" in one.post("/interpret", {"text": "a"}).json()["detail"]
 
 
-def test_a_hostile_sae_is_refused_with_the_reason_and_the_rest_goes_on(store: Path, tmp_path: Path) -> None:
+def test_a_hostile_sae_is_refused_alone_with_the_reason_in_the_log(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("midiscover.serve"), "propagate", True)
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     names = sorted(path.name for path in (copy / "saes").iterdir())
@@ -67,7 +83,10 @@ def test_a_hostile_sae_is_refused_with_the_reason_and_the_rest_goes_on(store: Pa
         assert one.client.get("/health").json()["status"] == "degraded"
         damaged = one.post("/interpret", {"text": "a", "sae": names[0]})
         assert damaged.status_code == 503
-        assert "differ from those that were committed" in damaged.json()["detail"]
+        assert "can't be loaded: what the store holds of it is damaged" in damaged.json()["detail"]
+        reasons = {line.fields["sae"]: line.fields["reason"] for line in caplog.records if line.msg == "sae_broken"}  # type: ignore[attr-defined]
+        assert f"The weights in {copy}/saes/{names[0]} differ from those that were committed." in reasons[names[0]]
+        assert f"saes/{names[2]}/record.json in {copy} is not readable as JSON" in reasons[names[2]]
         assert one.post("/interpret", {"text": "a", "sae": names[3]}).status_code == 200
 
 
@@ -158,3 +177,115 @@ def test_the_store_away(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.client.get("/health").json()["status"] == "ok"
         assert one.get(f"/saes/{one.saes[1]}/features/0").status_code == 200
         one.context.catalog.close()
+
+
+def asked_of_everything(one: Served, saes: Sequence[Hosted], sweep: str) -> list[Any]:
+    """Answers of routes that read the store or load something of it."""
+    model, source, names = saes[0].neuronpedia_model, saes[0].source, [sae.id for sae in saes]
+    of, web = {"model": model, "source": source}, {"modelId": model, "source": source}
+    answers = [
+        one.get(path)
+        for sae in (*names, "another", sweep, sweep[:2], sweep[:-1])
+        for path in (
+            "/health", "/saes", f"/saes/{sae}", f"/saes/{sae}/features/3", f"/features/{sae}", f"/runs/{sae}", "/runs",
+            f"/features/{sae}?sae={names[0]}", f"/features/{sae}?concept=numbers", "/search?label=peaks",
+            f"/search?label=peaks&sae={sae}", f"/api/feature/{model}/{source}/3", "/v1/capabilities", "/nothing",
+        )
+    ]  # fmt: skip
+    for sae in names:
+        answers += [
+            one.post("/interpret", {"text": "The river", "sae": sae}),
+            one.post("/interpret", {"concept": "numbers", "sae": sae}),
+            one.post("/search", {"text": "The river", "sae": sae}),
+            one.post("/steer", {"prompt": "a", "features": [{"sae": sae, "feature": 1}], "max_new_tokens": 2}, "steer"),
+        ]
+    answers += [
+        one.post("/interpret", {"text": "The river", "saes": names}),
+        one.post("/v1/activation/single", {**of, "prompt": "The river", "index": "3"}),
+        one.post("/v1/activation/topk-by-token", {**of, "prompt": "The river"}),
+        one.post("/v1/activation/source", {**of, "prompts": ["The river"]}),
+        one.post("/v1/util/sae-vector", {**of, "index": 3}),
+        one.post("/v1/util/sae-topk-by-decoder-cossim", {**of, "feature": {**of, "index": 7}}),
+        one.post("/v1/tokenize", {"model": model, "text": "The river"}),
+        one.post("/api/features", [{"modelId": model, "layer": source, "index": 3}]),
+        one.post("/api/activation/get", {**web, "index": "3"}),
+        one.post("/api/explanation/search", {"modelId": model, "layers": [source], "query": "peaks"}),
+        one.post("/api/search-topk-by-token", {**web, "text": "The river"}),
+        one.post("/train", {"config": "quick"}, "admin"),
+        one.get("/jobs", "admin"),
+    ]
+    return answers
+
+
+@pytest.mark.parametrize("fault", ["away", "damaged", "gone"])
+def test_no_answer_names_the_store(store: Path, tmp_path: Path, fault: str) -> None:
+    copy = tmp_path / "a-store"
+    shutil.copytree(store, copy)
+    storage = Away(copy)
+    with served(storage, cache_bytes=0) as one:
+        one.interpreter.shelf._storage = storage
+        (sweep,) = (run["id"] for run in one.get("/runs").json()["runs"])
+        saes = one.context.catalog.hosted
+        damaged = [path for name in one.saes for path in (copy / "saes" / name).rglob("*") if path.is_file()]
+        if fault == "damaged":
+            for path in (*damaged, copy / "sweeps" / sweep / "sweep.json", copy / "promoted.json"):
+                path.write_bytes(b"}" + path.read_bytes()[1:] if path.exists() else b"no")
+        elif fault == "gone":
+            for path in damaged:
+                path.unlink()
+        storage.told.update({"away"} if fault == "away" else ())
+        answers = []
+        try:
+            for _ in range(2):  # with what was known, and with what is found now
+                answers += asked_of_everything(one, saes, sweep)
+                with contextlib.suppress(MiDiscoverError):
+                    one.context.catalog._records.clear()
+                    one.context.catalog.refresh()
+        finally:
+            storage.told.clear()
+        assert 503 in {answer.status_code for answer in answers}
+        assert 500 not in {answer.status_code for answer in answers}
+        for answer in answers:
+            for secret in (str(copy), copy.name, "tracker.db", str(Path.home())):
+                assert secret not in answer.text, (answer.request.url, answer.text)
+
+
+def test_saes_that_can_t_be_in_memory_together_are_refused_before_one_is_loaded(store: Path) -> None:
+    with served(store) as one:
+        sizes = []
+        for name in one.saes:
+            before = one.interpreter.shelf.bytes
+            one.post("/interpret", {"text": "a", "sae": name})
+            sizes.append(one.interpreter.shelf.bytes - before)
+    with served(store, sae_bytes=sum(sizes[:2]) + 1000) as one:
+        refused = one.post("/interpret", {"text": "a", "saes": one.saes[:3]})
+        assert refused.status_code == 422
+        assert "These 3 SAEs take 0.1 MB together, and sae_bytes allows 0.0; ask fewer" in refused.json()["detail"]
+        assert one.interpreter.shelf.loads == 0
+        assert one.post("/interpret", {"text": "a", "saes": one.saes[:2]}).status_code == 200
+        assert one.interpreter.shelf.loads == 2
+
+
+def test_a_hook_that_is_not_there_fails_whoever_asked_for_it_and_nobody_beside(store: Path) -> None:
+    with served(store) as one:
+        inner = one.interpreter
+        good, bad = Query(sae=one.saes[0]), Query(kind="values", hook="transformer.h.7.mlp", vector=(1.0,) * 24)
+        batches: list[int] = []
+        run = inner._batcher._run
+
+        def counted(items: Any) -> Any:
+            batches.append(len(items))
+            return run(items)
+
+        inner._batcher._run = counted
+
+        async def both() -> list[Any]:
+            await inner._saes({one.saes[0]})
+            asked = inner.read(["The mill"], [bad], "corpus"), inner.read(["The river"], [good], "corpus")
+            return await asyncio.gather(inner.read(["First"], [good], "corpus"), *asked, return_exceptions=True)
+
+        _, wrong, right = asyncio.run(both())
+        assert max(batches) == 2, "they were in one batch"
+        assert isinstance(wrong, AttributeError)
+        assert right[0].tokens == asyncio.run(inner.tokenise("The river", "none")).tokens  # type: ignore[union-attr]
+        assert inner._broken is None

@@ -52,6 +52,9 @@ def test_the_strongest_of_each_token_and_of_the_text(sae: LoadedSae, tokens: int
     by_hand = np.array([[code[feature] for code in naive] for feature in strongest])
     assert found.values == pytest.approx(by_hand, rel=1e-5, abs=1e-6)
     assert found.mean == pytest.approx(by_hand.mean(1), rel=1e-4)
+    alone = answer_query(Query(sae="s", k=4, per_text=False), sae, x)
+    assert alone.token.tolist() == found.token.tolist()
+    assert (len(alone.strongest), alone.values.shape) == (0, (0, tokens))
 
 
 def test_ranked_by_the_sum_over_some_tokens(sae: LoadedSae) -> None:
