@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query
@@ -15,7 +15,7 @@ from midiscover.store import layout
 from midiscover.store.documents import read_json
 from serve import exchange
 from serve.api import SaeName, Strict, Text
-from serve.catalog import Hosted
+from serve.catalog import Hosted, Listing
 from serve.context import Context, context_of, in_thread
 from serve.problems import ProblemError
 
@@ -129,15 +129,20 @@ async def list_features(
 ) -> Page:
     """Features of an SAE, or of one of a sweep's: sorted, filtered, page by page."""
     hosted = await one_of(context, run_id, sae)
-    rows: Sequence[Row] = await context.rows(hosted)
-    if concept is not None:
-        judged = await concept_features(context, hosted, concept)
-        rows = [{**rows[feature], "concept": judged[feature]} for feature in judged if feature < len(rows)]
+    judged = await concept_features(context, hosted, concept) if concept is not None else None
     wanted = (text or "").casefold()
-    fits = [r for r in rows if min_rate <= r["firing_rate"] <= max_rate and wanted in label(r).casefold()]
-    fits.sort(key=lambda row: (row[sort], -row["index"]), reverse=order == "desc")
-    shown = [{**row, "label": label(row)} for row in fits[(page - 1) * size : page * size]]
-    return Page(sae=hosted.id, total=len(fits), page=page, features=shown)
+
+    def read() -> Page:
+        rows, labels = context.catalog.listing(hosted.id)
+        chosen: Sequence[Row] = rows
+        if judged is not None:
+            chosen = [{**rows[feature], "concept": judged[feature]} for feature in judged if feature < len(rows)]
+        fits = [row for row in chosen if min_rate <= row["firing_rate"] <= max_rate and wanted in labels[row["index"]]]
+        fits.sort(key=lambda row: (row[sort], -row["index"]), reverse=order == "desc")
+        shown = [{**row, "label": label(row)} for row in fits[(page - 1) * size : page * size]]
+        return Page(sae=hosted.id, total=len(fits), page=page, features=shown)
+
+    return await in_thread(read)
 
 
 async def one_of(context: Context, run: str, sae: str | None) -> Hosted:
@@ -193,27 +198,33 @@ async def search_features(
     if (label_text is None) == (token is None):
         raise ProblemError(422, "Give label or token.")
     wanted = (label_text or token or "").strip().casefold()
-    test: Callable[[Row], bool] = (
-        (lambda row: wanted in label(row).casefold())
-        if label_text is not None
-        else (lambda row: any(one.strip().casefold() == wanted for one in row["top_tokens"]))
-    )
-    hits = []
-    for hosted in [context.hosted(sae)] if sae else context.catalog.hosted:
-        try:
-            rows = await context.rows(hosted)
-        except ProblemError as problem:
-            if problem.status == 404 and sae is None:
+    if not wanted:
+        raise ProblemError(422, "The label or token to look for is blank; give at least a letter of it.")
+    asked_of = [context.hosted(sae)] if sae else context.catalog.hosted
+
+    def fits(listing: Listing, row: Row) -> bool:
+        if label_text is not None:
+            return wanted in listing.labels[row["index"]]
+        return any(one.strip().casefold() == wanted for one in row["top_tokens"])
+
+    def scan() -> list[Hit]:
+        hits = []
+        for hosted in asked_of:
+            try:
+                listing = context.catalog.listing(hosted.id)
+            except NotFoundError:
+                if sae is not None:
+                    raise
                 continue  # its features are not written down
-            raise
-        hits += [(row["firing_rate"], hosted.id, row) for row in rows if row["count"] and test(row)]
-    hits.sort(key=lambda hit: hit[:2])
-    return {
-        "features": [
+            rows = [row for row in listing.rows if row["count"] and fits(listing, row)]
+            hits += [(row["firing_rate"], hosted.id, row) for row in rows]
+        hits.sort(key=lambda hit: hit[:2])
+        return [
             Hit(sae=name, feature=row["index"], label=label(row), firing_rate=rate, max=row["max"])
             for rate, name, row in hits[:limit]
         ]
-    }
+
+    return {"features": await in_thread(scan)}
 
 
 class ContrastRequest(Strict):

@@ -13,9 +13,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from midiscover.errors import NotFoundError, StoreError, StoreFailedError
+from midiscover.features.labels import label
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.frontier import is_control
 from midiscover.promoted import promoted
@@ -26,10 +27,12 @@ from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
 from midiscover.targets import find_stored, find_target
 
-FEATURES_KEPT = 8
-"""SAEs whose feature files are kept in memory."""
+FEATURES_KEPT = 500_000
+"""Features of all SAEs whose rows are kept in memory, at about 3 KB each."""
 FEATURES_FRESH_SECONDS = 60.0
 """After which the watch looks whether they were written anew."""
+ABSENT_SECONDS = 5.0
+"""How long it is taken for granted that features which were not written down still are not."""
 LISTED = ("index", "count", "firing_rate", "mean", "max", "std", "top_tokens", "pos_tokens")
 log = logging.getLogger("midiscover.serve")
 
@@ -79,6 +82,15 @@ class Hosted:
         }
 
 
+class Listing(NamedTuple):
+    """What listings and searches read of an SAE's features, by index."""
+
+    rows: list[dict[str, Any]]
+    """With the columns `LISTED`."""
+    labels: list[str]
+    """In lower case, to be searched."""
+
+
 class Catalog:
     """What is hosted now. Safe to use from several threads."""
 
@@ -88,7 +100,8 @@ class Catalog:
         self._broken: dict[str, str] = {}
         self._hosted: dict[str, Hosted] = {}
         self._features: OrderedDict[str, tuple[float, FeatureRecords]] = OrderedDict()
-        self._rows: dict[str, tuple[FeatureRecords, list[dict[str, Any]]]] = {}
+        self._listings: dict[str, tuple[FeatureRecords, Listing]] = {}
+        self._absent: dict[str, tuple[float, str]] = {}
         self._sweeps: dict[str, tuple[str, ...]] = {}
         self._lock = threading.Lock()
         self.away_since: float | None = None
@@ -177,38 +190,51 @@ class Catalog:
         return [sae for sae in found if sae in hosted]
 
     def features(self, sae_id: str) -> FeatureRecords:
-        """The feature records of an SAE; NotFoundError where they are not written down."""
+        """The feature records of an SAE; NotFoundError where they are not written down, for some seconds unasked."""
         with self._lock:
-            held = self._features.get(sae_id)
+            held, absent = self._features.get(sae_id), self._absent.get(sae_id)
             if held is not None:
                 self._features.move_to_end(sae_id)
                 return held[1]
-        found = open_features(self.storage, sae_id)
+        if absent is not None and time.monotonic() - absent[0] < ABSENT_SECONDS:
+            raise NotFoundError(absent[1])
+        try:
+            found = open_features(self.storage, sae_id)
+        except NotFoundError as error:
+            with self._lock:
+                self._absent[sae_id] = (time.monotonic(), str(error))
+            raise
         with self._lock:
+            self._absent.pop(sae_id, None)
             self._features[sae_id] = (time.monotonic(), found)
             self._features.move_to_end(sae_id)
-            while len(self._features) > FEATURES_KEPT:
+            while len(self._features) > 1 and sum(one.d_sae for _, one in self._features.values()) > FEATURES_KEPT:
                 self._features.popitem(last=False)
         return found
 
-    def rows(self, sae_id: str) -> list[dict[str, Any]]:
-        """One row for each feature, by index, with the columns `LISTED`; read once. Errors as of `features`."""
+    def listing(self, sae_id: str) -> Listing:
+        """One row for each feature, and its label; read once. Errors as of `features`."""
         records = self.features(sae_id)
         with self._lock:
-            held = self._rows.get(sae_id)
+            held = self._listings.get(sae_id)
         if held is not None and held[0] is records:
             return held[1]
         rows = records.table(LISTED).to_pylist()
+        found = Listing(rows, [label(row).casefold() for row in rows])
         with self._lock:
-            self._rows = {name: kept for name, kept in self._rows.items() if name in self._features}
-            self._rows[sae_id] = (records, rows)
-        return rows
+            self._listings = {name: kept for name, kept in self._listings.items() if name in self._features}
+            self._listings[sae_id] = (records, found)
+        return found
+
+    def rows(self, sae_id: str) -> list[dict[str, Any]]:
+        """Those of `listing`."""
+        return self.listing(sae_id).rows
 
     def known_rows(self, sae_id: str) -> list[dict[str, Any]] | None:
         """`rows` where they are in memory and nothing has to be read."""
         with self._lock:
-            features, rows = self._features.get(sae_id), self._rows.get(sae_id)
-        return rows[1] if features is not None and rows is not None and rows[0] is features[1] else None
+            features, held = self._features.get(sae_id), self._listings.get(sae_id)
+        return held[1].rows if features is not None and held is not None and held[0] is features[1] else None
 
     def renew_features(self) -> None:
         """Look whether features that are in memory were written anew, so that no request has to wait for it."""

@@ -327,20 +327,27 @@ class ExplanationSearch(Wire):
 async def explanation_search(request: ExplanationSearch, context: Given) -> dict[str, Any]:
     """Features whose explanation holds the words; by their letters, not by an embedding."""
     words = request.query.casefold().split()
-    found = []
-    for layer in request.layers:
-        sae = source(context, request.model_id, layer)
-        for row in await context.rows(sae):
-            text = label(row)
-            if row["count"] and all(word in text.casefold() for word in words):
-                found.append((sae, row, text))
+    if not words:
+        raise ProblemError(422, "The query holds no word.")
+    named = [source(context, request.model_id, layer) for layer in request.layers]
+    saes = {sae.id: sae for sae in named}.values()
+
+    def scan() -> list[tuple[Hosted, dict[str, Any]]]:
+        found = []
+        for sae in saes:
+            rows, labels = context.catalog.listing(sae.id)
+            fits = [row for row in rows if row["count"] and all(word in labels[row["index"]] for word in words)]
+            found += [(sae, row) for row in fits]
+        return found
+
+    found = await in_thread(scan)
     shown = found[request.offset : request.offset + PAGE]
     results = [
         {
             "modelId": request.model_id,
             "layer": sae.source,
             "index": str(row["index"]),
-            "description": text,
+            "description": label(row),
             "neuron": {
                 "modelId": request.model_id,
                 "layer": sae.source,
@@ -349,7 +356,7 @@ async def explanation_search(request: ExplanationSearch, context: Given) -> dict
                 "frac_nonzero": row["firing_rate"],
             },
         }
-        for sae, row, text in shown
+        for sae, row in shown
     ]
     after = request.offset + len(shown)
     return {

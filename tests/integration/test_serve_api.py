@@ -185,6 +185,8 @@ def test_search_by_token_by_label_and_by_text(api: Served) -> None:
     assert sorted(hit["feature"] for hit in hits) == expected
     assert api.get("/search", params={"label": "never fired"}).json()["features"] == []
     assert api.get("/search").status_code == 422
+    for blank in ({"label": "  "}, {"token": " "}):
+        assert "is blank" in api.get("/search", params=blank).json()["detail"]
     here, there = "The river ran.", "The engine stood."
     found = api.post("/search", {"text": here, "without": there, "sae": name, "top_k": 4}).json()
     query = Query(sae=name, kind="values", features=tuple(range(96)))

@@ -290,6 +290,20 @@ def test_a_direction_is_read_at_hooks_of_its_own_model_alone(api: Served, monkey
     assert api.post("/v1/activation/single", body | {"hook": sae.record["hook"]}).status_code == 200
 
 
+def test_explanations_are_found_once_each_by_their_words(api: Served) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    body = {"modelId": sae.neuronpedia_model, "layers": [sae.source], "query": "  PEAKS   at "}
+    once = api.post("/api/explanation/search", body).json()
+    assert once["resultsCount"] == 20
+    assert once["hasMore"]
+    again = api.post("/api/explanation/search", body | {"layers": [sae.source, sae.id, sae.source]}).json()
+    assert {**again, "request": 0} == {**once, "request": 0}
+    last = api.post("/api/explanation/search", body | {"layers": [sae.source] * 2, "offset": 90}).json()
+    assert not last["hasMore"]
+    blank = api.post("/api/explanation/search", body | {"query": "    "})
+    assert (blank.status_code, blank.json()["error"]) == (422, "The query holds no word.")
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

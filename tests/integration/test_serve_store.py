@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 
 from midiscover.cutting import holds
 from midiscover.errors import MiDiscoverError, StoreFailedError
+from midiscover.features.records import open_features
 from midiscover.store.local import LocalStorage
+from serve import catalog as catalog_module
 from serve.catalog import Hosted
 from serve.exchange import Query
 from tests.served import Served, api, served, store, store_to_serve
@@ -135,6 +138,51 @@ def test_features_written_anew_are_seen(store: Path, tmp_path: Path, monkeypatch
         shutil.rmtree(folder)
         catalog.renew_features()
         assert one.get(f"/features/{name}").status_code == 404
+
+
+def test_features_that_are_not_written_down_are_looked_for_every_few_seconds(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    name = sorted(path.name for path in (copy / "saes").iterdir())[0]
+    shutil.move(copy / "saes" / name / "features", tmp_path / "features")
+    with served(copy) as one:
+        asked: list[str] = []
+        opened = open_features
+        monkeypatch.setattr("serve.catalog.open_features", lambda store, sae: asked.append(sae) or opened(store, sae))
+        body = {"text": "The river", "sae": name}
+        for _ in range(3):
+            answer = one.post("/interpret", body).json()
+            assert {row["label"] for row in answer["texts"][0]["saes"][name]["features"]} == {None}
+            assert one.get(f"/features/{name}").status_code == 404
+        assert asked == [name]
+        shutil.move(tmp_path / "features", copy / "saes" / name / "features")
+        monkeypatch.setattr("serve.catalog.ABSENT_SECONDS", 0.0)
+        answer = one.post("/interpret", body).json()
+        assert None not in {row["label"] for row in answer["texts"][0]["saes"][name]["features"]}
+        assert asked == [name, name]
+
+
+def test_features_are_kept_up_to_a_number_of_rows(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(store) as one:
+        catalog, scanned = one.context.catalog, []
+        made = catalog_module.label
+        monkeypatch.setattr(
+            "serve.catalog.label", lambda row: scanned.append(threading.current_thread().name) or made(row)
+        )
+        for _ in range(2):
+            assert one.get("/search", params={"label": "peaks", "limit": 3}).json()["features"]
+        assert len(scanned) == 4 * 96, "each label is made once"
+        assert {name.partition("_")[0] for name in scanned} == {"asyncio"}, "by asyncio.to_thread"
+        monkeypatch.setattr("serve.catalog.FEATURES_KEPT", 3 * 96)
+        catalog._features.clear()
+        for name in one.saes:
+            catalog.rows(name)
+        assert list(catalog._features) == list(catalog._listings) == one.saes[1:]
+        monkeypatch.setattr("serve.catalog.FEATURES_KEPT", 1)
+        catalog.rows(one.saes[0])
+        assert list(catalog._features) == one.saes[:1]
 
 
 def test_a_name_in_a_request_opens_no_config(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
