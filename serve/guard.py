@@ -267,8 +267,10 @@ class _Exchange:
         """Every refusal of one kind has the same body but for the request's id."""
         if self.started.is_set():
             return
-        is_page = self.scope["method"] == "GET" and "text/html" in self.headers.get("accept", "")
-        if refused.status == 401 and is_page:
+        status, is_page = refused.status, refused.status == 401 and "text/html" in self.headers.get("accept", "")
+        if is_page and self.scope["method"] == "POST":  # a form of ours, after the session has ended
+            status, body, headers = 303, b"", {"Location": "/login"}
+        elif is_page:
             body = self.guard._login
             headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": self.guard._login_policy}
         else:
@@ -276,5 +278,5 @@ class _Exchange:
             headers = problem_headers(refused.status, refused.headers)
         headers["Content-Length"] = str(len(body))
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self._answer({"type": "http.response.start", "status": refused.status, "headers": pairs})
+        await self._answer({"type": "http.response.start", "status": status, "headers": pairs})
         await self._send({"type": "http.response.body", "body": b"" if self.scope["method"] == "HEAD" else body})

@@ -203,6 +203,9 @@ def test_a_browser_without_a_session_gets_the_log_in() -> None:
     answer = run(guarded(App()), "GET", "/", accept="text/html,*/*")
     assert (answer.status, answer.body) == (401, b"<login>")
     assert answer.headers["content-security-policy"] == "policy"
+    form = run(guarded(App()), "POST", "/logout", b"", accept="text/html,*/*")
+    assert (form.status, form.headers["location"], form.body) == (303, "/login", b"")
+    assert run(guarded(App()), "POST", "/logout", b"", accept="*/*").status == 401
 
 
 def test_bodies_without_a_length_or_too_long_are_refused_unread() -> None:
