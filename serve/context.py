@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from serve.exchange import Front, Model, Problem, Query, TextAnswer
 from serve.problems import ProblemError, of_error
 
 Result = TypeVar("Result")
+_COMPUTING = ThreadPoolExecutor(2, "answers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,13 +103,18 @@ def asked(work: Callable[[], Result]) -> Result:
 
 
 async def in_thread(work: Callable[[], Result]) -> Result:
-    """The same in another thread: for what reads the store, or takes long."""
+    """The same in another thread: for what reads the store."""
     return await asyncio.to_thread(asked, work)
 
 
+async def aside(work: Callable[[], Result]) -> Result:
+    """In threads that a store which stays away can't hold up: for what computes longer than others may wait."""
+    return await asyncio.get_running_loop().run_in_executor(_COMPUTING, work)
+
+
 async def as_json(build: Callable[[], Any]) -> JSONResponse:
-    """What `build` makes, as an answer; both in another thread, since a large one takes longer than others may wait."""
-    return await in_thread(lambda: JSONResponse(build()))
+    """What `build` makes, as an answer; both `aside`."""
+    return await aside(lambda: JSONResponse(build()))
 
 
 def answered(result: Result | Problem) -> Result:

@@ -184,10 +184,7 @@ class Interpreter:
             if not self.config.steering:
                 raise UserError("This deployment keeps no whole language model, so it can't generate; set steering.")
             saes = await self._saes({edit.sae for edit in request.edits})
-            prompt = chat_text(self.lm, request.messages) if request.messages else request.prompt
-            ((ids, _),) = await self._in_tokenising(
-                lambda: self._tokens([prompt], request.front, list(saes.values()), request.new_tokens)
-            )
+            prompt, ids = await self._in_tokenising(lambda: self._prompt(request, list(saes.values())))
             pieces = self._pieces(request, ids, saes)
             counted = 0
             while (piece := await self._in_compute(partial(next, pieces, None))) is not None:
@@ -262,6 +259,12 @@ class Interpreter:
         if front == "corpus":
             return [([start, *ids], 1) for ids in found]
         return [(ids if ids[0] == start else [start, *ids], 0) for ids in found]
+
+    def _prompt(self, request: SteerRequest, saes: Sequence[LoadedSae]) -> tuple[str, list[int]]:
+        """What is gone on from, as text and as ids."""
+        prompt = chat_text(self.lm, request.messages) if request.messages else request.prompt
+        ((ids, _),) = self._tokens([prompt], request.front, saes, request.new_tokens)
+        return prompt, ids
 
     def _bos(self) -> int | None:
         bos: Any = self.lm.tokenizer.bos_token_id

@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from serve.api import MOST_PROMPT
 from serve.catalog import Hosted
-from serve.context import Context, answered, asked, in_thread
+from serve.context import Context, answered, aside, asked
 from serve.exchange import Found, Query, TextAnswer
 from serve.problems import ProblemError
 
@@ -78,7 +78,7 @@ async def strongest(request: All, prompts: Sequence[str], context: Context) -> l
     def results() -> list[dict[str, Any]]:
         return [_strongest(answer, saes, at, request.num_results) for answer in answers]
 
-    return await in_thread(results)
+    return await aside(results)
 
 
 def _strongest(answer: TextAnswer, saes: Sequence[Hosted], at: Sequence[int], most: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ async def by_token(request: TopkByToken, prompts: Sequence[str], context: Contex
     sae = source(context, request.model, request.source)
     query = Query(sae=sae.id, k=request.top_k, per_text=False)
     answers = await context.read(sae, prompts, [query], "bos")
-    return await in_thread(lambda: [_by_token(answer, 1 if request.ignore_bos else 0) for answer in answers])
+    return await aside(lambda: [_by_token(answer, 1 if request.ignore_bos else 0) for answer in answers])
 
 
 def _by_token(answer: TextAnswer, first: int) -> dict[str, Any]:
@@ -124,7 +124,7 @@ async def active(sae: Hosted, prompts: Sequence[str], context: Context) -> list[
     """For each text its tokens, and feature -> [[token, value], ...]; BOS counts as 0."""
     query = Query(sae=sae.id, kind="active", skip_first=True)
     answers = await context.read(sae, prompts, [query], "bos")
-    return await in_thread(lambda: [{"tokens": one.tokens, "activeFeatures": _fires(one.found[0])} for one in answers])
+    return await aside(lambda: [{"tokens": one.tokens, "activeFeatures": _fires(one.found[0])} for one in answers])
 
 
 def _fires(found: Found) -> dict[str, list[list[float]]]:
