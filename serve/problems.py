@@ -68,7 +68,7 @@ def problem_headers(status: int, given: Mapping[str, str] | None = None) -> dict
 
 WITHHELD: dict[type[MiDiscoverError], str] = {
     CorruptError: "What the store holds of this is damaged; whoever runs the deployment finds why in its log.",
-    ModelError: "The language model can't be loaded now; whoever runs the deployment finds why in its log.",
+    ModelError: "The language model can't answer this; whoever runs the deployment finds why in its log.",
     StoreError: "The store does not answer now; try again later.",
     TrackingError: "The tracking database does not answer now; try again later.",
 }

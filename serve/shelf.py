@@ -66,7 +66,7 @@ class SaeShelf:
             try:
                 loaded = self._load(sae_id)
             except Exception as error:  # whatever is in a folder that somebody else wrote
-                log.warning("sae_broken", extra={"fields": {"sae": sae_id, "reason": str(error)}})
+                log.warning("sae_not_loaded", extra={"fields": {"sae": sae_id, "reason": str(error)}})
                 told = f"{sae_id} can't be loaded: {_reason(error).rstrip('.')}."
                 self._failed[sae_id] = (self._clock(), told)
                 raise SaeUnavailableError(told) from error
