@@ -1,7 +1,7 @@
 """What one process trains: a pack from stored activations, or packs of several hooks that share a language model.
 
-The packs of a crew take their steps in turn. Each has its own checkpoints and commits its own SAEs, so that whoever
-shares its process changes nothing for it.
+The packs of a crew take their steps in turn, so that they read the same rows at about the same time. Each has its own
+checkpoints and commits its own SAEs, so that whoever shares its process changes nothing for it.
 """
 
 from __future__ import annotations
@@ -61,30 +61,34 @@ def _run(job: PackJob, crew: Crew, group: TorchGroup | None = None) -> None:
         opened = _live(job, crew) if job.streams else _stored(job)
     except Exception as error:
         raise _Failed(crew, error) from error
-    going = [(pack, _turns(job, pack, opened, group)) for pack in crew]
+    going = {pack.id: (pack, _turns(job, pack, opened, group)) for pack in crew}
+    rows = dict.fromkeys(going, 0)
     try:
-        while going:
-            going = [(pack, turns) for pack, turns in going if _takes_step(pack, turns)]
+        while rows:
+            # The one that is furthest behind: what a pack has read and another has not is held in memory.
+            behind = min(rows, key=rows.__getitem__)
+            used = _take_step(*going[behind])
+            if used is None:
+                del rows[behind]
+            else:
+                rows[behind] = used
     finally:
-        for _, turns in going:
+        for _, turns in going.values():
             turns.close()
 
 
-def _takes_step(pack: Pack, turns: Generator[None, None, None]) -> bool:
-    """Whether there was one more step."""
+def _take_step(pack: Pack, turns: Generator[int, None, None]) -> int | None:
+    """Rows that the pack has used after one more step; None where there was none."""
     try:
-        next(turns)
-    except StopIteration:
-        return False
+        return next(turns, None)
     except Exception as error:
         raise _Failed([pack], error) from error
-    return True
 
 
 def _turns(
     job: PackJob, pack: Pack, opened: Callable[[Pack, PlannedSae], Source], group: TorchGroup | None
-) -> Generator[None, None, None]:
-    """One pack from its checkpoint to its committed SAEs, step by step."""
+) -> Generator[int, None, None]:
+    """One pack from its checkpoint to its committed SAEs, step by step; yields the rows that it has used."""
     # A pack that is tried again may have committed some of its SAEs before; those stand.
     todo = _missing(job, pack)
     if group is not None:

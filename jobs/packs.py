@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import torch
 from ray import PlacementGroupID, tune
 from ray import train as ray_train
 from ray.train.torch import TorchTrainer
@@ -25,18 +26,17 @@ from midiscover.resolve import Crew, Pack
 MAX_DEATHS = 10
 """Deaths of a pack's process in a row, without a newer checkpoint, after which the pack counts as failed."""
 RETRY_FAILURES = -1
-"""Tune starts a lost trial again without limit: a lost node is nobody's mistake. A pack's own errors are counted inside
-the trial, and a stage without progress is ended by the watchdog."""
+"""Tune and Train start what is lost again without limit: a lost node is nobody's mistake. Deaths, hangs and a pack's
+own errors are counted where it is started, and a stage without progress is ended by the watchdog."""
 
 
 def pack_trial(config: dict[str, Any], job: PackJob) -> None:
     """A Tune trial: one crew."""
     crew = job.crews[config["crew"]]
     try:
-        crew = tuple(pack for pack in crew if _may_start(job, pack))
-        if crew and job.trainer == "inline":
-            run_crew_tries(job, crew)
-        elif crew:
+        if job.trainer == "inline":
+            run_crew_tries(job, tuple(pack for pack in crew if _may_start(job, pack)))
+        else:
             _in_torch_trainer(job, crew)
     except Exception as error:  # Tune would try it again for ever, and say nothing
         for pack in crew:
@@ -54,6 +54,11 @@ def _may_start(job: PackJob, pack: Pack) -> bool:
 
 def _why_not(job: PackJob, pack: Pack) -> str | None:
     """Why a pack is not started again: it hung too often, or died again and again at one place. Counts the start."""
+    if job.board.recall(_memory_key(pack)):
+        return (
+            f"its {len(pack.saes)} SAEs are too many for a card, and with resources.workers above 1 they are not "
+            "trained in parts; give resources.pack_size"
+        )
     hangs = job.board.recall(hangs_key(pack.id)) or 0
     if hangs > job.resolved.config.resources.max_failures:
         return f"it hung {hangs} times; resources.stall_seconds sets how long a pack may stand still"
@@ -62,6 +67,11 @@ def _why_not(job: PackJob, pack: Pack) -> str | None:
     starts = before["starts"] + 1 if before["step"] == newest else 1
     job.board.exchange(f"starts {pack.id}", {"step": newest, "starts": starts})
     return None if starts <= MAX_DEATHS else f"its process died {MAX_DEATHS} times without a new checkpoint"
+
+
+def _memory_key(pack: Pack) -> str:
+    """Where the board keeps that a card could not hold a pack."""
+    return f"memory {pack.id}"
 
 
 def _in_torch_trainer(job: PackJob, crew: Crew) -> None:
@@ -82,9 +92,7 @@ def _in_torch_trainer(job: PackJob, crew: Crew) -> None:
             run_config=ray_train.RunConfig(
                 name=crew[0].id,
                 storage_path=folder,
-                failure_config=ray_train.FailureConfig(
-                    max_failures=RETRY_FAILURES if job.slots.workers == 1 else MAX_DEATHS
-                ),
+                failure_config=ray_train.FailureConfig(max_failures=RETRY_FAILURES),
             ),
         ).fit()
 
@@ -94,12 +102,19 @@ def _train_worker(config: dict[str, Any]) -> None:
     placed = get_current_placement_group()
     if placed is not None:
         job.board.exchange(f"group {crew[0].id}", placed.id.hex())
+    # Asked here, for Train starts this again without asking the trial.
     if job.slots.workers == 1:
-        run_crew_tries(job, crew)
+        run_crew_tries(job, tuple(pack for pack in crew if _may_start(job, pack)))
         return
+    group = TorchGroup()
+    allowed = [_may_start(job, pack) for pack in crew] if group.rank == 0 else None
+    crew = tuple(pack for pack, may in zip(crew, group.from_first(allowed), strict=True) if may)
     try:
-        run_crew(job, crew, TorchGroup())
+        run_crew(job, crew, group)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            for pack in crew:
+                job.board.exchange(_memory_key(pack), True)
         if is_wrong_input(error):  # all of them have it
             for pack in crew:
                 fail(job, pack, why(error))

@@ -71,6 +71,10 @@ class PackWorker:
             self.writing.result()
         self.writing = self.writer.submit(self._write, step, data)
 
+    def is_saving(self) -> bool:
+        """See `Worker`."""
+        return self.writing is not None and not self.writing.done()
+
     def report(self, progress: Progress) -> None:
         """To the board, for the driver's bars and the tracker's curves."""
         if self.leads:
@@ -87,7 +91,7 @@ class PackWorker:
         self.writer.shutdown(wait=True)
 
     def _write(self, step: int, data: bytes) -> None:
-        old = self._checkpoints(self.pack.id)
+        old = [key for key in self._checkpoints(self.pack.id) if _step_of(key) < step]
         self.job.storage.write(layout.pack_checkpoint(self.job.resolved.sweep_id, self.pack.id, step), data)
         for key in old:
             self.job.storage.delete(key)

@@ -33,9 +33,10 @@ def streams_activations(
         key = layout.sweep_file(resolved.sweep_id, "activations.json")
         found = read_json(storage, key)
         if found is None:
-            storage.create(key, dump({"v": 1, "activations": _quicker(resolved, storage, corpus, cluster, say)}))
+            storage.create(key, dump({"v": 1, "activations": _quicker(resolved, storage, corpus, rows, cluster, say)}))
             found = read_json(storage, key)
-        return (found or {}).get("activations") == STREAM
+        # Asked again: with more workers, say, the same sweep can't be streamed any more.
+        return (found or {}).get("activations") == STREAM and why_not_streamed(resolved, rows) is None
     reason = why_not_streamed(resolved, rows) if asked == STREAM else None
     if reason is not None:
         raise ConfigError(f"resources.activations is stream, but {reason}; set it to store.")
@@ -43,9 +44,14 @@ def streams_activations(
 
 
 def _quicker(
-    resolved: Resolved, storage: Storage, corpus: CorpusManifest, cluster: Cluster, say: Callable[[str], None]
+    resolved: Resolved,
+    storage: Storage,
+    corpus: CorpusManifest,
+    rows: int,
+    cluster: Cluster,
+    say: Callable[[str], None],
 ) -> str:
-    if not any(missing_spans(part, corpus, storage) for part in resolved.parts()):
+    if why_not_streamed(resolved, rows) or not any(missing_spans(p, corpus, storage) for p in resolved.parts()):
         return STORE
     rates = _rates(storage, cluster)
     if rates is None:

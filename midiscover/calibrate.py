@@ -192,6 +192,10 @@ class Nobody:
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Not reached."""
 
+    def is_saving(self) -> bool:
+        """No."""
+        return False
+
     def report(self, progress: Progress) -> None:
         """Nobody looks."""
 

@@ -89,6 +89,10 @@ class Worker(Protocol):
         """Keep `data` in place of the one before; may return before it is written."""
         ...
 
+    def is_saving(self) -> bool:
+        """Whether the one before is still being written. Training does not wait for it; the next one comes later."""
+        ...
+
     def report(self, progress: Progress) -> None:
         """Show progress; called every few steps."""
         ...
@@ -131,9 +135,12 @@ def train_in_turns(
     *,
     stack: bool = False,
     threads: int = 1,
-) -> Generator[None, None, list[Trained | Diverged | Retired]]:
-    """`train`, step by step, for a process that trains several packs side by side; returns what `train` does."""
-    checkpoint = _Checkpoint.of(worker.load_checkpoint(), members)
+) -> Generator[int, None, list[Trained | Diverged | Retired]]:
+    """`train`, step by step, for a process that trains several packs side by side; returns what `train` does.
+
+    Yields the rows of the stream that have been used so far.
+    """
+    checkpoint = _Checkpoint.of(worker.load_checkpoint(), members, remembering=isinstance(source, Remembering))
     if checkpoint is not None and checkpoint.source is not None and isinstance(source, Remembering):
         source.restore(checkpoint.source)
     numbers = max((member.d_sae * source.outputs.mean.numel() for member in members), default=0)
@@ -169,8 +176,8 @@ class _Loop:
         self.saved_at = self.started_at = time.monotonic()
         self.every = slots[0].member.train.checkpoint_every
 
-    def run(self, start: int) -> Iterator[None]:
-        """Yields after every step, or after some that were taken at once."""
+    def run(self, start: int) -> Iterator[int]:
+        """Yields after every step, or after some that were taken at once: the rows used so far."""
         before = {slot.member.id: slot.seconds for slot in self.slots}
         taken = dict.fromkeys(before, 0)
         together: list[Slot] = []
@@ -198,7 +205,7 @@ class _Loop:
             self._retire(step)
             self._after(step, start)
             spent += time.monotonic() - resumed
-            yield
+            yield (step + 1) * self.source.batch_size
             resumed = time.monotonic()
         if self.worker.device.type == "cuda":
             # Kernels run behind the calls that launch them, so only the pack's time is known, and shared out by steps.
@@ -243,9 +250,9 @@ class _Loop:
             rate = (step + 1 - start) * self.source.batch_size / max(now - self.started_at, 1e-9)
             latest = {s.member.id: {n: s.history[n][-1] for n in HISTORY} for s in self.slots if s.history["step"]}
             self.worker.report(Progress(step + 1, self.steps, rate, latest))
-        if now - self.saved_at >= self.every and step + 1 < self.steps:
+        if now - self.saved_at >= self.every and step + 1 < self.steps and not self.worker.is_saving():
             self.worker.save_checkpoint(step + 1, self._state(step + 1))
-            self.saved_at = now
+            self.saved_at = time.monotonic()
 
     def _state(self, step: int) -> bytes:
         tensors: dict[str, Tensor] = {}
@@ -268,15 +275,20 @@ class _Checkpoint(NamedTuple):
     source: dict[str, Any] | None
 
     @classmethod
-    def of(cls, data: bytes | None, wanted: Sequence[Member]) -> Self | None:
-        """None where there is none, or where it lacks one of the members.
+    def of(cls, data: bytes | None, wanted: Sequence[Member], *, remembering: bool) -> Self | None:
+        """None where there is none, or where the members can't go on from it as if they had never stopped: it lacks one
+        of them, one was dropped by a retirement that is not asked for any more, or activations came another way, stored
+        or streamed, so with another mean and scale.
 
         It may hold more SAEs than are asked for: those of the pack that stand already.
         """
         if data is None:
             return None
         tensors, fields = unpack_state(data)
-        if not {member.id for member in wanted} <= {member["id"] for member in fields["members"]}:
+        held = {member["id"]: member for member in fields["members"]}
+        if (fields.get("source") is not None) is not remembering or not {member.id for member in wanted} <= held.keys():
+            return None
+        if any(held[member.id]["retired"] and member.train.retire_after is None for member in wanted):
             return None
         return cls(int(fields["step"]), tensors, fields["members"], fields.get("source"))
 

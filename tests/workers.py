@@ -18,5 +18,8 @@ class SilentWorker:
     def save_checkpoint(self, step: int, data: bytes) -> None:
         return None
 
+    def is_saving(self) -> bool:
+        return False
+
     def report(self, progress: Progress) -> None:
         return None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midiscover.errors import CorpusError
 from midiscover.sae.pattern import places_of, positive
 
 DENSITY_EDGES = [round(-6 + 0.25 * i, 2) for i in range(25)]
@@ -70,8 +71,16 @@ class MetricSums:
             self.sum_x, self.sum_error = self.sum_x.to(device), self.sum_error.to(device)
 
     def result(self) -> dict[str, Any]:
-        """The metrics of record.json that need no language model. Call once, after the last batch."""
-        n = max(self.tokens, 1)
+        """The metrics of record.json that need no language model. Call once, after the last batch.
+
+        CorpusError where no row was seen: zeros would stand for a perfect SAE.
+        """
+        if not self.tokens:
+            raise CorpusError(
+                "The held-out text has no row that SAEs are measured on, only masked ones (first positions, special "
+                "tokens, padding); give more text, or a larger corpus.held_out."
+            )
+        n = self.tokens
         variance_x = self._variance()
         variance_error = self.residual / n - float((self.sum_error / n).pow(2).sum())
         rate = self.fired.cpu().double() / n

@@ -55,6 +55,10 @@ class Worker:
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Not reached: the interval is longer than the run."""
 
+    def is_saving(self) -> bool:
+        """No."""
+        return False
+
     def report(self, progress: Progress) -> None:
         """The mean rate since the first step; the loop has waited for the device before it says it."""
         self.rate = progress.tokens_per_second

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from jobs import crews
 from midiscover.config import HarvestConfig, TrainConfig
 from midiscover.corpus import Corpus
 from midiscover.errors import ConfigError
@@ -19,6 +22,7 @@ from midiscover.live import Hooks, LivePools, LiveSource, held_out_windows, usab
 from midiscover.lm import LanguageModel
 from midiscover.packing import Windows
 from midiscover.reading import Computed, Reader
+from midiscover.resolve import Pack
 from midiscover.source import iterate_pairs, open_source
 from midiscover.store.blocks import block_plan, committed, write_manifest
 from midiscover.store.loader import iterate_rows
@@ -159,6 +163,26 @@ def test_sources_share_every_pool_and_none_is_kept(model: LanguageModel, corpus:
     assert reader.windows == corpus.manifest.windows["train"]
     assert not live.kept
     assert not live.awaited
+
+
+def test_packs_of_other_paces_share_every_pool(
+    model: LanguageModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process steps the pack that is furthest behind, however large its batches are."""
+    live = pools(Counted(model), corpus, (HOOK, HOOK), (OUTPUT, OUTPUT), shuffle=SOME)
+    sizes, most = {"0": 5, "1": 160}, [0]
+
+    def turns(_job: object, pack: Pack, *_: object) -> Iterator[int]:
+        train = settings(batch_size=sizes[pack.id], shuffle=SOME)
+        for number, _batch in enumerate(LiveSource(live, pack.id, train).batches(0), 1):
+            most[0] = max(most[0], len(live.kept))
+            yield number * sizes[pack.id]
+
+    monkeypatch.setattr(crews, "_turns", turns)
+    job: Any = SimpleNamespace(slots=SimpleNamespace(threads=torch.get_num_threads()), streams=False)
+    crews.run_crew(job, tuple(Pack(id=name, hook=HOOK, saes=()) for name in sizes))
+    assert corpus.manifest.windows["train"] * CONTEXT > 6 * SOME
+    assert 0 < most[0] <= 2
 
 
 def test_alone_a_source_gives_what_it_gives_beside_others(model: LanguageModel, corpus: Corpus) -> None:

@@ -91,6 +91,9 @@ class Worker:
     def save_checkpoint(self, step: int, data: bytes) -> None:
         raise AssertionError("the interval is longer than the run")
 
+    def is_saving(self) -> bool:
+        return False
+
     def report(self, progress: Progress) -> None:
         pass
 

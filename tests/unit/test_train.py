@@ -61,6 +61,9 @@ class MemoryWorker:
         if step == self.stop_at:
             raise KeyboardInterrupt
 
+    def is_saving(self) -> bool:
+        return False
+
     def report(self, progress: Progress) -> None:
         self.reports.append(progress)
 
@@ -123,6 +126,76 @@ def test_a_checkpoint_of_the_whole_pack_serves_the_part_that_is_missing(source: 
     (rest,) = trained(train(members()[1:2], source, resumed))
     assert_equal(rest, whole[1])
     assert min(report.step for report in resumed.reports) > 20
+
+
+def test_training_never_waits_for_a_slow_checkpoint(source: MemorySource) -> None:
+    """One is asked for after every step, and each takes as long as five of them."""
+
+    class Slow(MemoryWorker):
+        steps: list[int] = []
+        left = 0
+
+        def is_saving(self) -> bool:
+            self.left -= 1
+            return self.left >= 0
+
+        def save_checkpoint(self, step: int, data: bytes) -> None:
+            assert self.left < 0
+            self.left = 5
+            self.steps.append(step)
+
+    worker = Slow()
+    trained(train(members(), source, worker))
+    assert worker.steps == list(range(1, len(source), 6))
+
+
+class Learned(MemorySource):
+    """Of a live model: another mean and scale, which a checkpoint keeps."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(rows)
+        self.inputs = self.outputs = Normalisation(self.inputs.mean + 1, self.inputs.scale / 2, self.inputs.variance)
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.inputs.scale}
+
+    def restore(self, state: dict[str, float]) -> None:
+        assert state == self.state()
+
+
+@pytest.mark.parametrize("first", [MemorySource, Learned])
+def test_stored_and_streamed_activations_are_never_mixed(source: MemorySource, first: type[MemorySource]) -> None:
+    """A pack that was interrupted under the one goes on under itself, and begins anew under the other."""
+    then = Learned if first is MemorySource else MemorySource
+    interrupted = MemoryWorker(stop_at=13)
+    with pytest.raises(KeyboardInterrupt):
+        train(members(), first(source.rows), interrupted)
+    for kind in (first, then):
+        whole = trained(train(members(), kind(source.rows), MemoryWorker()))
+        resumed = MemoryWorker(data=interrupted.data)
+        for one, two in zip(whole, trained(train(members(), kind(source.rows), resumed)), strict=True):
+            assert_equal(one, two)
+        assert (min(report.step for report in resumed.reports) > 13) is (kind is first)
+
+
+def test_an_sae_that_was_retired_is_trained_whole_where_nobody_asks_for_it_any_more(source: MemorySource) -> None:
+    def pack(after: float | None) -> list[Member]:
+        settings = dataclasses.replace(TRAIN, retire_after=after)
+        worse = dataclasses.replace(settings, lr=1e-6)
+        config = StandardConfig(l1_coefficient=2, initial_density=None)
+        return [
+            Member(id="better", config=config, train=settings, d_sae=32),
+            Member(id="worse", config=config, train=worse, d_sae=32),
+        ]
+
+    worker = MemoryWorker(stop_at=len(source) - 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(pack(0.4), source, worker)
+    again = train(pack(0.4), source, MemoryWorker(data=worker.data))
+    assert isinstance(again[1], Retired), "the fault is there"
+    whole = trained(train(pack(None), source, MemoryWorker()))
+    for one, two in zip(whole, trained(train(pack(None), source, MemoryWorker(data=worker.data))), strict=True):
+        assert_equal(one, two)
 
 
 def test_training_equals_a_plain_loop(source: MemorySource) -> None:

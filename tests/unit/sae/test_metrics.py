@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from midiscover.errors import CorpusError
 from midiscover.sae.metrics import DENSITY_EDGES, FOREIGN, MetricSums, density, recovered
 
 TOKENS, D_IN, D_SAE = 50, 6, 20
@@ -125,3 +126,9 @@ def test_recovered_share() -> None:
     assert recovered(2.0, 10.0, 10.0) == 0
     assert recovered(2.0, 10.0, 4.0) == pytest.approx(0.75)
     assert recovered(2.0, 2.0, 3.0) is None
+
+
+def test_no_row_at_all_is_no_perfect_sae() -> None:
+    """0 of 0 unexplained would be FVU 0."""
+    with pytest.raises(CorpusError, match="held-out text has no row that SAEs are measured on"):
+        MetricSums(D_SAE, torch.zeros(3)).result()
