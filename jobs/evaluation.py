@@ -48,6 +48,7 @@ NO_SPLICE = (
     "ce_zero",
     "ce_sae",
     "ce_recovered",
+    "ce_recovered_error",
     "kl_zero",
     "kl_sae",
     "kl_recovered",

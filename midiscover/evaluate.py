@@ -20,7 +20,7 @@ from midiscover.lm import LanguageModel
 from midiscover.prefix import Prefix
 from midiscover.reading import position_mask, row_mask
 from midiscover.sae.base import Sae
-from midiscover.sae.metrics import MetricSums, recovered
+from midiscover.sae.metrics import MetricSums, recovered, recovered_error
 from midiscover.store.blocks import Mask
 from midiscover.train import Pair
 
@@ -54,7 +54,8 @@ def reconstruction_metrics(
 class SplicedSums:
     """Sums over predicted tokens with one replacement in place."""
 
-    ce: float = 0.0
+    ce: list[float] = field(default_factory=list)
+    """Of each window."""
     kl: float = 0.0
 
 
@@ -63,7 +64,8 @@ class SpliceResult:
     """Cross-entropy and KL of the model clean, with the hook's output zeroed, and with each SAE's reconstruction."""
 
     tokens: int = 0
-    clean: float = 0.0
+    clean: list[float] = field(default_factory=list)
+    """Cross-entropy of each window."""
     zero: SplicedSums = field(default_factory=SplicedSums)
     saes: dict[str, SplicedSums] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ class SpliceResult:
         """The ce_* and kl_* entries of record.json; in nats per token."""
         n = max(self.tokens, 1)
         spliced = self.saes[sae_id]
-        clean, zero, sae = self.clean / n, self.zero.ce / n, spliced.ce / n
+        clean, zero, sae = (sum(windows) / n for windows in (self.clean, self.zero.ce, spliced.ce))
         kl_zero, kl_sae = self.zero.kl / n, spliced.kl / n
         return {
             "ce_tokens": self.tokens,
@@ -79,6 +81,7 @@ class SpliceResult:
             "ce_zero": zero,
             "ce_sae": sae,
             "ce_recovered": recovered(clean, zero, sae),
+            "ce_recovered_error": recovered_error(self.clean, self.zero.ce, spliced.ce),
             "kl_zero": kl_zero,
             "kl_sae": kl_sae,
             "kl_recovered": recovered(0.0, kl_zero, kl_sae),
@@ -143,7 +146,7 @@ def _splice_batch(
         with prefix.skipped():
             logits = run(splice.of(function))
         for p, q, wanted in zip(clean, log_probabilities(logits, counted), targets, strict=True):
-            sums.ce += _cross_entropy(q, wanted)
+            sums.ce.append(_cross_entropy(q, wanted))
             sums.kl += divergence_(p, q)
         on_tokens(tokens.numel())
 
@@ -153,7 +156,7 @@ def _splice_batch(
     clean = list(log_probabilities(logits, counted))
     on_tokens(tokens.numel())
     result.tokens += int(counted.sum())
-    result.clean += sum(_cross_entropy(p, wanted) for p, wanted in zip(clean, targets, strict=True))
+    result.clean += [_cross_entropy(p, wanted) for p, wanted in zip(clean, targets, strict=True)]
     measure(result.zero, _zero)
     for name, sae in saes.items():
         measure(result.saes[name], sae)

@@ -73,7 +73,7 @@ def _results(storage: Storage, planned: Sequence[Row], evaluation_id: str) -> Re
         rows.append(
             dict(row)
             | {name: metrics[name] for name in ROW_METRICS}
-            | {name: metrics.get(name) for name in FOREIGN_METRICS}
+            | {name: metrics.get(name) for name in ("ce_recovered_error", *FOREIGN_METRICS)}
             | {"seconds": record["seconds"]}
         )
         curves += _curves(label, training["history"])

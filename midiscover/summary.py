@@ -272,6 +272,16 @@ _MEASURES = (
 MINUTES_GOAL = 13.0
 
 
+def ce_error_notes(rows: Sequence[Row]) -> list[str]:
+    """How exact CE recovered is, where that is known."""
+    known = [100 * row["ce_recovered_error"] for row in rows if not is_missing(row.get("ce_recovered_error"))]
+    if not known:
+        return []
+    least, most = f"{min(known):.1f}", f"{max(known):.1f}"
+    points = least if least == most else f"{least} to {most}"
+    return [f"CE recovered: standard error {points} points, over windows; evaluate.ce_tokens takes more of them"]
+
+
 def quality(rows: Sequence[Row], minutes: float | None = None) -> Quality:
     """Judge a sweep by the original project's indicators.
 

@@ -25,6 +25,7 @@ from midiscover.summary import (
     INDICATORS_CANNOT_TELL,
     Indicator,
     Row,
+    ce_error_notes,
     columns,
     fixed,
     hook_names,
@@ -323,7 +324,7 @@ def _marks(rows: Sequence[Row]) -> list[str]:
 
 def _notes(rows: Sequence[Row]) -> list[Text]:
     """What the marks and the dim lines mean."""
-    notes = [FRONTIER_NOTE]
+    notes = [FRONTIER_NOTE, *ce_error_notes(rows)]
     if KIND_MARK in _marks(rows):
         notes.append(KIND_NOTE)
     if any(map(is_control, rows)):

@@ -7,6 +7,7 @@ reconstructed is called x here; for a transcoder that is the hook it predicts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,3 +130,14 @@ def recovered(clean: float, ablated: float, spliced: float) -> float | None:
     """(ablated - spliced) / (ablated - clean): 1 is lossless, 0 no better than zeros; None where zeros cost nothing."""
     gap = ablated - clean
     return None if not math.isfinite(gap) or abs(gap) < 1e-9 else (ablated - spliced) / gap
+
+
+def recovered_error(clean: Sequence[float], ablated: Sequence[float], spliced: Sequence[float]) -> float | None:
+    """Standard error of `recovered` of the sums over windows that are given here one by one: that of a ratio of means
+    (Cochran 1977, section 6.4). None for fewer than two windows, or where `recovered` is.
+    """
+    kept, n = recovered(sum(clean), sum(ablated), sum(spliced)), len(clean)
+    if kept is None or n < 2:
+        return None
+    apart = [a - s - kept * (a - c) for c, a, s in zip(clean, ablated, spliced, strict=True)]
+    return math.sqrt(n / (n - 1) * sum(value * value for value in apart)) / abs(sum(ablated) - sum(clean))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,7 +107,7 @@ def test_windows_are_taken_from_all_of_the_held_out_text(model: LanguageModel, c
         clean -= float(log_p[torch.arange(len(log_p)), text[0, 1:]].sum())
         tokens += len(log_p)
     assert found.tokens == tokens
-    assert found.clean == pytest.approx(clean, rel=1e-5)
+    assert sum(found.clean) == pytest.approx(clean, rel=1e-5)
 
 
 def test_the_token_budget_is_kept(model: LanguageModel, corpus: Corpus) -> None:
@@ -252,8 +254,13 @@ def test_a_hook_that_runs_before_its_input_is_refused(model: LanguageModel, corp
 def test_shares_follow_from_the_sums() -> None:
     """ce and kl are per predicted token; recovered is 1 for the clean model and 0 for zeros."""
     result = SpliceResult(
-        tokens=50, clean=100.0, zero=SplicedSums(ce=400.0, kl=300.0), saes={"s": SplicedSums(ce=160.0, kl=75.0)}
+        tokens=50,
+        clean=[40.0, 60.0],
+        zero=SplicedSums(ce=[150.0, 250.0], kl=300.0),
+        saes={"s": SplicedSums(ce=[70.0, 90.0], kl=75.0)},
     )
+    # 80 of 110 and 160 of 190: 8 below and 8 above 0.8 of them.
+    error = math.sqrt(2 * (8**2 + 8**2)) / 300
     assert result.metrics("s") == pytest.approx(
         {
             "ce_tokens": 50,
@@ -261,6 +268,7 @@ def test_shares_follow_from_the_sums() -> None:
             "ce_zero": 8.0,
             "ce_sae": 3.2,
             "ce_recovered": 0.8,
+            "ce_recovered_error": error,
             "kl_zero": 6.0,
             "kl_sae": 1.5,
             "kl_recovered": 0.75,

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from midiscover.summary import columns, compact, fixed, hook_names, in_order, natural_key, percent, quality, strength
+from midiscover.summary import (
+    ce_error_notes,
+    columns,
+    compact,
+    fixed,
+    hook_names,
+    in_order,
+    natural_key,
+    percent,
+    quality,
+    strength,
+)
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -130,3 +141,12 @@ def test_quality_of_nothing() -> None:
     assert judged.best_id is None
     assert {line.passed for line in judged.indicators} == {None}
     assert {line.best for line in [*judged.indicators, *judged.measures]} == {"-"}
+
+
+def test_how_exact_ce_recovered_is() -> None:
+    rows = [row(ce_recovered_error=0.0123), row(ce_recovered_error=None), row(ce_recovered_error=0.031)]
+    assert [note.partition(",")[0] for note in ce_error_notes(rows)] == [
+        "CE recovered: standard error 1.2 to 3.1 points"
+    ]
+    assert "error 1.2 points" in ce_error_notes(rows[:2])[0]
+    assert ce_error_notes([row()]) == []  # measured before errors were

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from midiscover.errors import CorpusError
-from midiscover.sae.metrics import DENSITY_EDGES, FOREIGN, MetricSums, density, recovered
+from midiscover.sae.metrics import DENSITY_EDGES, FOREIGN, MetricSums, density, recovered, recovered_error
 
 TOKENS, D_IN, D_SAE = 50, 6, 20
 CHECKED = {
@@ -132,3 +133,17 @@ def test_no_row_at_all_is_no_perfect_sae() -> None:
     """0 of 0 unexplained would be FVU 0."""
     with pytest.raises(CorpusError, match="held-out text has no row that SAEs are measured on"):
         MetricSums(D_SAE, torch.zeros(3)).result()
+
+
+def test_the_error_of_a_share_is_that_of_drawing_other_windows() -> None:
+    """Against the spread over resampled windows."""
+    generator = np.random.default_rng(0)
+    clean = generator.gamma(20, 20, 64)
+    ablated = clean + generator.gamma(9, 30, 64)
+    spliced = clean + (ablated - clean) * generator.uniform(0.05, 0.3, 64) + generator.normal(0, 4, 64)
+    drawn = generator.integers(0, 64, (20_000, 64))
+    sums = [values[drawn].sum(1) for values in (clean, ablated, spliced)]
+    spread = ((sums[1] - sums[2]) / (sums[1] - sums[0])).std()
+    assert recovered_error(clean, ablated, spliced) == pytest.approx(spread, rel=0.03)
+    assert recovered_error(clean[:1], ablated[:1], spliced[:1]) is None
+    assert recovered_error(clean, clean, spliced) is None
