@@ -19,8 +19,9 @@ from tests.runs import weights, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
-FLAGS = ("--resources.pack_size", "1", "--resources.stall_seconds", "25", "--resources.trainer", "inline")
-TITLES = ("pack_trial", "ImplicitFunc")
+FLAGS = ("--resources.pack_size", "1", "--resources.stall_seconds", "25")
+TITLES = {"inline": ("pack_trial", "ImplicitFunc"), "ray_train": ("RayTrainWorker",)}
+"""Of the processes that train, by `resources.trainer`."""
 
 
 def said(store: Path) -> str:
@@ -30,26 +31,27 @@ def said(store: Path) -> str:
 def test_one_pack_hangs_and_one_is_killed_and_all_saes_stand(tmp_path: Path, undisturbed: Path) -> None:
     write_run(tmp_path, **SLOW)
     store = tmp_path / "store"
-    driver = start(tmp_path, store, *FLAGS)
+    driver = start(tmp_path, store, *FLAGS, "--resources.trainer", "inline")
     wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
-    hung = ray_worker(driver, TITLES)
+    hung = ray_worker(driver, TITLES["inline"])
     hung.suspend()
     assert len(weights(str(store))) < 4, "there was work left"
     wait_for(lambda: not psutil.pid_exists(hung.pid), driver, "its end", 120)
     assert "has not moved for 25 s" in said(store)
     left = set(checkpoints(store))  # by the one that hung
     wait_for(lambda: set(checkpoints(store)) - left, driver, "a checkpoint of what goes on")
-    kill(driver, ray_worker(driver, TITLES))
+    kill(driver, ray_worker(driver, TITLES["inline"]))
     finish(driver, store)
     assert weights(str(store)) == weights(str(undisturbed)), "each SAE once, bit for bit"
 
 
-def test_a_pack_that_hangs_each_time_is_given_up_and_named(tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("trainer", TITLES)
+def test_a_pack_that_hangs_each_time_is_given_up_and_named(tmp_path: Path, undisturbed: Path, trainer: str) -> None:
+    """By Tune, which starts trials again, and by Ray Train, which does so within one."""
     write_run(tmp_path, **SLOW)
     store = tmp_path / "store"
-    driver = start(
-        tmp_path, store, *FLAGS, "--resources.max_failures", "1", "--harvest.hooks", "[model.layers.1.mlp.down_proj]"
-    )
+    few = ("--resources.max_failures", "1", "--harvest.hooks", "[model.layers.1.mlp.down_proj]")
+    driver = start(tmp_path, store, *FLAGS, "--resources.trainer", trainer, *few)
     stopped: set[int] = set()
     victim = ""
     try:
@@ -60,7 +62,7 @@ def test_a_pack_that_hangs_each_time_is_given_up_and_named(tmp_path: Path, undis
             # One that is stopped before it has said that it trains holds no lease.
             if victim and victim in found and len(stopped) < 2 and said(store).count("resumed at step") >= len(stopped):
                 try:
-                    worker = ray_worker(driver, TITLES)
+                    worker = ray_worker(driver, TITLES[trainer])
                 except AssertionError:  # one has ended, and the next has not begun
                     continue
                 if worker.pid not in stopped and worker.status() != psutil.STATUS_STOPPED:
