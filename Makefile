@@ -18,11 +18,13 @@ demo: $(STAMP)
 	$(BIN)/midiscover publish demo
 	@echo "To query these SAEs over HTTP, with a page for the browser: $(BIN)/midiscover serve"
 
-# Two at a time, but for what must be alone; the slow files come first. Threads that wait must not spin: OpenMP's would
-# take the other's core.
+# Two at a time, but for what must be alone; the slow files come first. Both halves read one finished run. Threads that
+# wait must not spin: OpenMP's would take the other's core.
 test: $(STAMP)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not long"
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "alone and not long"
+	set -e; finished=$$(mktemp -d); trap 'rm -rf "$$finished"' EXIT; \
+	export MIDISCOVER_TEST_FINISHED="$$finished" OMP_WAIT_POLICY=PASSIVE; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not long"; \
+	$(BIN)/python -m pytest -m "alone and not long"
 
 # Minutes each, on several Ray nodes: lost nodes, outages, an autoscaler.
 test-long: $(STAMP)
