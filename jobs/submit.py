@@ -170,7 +170,7 @@ def portable(config: RunConfig, store: str) -> RunConfig:
     if evaluate.foreign_source is not None and is_local(evaluate.foreign_source):
         evaluate = replace(evaluate, foreign_source=_put_text(evaluate.foreign_source, store))
     config = replace(config, corpus=corpus, evaluate=evaluate)
-    if Path(os.path.expanduser(config.model.id)).exists():
+    if config.model.id == "embedded" or Path(os.path.expanduser(config.model.id)).exists():
         stored, is_new = push_model(config.model, store)
         _say_put(stored.name, sum(file.size for file in stored.files.values()), store, is_new=is_new)
         return replace(config, model=replace(config.model, id=f"{STORED}{stored.key}", revision=None))

@@ -13,8 +13,21 @@ _MLP_OUT = re.compile(r"mlp(\.(down_proj|fc2|c_proj|dense_4h_to_h))?")
 _ATTENTION_OUT = re.compile(r"(self_attn\.(o_proj|dense)|attn\.c_proj|attention\.dense)")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)(?:\.(.+))?")
 _NORMALISED_AFTER = frozenset(
-    ("exaone4", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text")
-    + ("glm4", "olmo2", "olmo3")
+    (
+        "afmoe",
+        "axk1",
+        "beam",
+        "exaone4",
+        "exaone4_5",
+        "flex_olmo",
+        "gemma2",
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "gemma4_unified",
+    )
+    + ("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4", "glm4v", "glm4v_text")
+    + ("glm_ocr", "glm_ocr_text", "kolibri1", "lfm3", "olmo2", "olmo3", "olmo_hybrid")
 )
 """Families that normalise once more what an MLP or attention block has made: its last projection is neither one of
 TransformerLens' hooks nor what is added to the residual stream."""

@@ -83,11 +83,10 @@ class LanguageModel:
                 output_loading_info=True,
                 device_map=device_map,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # some quantised forms need more
             raise ModelError(f"Model {identity.name} could not be loaded from {folder}: {first_line(error)}") from error
         model, report = loaded
-        # transformers only warns and goes on with random numbers.
-        absent = sorted({*report["missing_keys"], *report["mismatched_keys"]}, key=str)
+        absent = _absent(report)
         if absent:
             raise ModelError(
                 f"The weights of {identity.name} lack or do not fit {absent[0]}; the folder is incomplete."
@@ -206,6 +205,11 @@ def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _absent(report: Mapping[str, Any]) -> list[Any]:
+    """Tensors of a model that its files lack or do not fit; transformers only warns and goes on with random numbers."""
+    return sorted({*report["missing_keys"], *report["mismatched_keys"]}, key=str)
+
+
 def convert_gguf(gguf: Path, folder: Path, about: Mapping[str, str | None]) -> None:
     """De-quantise a GGUF file to a bfloat16 safetensors folder with tokenizer; `about` becomes its name file.
 
@@ -215,10 +219,17 @@ def convert_gguf(gguf: Path, folder: Path, about: Mapping[str, str | None]) -> N
 
     be_quiet()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        given = {"gguf_file": gguf.name, "trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **given
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # a damaged file makes its reader raise anything
         raise ModelError(f"GGUF file {gguf} could not be read: {first_line(error)}") from error
+    model, report = loaded
+    absent = _absent(report)
+    if absent:
+        raise ModelError(f"GGUF file {gguf} lacks or does not fit {absent[0]}; of a split one, join its parts first.")
     # Loading took the quantisation away; the marks that remain of it would stop save_pretrained.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -38,19 +38,22 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-INDEX_FILE = "model.safetensors.index.json"
-MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES = ("config.json", "generation_config.json", "chat_template.jinja", *TOKENIZER_FILES)
+"""Beside its weights. A chat's template stands by itself since transformers 5, and is no part of the tokenizer here: no
+corpus depends on it."""
 # Weights by the two names that transformers itself loads: some hubs hold further copies in other layouts.
 WEIGHT_FILES = ("model*.safetensors", INDEX_FILE)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. ModelError where there are none, or a listed one is missing."""
-    index = folder / INDEX_FILE
-    if index.is_file():
+    """The safetensors files of a model folder. ModelError where there are none, or a listed one is missing.
+
+    A single file comes before an index, as transformers has it.
+    """
+    index, names = folder / INDEX_FILE, [SINGLE_FILE]
+    if index.is_file() and not (folder / SINGLE_FILE).is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -66,11 +69,11 @@ def weight_names(read: Callable[[str, int, int | None], bytes]) -> list[str]:
     """
     try:
         try:
-            return list(json.loads(read(INDEX_FILE, 0, None))["weight_map"])
+            length = int.from_bytes(read(SINGLE_FILE, 0, 8), "little")
         except FileNotFoundError:
-            length = int.from_bytes(read("model.safetensors", 0, 8), "little")
-            header = json.loads(read("model.safetensors", 8, min(length, MAX_HEADER_BYTES)))
-            return [name for name in header if name != "__metadata__"]
+            return list(json.loads(read(INDEX_FILE, 0, None))["weight_map"])
+        header = json.loads(read(SINGLE_FILE, 8, min(length, MAX_HEADER_BYTES)))
+        return [name for name in header if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -184,7 +187,15 @@ def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+        # Only what `download` fetches: a snapshot without the rest of the repository counts as incomplete.
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=["*/*"],
+        )
+        return Path(folder)
     except LocalEntryNotFoundError:
         return None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from midiscover.digests import cache_dir, files_sha256
 from midiscover.errors import CorruptError, ModelError, StoreError
 from midiscover.ids import canonical_json
-from midiscover.modelfiles import INDEX_FILE, MODEL_FILES, NAME_FILE, weight_files
+from midiscover.modelfiles import INDEX_FILE, MODEL_FILES, NAME_FILE, SINGLE_FILE, weight_files
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
 
@@ -97,8 +97,9 @@ def _absent(name: str, storage: Storage) -> str:
 
 def model_files(folder: Path) -> dict[str, StoredFile]:
     """The files of a model folder that travel: config, tokenizer and safetensors weights, nothing that can run."""
-    names = [name for name in (*MODEL_FILES, NAME_FILE, INDEX_FILE) if (folder / name).is_file()]
-    names += [file.relative_to(folder).as_posix() for file in weight_files(folder)]
+    weights = [file.relative_to(folder).as_posix() for file in weight_files(folder)]
+    index = () if weights == [SINGLE_FILE] else (INDEX_FILE,)
+    names = [name for name in (*MODEL_FILES, NAME_FILE, *index) if (folder / name).is_file()] + weights
     _check_names(names, str(folder))
     paths = [folder / name for name in names]
     digests = files_sha256(paths)

@@ -179,23 +179,24 @@ def _nothing_in(where: str, others: set[str]) -> CorpusError:
 
 def _in_store(source: str) -> list[TextFile]:
     """Objects under a prefix, or the one object that `source` names."""
-    path, only = source.removeprefix("s3://").rstrip("/"), None
-    if "/" in path and path.endswith(SUFFIXES):
-        path, _, only = path.rpartition("/")
-    address = f"s3://{path}"
+    path = source.removeprefix("s3://").rstrip("/")
+    folder, _, name = path.rpartition("/")
+    is_object = bool(folder) and name.endswith(SUFFIXES) and open_store(f"s3://{folder}", create=False).exists(name)
+    address = f"s3://{folder if is_object else path}"
     storage = open_store(address, create=False)
-    there = storage.list("")
-    keys = [key for key in there if only is None or key == only]
+    there = {name: storage.version(name)} if is_object else {one.key: one.version for one in storage.entries("")}
+    keys = list(there)
     texts = [key for key in keys if key.endswith(SUFFIXES) and not re.search(r"(^|/)[._]", key)]
     if not texts:
         raise _nothing_in(source, {Path(key).suffix or key for key in keys})
-    contents = json.loads(storage.read(CONTENTS)) if CONTENTS in there else {}
+    is_pushed = storage.exists(CONTENTS) if is_object else CONTENTS in there
+    contents = json.loads(storage.read(CONTENTS)) if is_pushed else {}
     return [
         TextFile(
             key,
             f"{address}/{key}",
             lambda key=key: _open_object(storage, key),
-            version=contents.get(key) or storage.version(key),
+            version=contents.get(key) or there[key],
         )
         for key in texts
     ]
@@ -254,6 +255,8 @@ def _parquet(stream: BinaryIO, field: str, where: str) -> Iterator[str]:
             )
         kind = schema.field(field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_null(kind):  # a file in which every text is missing
+            return
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise CorpusError(f"{where}: column {field!r} holds {kind}, not text. corpus.text_field chooses.")
         for batch in table.iter_batches(batch_size=256, columns=[field]):

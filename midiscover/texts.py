@@ -105,12 +105,17 @@ def resolve_foreign(corpus: CorpusConfig, evaluate: EvaluateConfig) -> SourceIde
 def documents(cfg: CorpusConfig, identity: SourceIdentity) -> list[Iterator[str]]:
     """The documents of each part named in `identity.parts`, in an order that only text and settings decide.
 
-    Texts are never empty and can be encoded as UTF-8. CorpusError where a file turns out to be broken.
+    Texts are never empty and can be encoded as UTF-8. CorpusError where a file turns out to be broken, or the files are
+    not those any more that `resolve_source` saw.
     """
     if cfg.source in builtin_text.PARTS:
         return [iter(part) for part in builtin_text.shuffled(cfg.source, cfg.seed)]
     files = text_files.find(cfg.source)
-    return [_hub_documents(cfg, identity) if files is None else text_files.read(files, cfg.text_field)]
+    if files is None:
+        return [_hub_documents(cfg, identity)]
+    if text_files.digest(files) != identity.digest:
+        raise CorpusError(f"{cfg.source} has changed since it was looked at; run the same command again.")
+    return [text_files.read(files, cfg.text_field)]
 
 
 def _resolve_hub(cfg: CorpusConfig) -> SourceIdentity:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from midiscover.modelfiles import weight_files
 from midiscover.models import ModelIdentity, model_folder
 
 _OUTPUT = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -44,11 +45,8 @@ def read_unembedding(identity: ModelIdentity) -> Tensor | None:
 
 def _places(folder: Path) -> dict[str, str]:
     """Tensor name -> the file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return json.loads(index.read_text())["weight_map"]
     found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             found |= dict.fromkeys(file.keys(), path.name)
     return found

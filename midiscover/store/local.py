@@ -115,7 +115,7 @@ class LocalStorage:
                     stat = self.local_path(key).stat()
                 except FileNotFoundError:  # deleted since
                     continue
-                found.append(Entry(key, stat.st_size, stat.st_mtime))
+                found.append(Entry(key, stat.st_size, stat.st_mtime, _version(stat)))
         return found
 
     def exists(self, key: str) -> bool:
@@ -126,8 +126,7 @@ class LocalStorage:
     def version(self, key: str) -> str:
         """See `Storage.version`: size and time of the last change."""
         with self._explained("look for", key):
-            stat = self.local_path(key).stat()
-            return f"{stat.st_size}-{stat.st_mtime_ns}"
+            return _version(self.local_path(key).stat())
 
     def delete(self, key: str) -> None:
         """See `Storage.delete`."""
@@ -170,6 +169,10 @@ class LocalStorage:
             if isinstance(error, FileNotFoundError) and verb in ("read", "look for"):
                 raise
             raise StoreFailedError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
+
+
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def lock_of(path: Path) -> Path:

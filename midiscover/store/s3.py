@@ -194,7 +194,10 @@ class S3Storage:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + below)
         items = self._ask("list", prefix, lambda: [item for page in pages for item in page.get("Contents", ())])
         found = [
-            Entry(item["Key"].removeprefix(root), item["Size"], item["LastModified"].timestamp()) for item in items
+            Entry(
+                item["Key"].removeprefix(root), item["Size"], item["LastModified"].timestamp(), item["ETag"].strip('"')
+            )
+            for item in items
         ]
         return sorted(entry for entry in found if not entry.key.endswith("/"))
 

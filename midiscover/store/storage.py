@@ -26,6 +26,8 @@ class Entry(NamedTuple):
     bytes: int
     modified: float
     """Seconds since 1970."""
+    version: str
+    """As `Storage.version` tells it."""
 
 
 class Storage(Protocol):

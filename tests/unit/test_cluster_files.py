@@ -253,6 +253,7 @@ def test_a_ray_job_runs_what_is_there(stage: str) -> None:
     python, flag, module, config = spec["entrypoint"].split()
     assert (python, flag, config) == ("python", "-m", "/etc/midiscover/run.yaml")
     assert module == f"jobs.{stage}"
+    assert "backoffLimit" not in spec, "KubeRay refuses it beside a clusterSelector"
     assert importlib.util.find_spec(module) is not None
     cluster = read(KUBERAY / "raycluster.yaml")
     assert spec["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
@@ -269,7 +270,12 @@ def test_the_kustomization_names_what_is_there() -> None:
         assert all((KUBERAY / name).is_file() for name in names)
     text = (KUBERAY / "raycluster.yaml").read_text()
     assert set(re.findall(r"config(?:Map|MapRef): \{ name: ([\w-]+)", text)) == set(maps)
-    assert load_config(KUBERAY / "run.yaml") == load_config(ROOT / "jobs" / "configs" / "phi2_layers_by_l1.yaml")
+    run = load_config(KUBERAY / "run.yaml")
+    assert run == load_config(ROOT / "jobs" / "configs" / "phi2_layers_by_l1.yaml")
+    # Whose workers come when they are asked for, and not more of them than there may be.
+    workers = read(KUBERAY / "raycluster.yaml")["spec"]["workerGroupSpecs"][0]
+    assert workers["replicas"] == 0
+    assert run.resources.nodes == workers["maxReplicas"] == read(ROOT / "ray_cluster.yaml")["max_workers"]
 
 
 def test_the_network_policy_reaches_the_cluster_and_nobody_else_reaches_it() -> None:

@@ -67,6 +67,15 @@ def test_the_dockerfile_passes_hadolint_and_is_no_root() -> None:
     for target in ("cpu", "gpu"):
         stage = text.partition(f" AS {target}\n")[2].partition("\nFROM ")[0]
         assert "\nUSER 1000\n" in stage
+    of_gpus = text.partition(" AS base-gpu\n")[2].partition("\nFROM ")[0]
+    assert re.search(r"install .*\bgcc\b", of_gpus), "Triton compiles its launchers"
+    # A volume that is mounted where the image has no folder is root's, and so are the folders above it.
+    made = re.search(r"install --directory --owner=ray(.+?)\n[A-Z]", text, re.DOTALL)
+    assert made is not None
+    mounted = [*(CLUSTER / "kuberay").glob("*.yaml"), CLUSTER / "compose.yaml"]
+    caches = set(re.findall(r"/home/ray/[\w./-]+", "\n".join(path.read_text() for path in mounted)))
+    assert caches
+    assert caches <= set(re.findall(r"/home/ray/[\w./-]+", made[1]))
     sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
     assert "*" in sent
     for name in ("midiscover", "jobs", "serve", "pyproject.toml", "cluster/requirements.lock", "README.md", "LICENSE"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from midiscover.hooknames import is_residual, transformer_lens_hook
 from tests.tiny import make_tiny_model
@@ -58,6 +61,21 @@ def test_hooks_of_transformer_lens(hook: str, family: str, name: str | None) -> 
 )
 def test_which_hooks_are_in_the_residual_stream(hook: str, family: str, expected: bool) -> None:
     assert is_residual(hook, family) is expected
+
+
+def test_families_that_normalise_after_an_mlp_are_known() -> None:
+    """By their code: a decoder layer of a causal model with a norm of that name is none whose projection is added."""
+    folder = Path(transformers.__file__).parent / "models"
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    found = {
+        name
+        for name in causal
+        for code in folder.glob(f"{name.removesuffix('_text')}/modeling_*.py")
+        if re.search(r"self\.post_(feedforward|mlp|ffn)_(layer)?norm\b", code.read_text())
+    }
+    assert found >= {"gemma2", "olmo2", "glm4"}
+    unknown = {name for name in found if is_residual("model.layers.0.mlp.down_proj", name)}
+    assert not unknown
 
 
 @pytest.mark.parametrize("family", ["phi", "llama", "gpt2", "gpt_neox"])

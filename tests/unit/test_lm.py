@@ -21,7 +21,7 @@ from midiscover import hookfacts
 from midiscover.attach import fuse_gelu
 from midiscover.config import ModelConfig
 from midiscover.errors import ModelError
-from midiscover.lm import LanguageModel, compute_dtype, hook_facts, load_tokenizer
+from midiscover.lm import LanguageModel, compute_dtype, convert_gguf, hook_facts, load_tokenizer
 from midiscover.models import resolve_model
 from tests.tiny import KINDS, MLP_OUTPUT, Kind, make_tiny_model
 
@@ -352,3 +352,14 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "never_heard_of"}')
     with pytest.raises(ModelError, match="no causal language model"):
         hook_facts(tmp_path)
+
+
+def test_a_gguf_file_with_a_part_of_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first file of a split one: transformers fills the rest with random numbers and only warns."""
+    model = AutoModelForCausalLM.from_config(transformers.PhiConfig(num_hidden_layers=1, hidden_size=32, vocab_size=64))
+    report = {"missing_keys": {"model.layers.3.mlp.fc1.weight"}, "mismatched_keys": set()}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, report))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    with pytest.raises(ModelError, match=r"big-00001-of-00002\.gguf lacks .*layers\.3\.mlp\.fc1.* join its parts"):
+        convert_gguf(tmp_path / "big-00001-of-00002.gguf", tmp_path / "made", {})
+    assert not (tmp_path / "made").exists()

@@ -17,7 +17,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 
 import midiscover.lm  # noqa: F401  so that hook tables are made in this process
 from midiscover import modelfiles, models
@@ -114,6 +116,18 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(ModelError, match="model-00002-of-00002"):
         resolve(folder)
+
+
+def test_a_single_file_comes_before_an_index(folder: Path, tmp_path: Path) -> None:
+    """As transformers loads them: an index is what a model saved anew in one file leaves behind."""
+    before = resolve(folder)
+    shards = {"lm_head.weight": "model-00001-of-00001.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert resolve(folder) == before
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, folder / shards["lm_head.weight"])
+    assert resolve(folder) == before
+    (folder / "model.safetensors").unlink()
+    assert resolve(folder).digest != before.digest
 
 
 def test_a_file_and_a_revision_of_a_folder_are_refused(folder: Path) -> None:
@@ -278,6 +292,7 @@ class Hub:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
+    (folder / "README.md").write_text("Never fetched: a snapshot without it is whole.")
     server = Hub(folder)
     yield server
     server.close()

@@ -74,6 +74,7 @@ def bucket(folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket
 def test_a_stored_model_is_the_folder_it_was(folder: Path, store: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"may run code")
     (folder / "modeling_phi.py").write_text("print('runs')")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert push(folder, store)
     here, there = resolve(folder), resolve("store:tiny-phi", store)
     assert (there.name, there.digest, there.tokenizer_digest) == (here.name, here.digest, here.tokenizer_digest)
@@ -81,7 +82,7 @@ def test_a_stored_model_is_the_folder_it_was(folder: Path, store: Path) -> None:
     assert hook_table(there) == hook_table(here)
     assert {path.name for path in (store / "models" / "tiny-phi").iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
-        "manifest.json",
+        "chat_template.jinja", "manifest.json",
     }  # fmt: skip
 
 

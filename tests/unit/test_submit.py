@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus
 from jobs import NICENESS, submit
 from jobs.progress import Bars, replay
 from jobs.runtime import CLIENT, check_client
-from midiscover import configio, lineage
+from midiscover import configio, lineage, models
 from midiscover.config import CorpusConfig, EvaluateConfig, ModelConfig, RunConfig
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, NotFoundError, StageError
@@ -90,7 +90,7 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert submit.variables()[NICENESS] == "15"
 
 
-def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path) -> None:
+def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny_model("llama", tmp_path / "tiny")
     (tmp_path / "text.txt").write_text("words " * 100)
     config = RunConfig(model=ModelConfig(id=str(tmp_path / "tiny")))
@@ -98,6 +98,9 @@ def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path) -> None:
     assert moved.model.id == "store:tiny"
     assert (tmp_path / "store" / "models" / "tiny" / "manifest.json").is_file()
     assert submit.portable(RunConfig(model=ModelConfig(id="a/b")), "unused").model.id == "a/b"
+    monkeypatch.setattr(models, "ensure_embedded_model", lambda: tmp_path / "tiny")
+    embedded = RunConfig(model=ModelConfig(id="embedded"))
+    assert submit.portable(embedded, str(tmp_path / "store")).model.id == "store:tiny"
     text, store = str(tmp_path / "text.txt"), str(tmp_path / "store")
     config = RunConfig(corpus=CorpusConfig(source=text), evaluate=EvaluateConfig(foreign_source=text))
     moved = submit.portable(config, store)

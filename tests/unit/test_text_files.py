@@ -1,0 +1,80 @@
+"""Text files that change, that hold nothing, that are many, and that are packed in another way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from midiscover import text_files
+from midiscover.config import CorpusConfig
+from midiscover.errors import CorpusError
+from midiscover.store.local import LocalStorage
+from midiscover.store.storage import Entry
+from midiscover.texts import documents, resolve_source
+
+
+def test_a_text_that_changes_in_between_is_not_taken_for_the_one_that_was_seen(tmp_path: Path) -> None:
+    """A node of a cluster may be waited for meanwhile; the corpus would stand under the id of the old text."""
+    (tmp_path / "a.txt").write_text("the first")
+    cfg = CorpusConfig(source=str(tmp_path))
+    seen = resolve_source(cfg)
+    assert [list(part) for part in documents(cfg, seen)] == [["the first"]]
+    (tmp_path / "b.txt").write_text("another")
+    with pytest.raises(CorpusError, match="has changed since it was looked at; run the same command again"):
+        documents(cfg, seen)
+
+
+def test_a_parquet_file_without_any_text_is_passed_over(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["some"]}), tmp_path / "b.parquet")
+    cfg = CorpusConfig(source=str(tmp_path))
+    assert [list(part) for part in documents(cfg, resolve_source(cfg))] == [["some"]]
+
+
+def test_a_prefix_of_a_bucket_is_known_from_its_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many objects it holds: none is asked for by itself."""
+    for name in range(300):
+        (tmp_path / f"{name}.txt").write_text(str(name))
+    (tmp_path / "named.parquet").mkdir()
+    pq.write_table(pa.table({"text": ["some"]}), tmp_path / "named.parquet" / "part-0.parquet")
+    listed: list[list[Entry]] = []
+
+    class Bucket(LocalStorage):
+        def entries(self, prefix: str) -> list[Entry]:
+            listed.append(super().entries(prefix))
+            return listed[-1]
+
+        def version(self, key: str) -> str:
+            raise AssertionError(f"{key} is asked for")
+
+    def opened(address: str, **_: Any) -> LocalStorage:
+        return Bucket(tmp_path / address.removeprefix("s3://bucket").strip("/"))
+
+    monkeypatch.setattr(text_files, "open_store", opened)
+    files = text_files.find("s3://bucket/")
+    assert files is not None
+    assert len(files) == 301
+    assert len(listed) == 1
+    assert {file.name: file.version for file in files} == {one.key: one.version for one in listed[0]}
+    inside = text_files.find("s3://bucket/named.parquet")
+    assert inside is not None
+    assert [file.name for file in inside] == ["part-0.parquet"]
+
+
+def test_files_of_a_hub_data_set_may_be_packed_by_zstd(tmp_path: Path) -> None:
+    """As The Pile's: with the package that `datasets` asks for."""
+    import datasets
+
+    rows = [{"text": "one"}, {"text": "two"}]
+    data = zstandard.compress("\n".join(map(json.dumps, rows)).encode())
+    (tmp_path / "00.jsonl.zst").write_bytes(data)
+    found = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "*.zst"), split="train", streaming=True, cache_dir=str(tmp_path / "cache")
+    )
+    assert list(found) == rows
