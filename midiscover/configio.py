@@ -275,6 +275,9 @@ def _unknown_key(key: str, known: Sequence[str] | Mapping[str, Any], path: str) 
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     place = f"'{path}'" if path else "the config"
     full = f"{path}.{key}" if path else key
+    kinds = [kind for kind, cls in SAE_KINDS.items() if path == "sae" and key in cls.__dataclass_fields__]
+    if kinds:  # of an architecture, but not of this one
+        return f"'{full}' is a setting of {', '.join(kinds)}, and not of the sae.kind that is given."
     hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
     return f"'{full}' is not a setting of {place}; {hint}"
 

@@ -31,12 +31,13 @@ def quoted(tokens: Iterable[str], limit: int = 5) -> str:
 def coloured(tokens: Sequence[str], values: Sequence[float], highest: float, peak: int | None = None) -> Text:
     """Tokens on grounds whose depth is their activation; the one at `peak` is underlined.
 
-    Without colours the text says as much: tokens that fire at more than half of `highest` stand in ⟦ ⟧.
+    Without colours the text says as much: tokens that fire at more than half of `highest` stand in ⟦ ⟧, and so does
+    the one at `peak` where it fires.
     """
     text = Text(overflow="fold")
     for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
         share = min(1.0, value / highest) if highest > 0 and value > 0 else 0.0
-        mark = share > 0.5
+        mark = share > 0.5 or (place == peak and share > 0)
         style = _ground(share) + (" underline" if place == peak else "")
         text.append("⟦" if mark else "", style="dim")
         text.append(shown(token), style=style)
@@ -54,7 +55,7 @@ def _ground(share: float) -> str:
 
 def listing(rows: Sequence[Mapping[str, Any]], total: int) -> RenderableType:
     """Features: `index, firing_rate, mean, max, top_tokens, pos_tokens` of each; `total` is how many fit."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)  # the tokens share what the numbers leave
     for heading in ("feature", "fires on", "mean", "max"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=8)
     for heading in ("top tokens", "promotes"):
@@ -83,7 +84,7 @@ def page(sae_id: str, row: Mapping[str, Any], contexts: Sequence[Context], *, mo
     titles = {"top": "Highest activations", "interval": "Drawn from intervals", "random": "Drawn at random"}
     for kind, title in titles.items():
         found = [context for context in contexts if context.kind == kind]
-        if found:
+        if found and most > 0:
             parts.append(_contexts(title, spread(found, most), row["max"]))
     return Group(*(part for piece in parts for part in (piece, Text())))
 

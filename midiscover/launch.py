@@ -139,7 +139,8 @@ def job_parser(stage: str, *, prog: str | None = None) -> Parser:
         "config", metavar="CONFIG", help="a YAML file, or the name of one that ships (demo, quick, ...)"
     )
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
-    parser.add_argument("--force", action="store_true", help="make anew what is already committed")
+    if stage != "config":
+        parser.add_argument("--force", action="store_true", help="make anew what is already committed")
     if stage in ("sweep", "pipeline"):
         parser.add_argument("--tag", action="append", default=[], help="mark the sweep; may stand several times")
         parser.add_argument("--note", help="a sentence kept with the sweep")
@@ -152,6 +153,7 @@ DESCRIPTIONS = {
     "features": "Write down each feature of finished SAEs: statistics, contexts, logit lens, neighbours.",
     "pipeline": "Run all stages of a config: sweep, features, and the exports that its section `publish` lists.",
     "publish": "Export SAEs of a sweep for other tools, as the settings in `publish` say.",
+    "config": "Print the settings, ids and paths that a config resolves to; runs nothing.",
 }
 EXAMPLES = {"features": "features.max_tokens 50000", "publish": "publish.saes best"}
 
@@ -162,7 +164,7 @@ def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> Jo
     return JobArgs(
         config=known.config,
         store=known.store,
-        force=known.force,
+        force=getattr(known, "force", False),
         tags=tuple(getattr(known, "tag", ())),
         note=getattr(known, "note", None),
         overrides=parse_overrides(rest),

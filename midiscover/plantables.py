@@ -51,7 +51,8 @@ def scaling_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
     names = list(dict.fromkeys(stage.name for stage in plans[0].stages))
     money = [">US$"] if price is not None else []
     table = empty(">GPUs", *(f">{name}" for name in names), ">in all", ">GPU hours", *money, ">of ideal", "longest")
-    ideal = plans[0].seconds * max(1, plans[0].gpus)
+    fewest = min(plans, key=lambda plan: plan.gpus)
+    ideal = fewest.seconds * max(1, fewest.gpus)
     for plan in plans:
         hours = max(1, plan.gpus) * plan.seconds / 3600
         times = [sum(stage.seconds for stage in plan.stages if stage.name == name) for name in names]

@@ -27,6 +27,7 @@ from midiscover.summary import (
     METRICS,
     Column,
     Row,
+    ce_error_notes,
     columns,
     fixed,
     has_foreign,
@@ -80,6 +81,7 @@ def write_report(
         cannot_tell=INDICATORS_CANNOT_TELL,
         charts=charts,
         controls=CONTROLS_NEED if any(map(is_control, rows)) else None,
+        notes=ce_error_notes(rows),
         several_kinds=len({row.get("kind") for row in rows}) > 1,
         failures=failures,
         retired=retired,
@@ -164,7 +166,7 @@ def _facts(
         "Model": _joined(model.get("name") or (config.get("model") or {}).get("id"), revision and str(revision)[:12]),
         "Corpus": _joined(corpus.get("source") or (config.get("corpus") or {}).get("source"), sweep.get("corpus")),
         "Tokens": _joined(
-            None if trained is None else f"{fixed(trained, 0)} for training",
+            None if trained is None else f"{fixed(trained, 0)} trained on, all epochs together",
             None if held_out is None else f"{fixed(held_out, 0)} held out",
         ),
         "SAEs": _joined(

@@ -269,7 +269,8 @@ def sae_ids(storage: Storage) -> list[str]:
     """Ids of all committed SAEs of a store, sorted."""
     suffix = "/" + layout.record("x").rpartition("/")[2]
     keys = storage.list(layout.SAES)
-    return [key.split("/")[1] for key in keys if key.endswith(suffix)]
+    # An export of a bundle has a copy of the record, further down.
+    return [key.split("/")[1] for key in keys if key.endswith(suffix) and key.count("/") == 2]
 
 
 def find_sae(storage: Storage, prefix: str) -> str:

@@ -54,10 +54,7 @@ def split_cluster(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return (None if known.cluster in (None, "", "none") else known.cluster), rest
 
 
-def parse_submit(argv: Sequence[str], *, prog: str | None = None) -> SubmitArgs:
-    """Read the arguments of the client of a cluster. ConfigError for anything unknown, or where no cluster is named."""
-    parser = Parser(prog=prog or "python -m jobs.submit", description="Jobs on a Ray cluster.", allow_abbrev=False)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+def _run_parser(actions: Any) -> Parser:
     run = actions.add_parser("run", help="submit a stage and follow it", allow_abbrev=False)
     run.add_argument("stage", metavar="STAGE", choices=STAGES, help=", ".join(STAGES))
     run.add_argument("target", metavar="CONFIG|SWEEP|SAE", nargs="?", default="", help="doctor and calibrate need none")
@@ -66,6 +63,16 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None) -> SubmitArgs:
     run.add_argument("--tag", action="append", default=[], help="mark the sweep; may stand several times")
     run.add_argument("--note", help="a sentence kept with the sweep")
     run.add_argument("--detach", action="store_true", help="do not wait for its end; print the job's id")
+    return run
+
+
+def parse_submit(argv: Sequence[str], *, prog: str | None = None, submits: bool = True) -> SubmitArgs:
+    """Read the arguments of the client of a cluster. ConfigError for anything unknown, or where no cluster is named.
+
+    submits: whether `run` is among the actions; at the command line a stage is submitted by its own verb.
+    """
+    parser = Parser(prog=prog or "python -m jobs.submit", description="Jobs on a Ray cluster.", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     listing = actions.add_parser("list", help="jobs of the cluster, newest first")
     listing.add_argument("--json", action="store_true", help="as JSON")
     logs = actions.add_parser("logs", help="what a job has said")
@@ -73,7 +80,7 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None) -> SubmitArgs:
     stop = actions.add_parser("stop", help="end a job; what it has committed is kept")
     for action in (logs, stop):
         action.add_argument("job", metavar="ID", help="a job, or a unique beginning of its id")
-    for action in (run, listing, logs, stop):
+    for action in (listing, logs, stop, *([_run_parser(actions)] if submits else [])):
         action.add_argument("--cluster", metavar="URL", default=os.environ.get(CLUSTER), help=f"else ${CLUSTER}")
     known, rest = parser.parse_known_args(list(argv))
     if not known.cluster:

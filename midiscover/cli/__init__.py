@@ -103,10 +103,12 @@ def _harvest(argv: Sequence[str]) -> None:
 
 
 def _jobs(argv: Sequence[str]) -> None:
-    if not argv or argv[0] != "run":  # a stage is submitted by its own verb
-        parse_submit(argv, prog="midiscover jobs")
-        run_on_cluster(argv[0], argv[1:])
-    raise ConfigError("`midiscover jobs` lists, follows and stops jobs; submit one by `midiscover sweep … --cluster`.")
+    if argv[:1] == ["run"]:  # which a stage's own verb does
+        raise ConfigError(
+            "`midiscover jobs` lists, follows and stops jobs; submit one by `midiscover sweep … --cluster`."
+        )
+    parse_submit(argv, prog="midiscover jobs", submits=False)
+    run_on_cluster(argv[0], argv[1:])
 
 
 def _pipeline(argv: Sequence[str]) -> None:

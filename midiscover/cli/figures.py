@@ -174,7 +174,8 @@ def _of_sae(storage: Storage, sae: str, name: str, features: Sequence[tuple[int,
     records = open_features(storage, sae)
     if name == "dead":
         rates = records.table(["firing_rate"])["firing_rate"].to_pylist()
-        return figures.dead_chart([{"value": rate} for rate in rates])
+        told = [f"Of {sae}, on {records.manifest['tokens']:,} training tokens"]
+        return figures.dead_chart([{"value": rate} for rate in rates], subtitle=told)
     cards = [
         figures.Card(
             records.feature(index),
@@ -188,7 +189,8 @@ def _of_sae(storage: Storage, sae: str, name: str, features: Sequence[tuple[int,
         return figures.feature_cards(cards) if len(cards) > 1 else figures.feature_card(*card)
     if name == "contexts":
         return figures.contexts_chart(card.contexts, card.row["max"], title=card.title or "Contexts")
-    return figures.activation_chart(card.row) if name == "activations" else figures.logit_chart(card.row)
+    draw = figures.activation_chart if name == "activations" else figures.logit_chart
+    return draw(card.row, of=sae)
 
 
 def _norms(storage: Storage, sae: str) -> Chart:

@@ -59,7 +59,7 @@ def _shown(hook: HookInfo, table: HookTable) -> bool:
 
 
 def _config(argv: Sequence[str]) -> None:
-    args = parse_job("sweep", argv, prog="midiscover config")
+    args = parse_job("config", argv, prog="midiscover config")
     resolved = resolve(load_config(find_config(args.config), args.overrides), args.store)
     print(to_yaml(resolved.config), end="")
     print("\n# what it resolves to")

@@ -22,6 +22,7 @@ from midiscover.ways import chosen_way, plan_ways
 from midiscover.work import work_of
 
 PICTURES = (".png", ".svg", ".pdf", ".html")
+MOST_GPUS = 100_000
 
 
 def plan_parser() -> Parser:
@@ -50,10 +51,10 @@ def plan_parser() -> Parser:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    counts = tuple(int(part) for part in text.split(","))
-    if any(count < 1 for count in counts):
-        raise argparse.ArgumentTypeError("numbers above 0")
-    return counts
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() and 0 < int(part) <= MOST_GPUS for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' must be numbers from 1 to {MOST_GPUS:,}, as 1,8,64")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -49,13 +49,16 @@ def _verify(argv: Sequence[str]) -> None:
     drawn = pictures(subject) if known.visualize else []
     written = []
     if known.visualize or known.package:
-        known.out.mkdir(parents=True, exist_ok=True)
-        for name, data in (*report_files(report), *drawn):
-            path = known.out / f"{report.name}.{name}"
-            path.write_bytes(data)
-            written.append(path)
-    if known.package:
-        written.append(package(subject, report, known.out, drawn))
+        try:
+            known.out.mkdir(parents=True, exist_ok=True)
+            for name, data in (*report_files(report), *drawn):
+                path = known.out / f"{report.name}.{name}"
+                path.write_bytes(data)
+                written.append(path)
+            if known.package:
+                written.append(package(subject, report, known.out, drawn))
+        except OSError as error:
+            raise ConfigError(f"Nothing can be written to --out '{known.out}': {error.strerror}.") from error
     if not known.json:
         for path in written:
             print(path)
@@ -130,6 +133,12 @@ def _promote(argv: Sequence[str]) -> None:
         gone = promote.withdraw(storage, known.target)
         print("\n".join(f"withdrawn: {sae}" for sae in gone))
         return
+    for name in ("max_fvu", "max_dead", "min_ce"):
+        value = getattr(known, name)
+        # FVU can be above 1 and cross-entropy recovered below 0, so there is one end to each.
+        if value is not None and not (value >= 0 if name != "min_ce" else value <= 1):
+            flag, right = f"--{name.replace('_', '-')}", "0 or above" if name != "min_ce" else "at most 1"
+            raise ConfigError(f"{flag} is {value:g}; it must be {right}.")
     between = _BETWEEN.fullmatch(known.l0)
     try:
         low, high = (float(end) for end in between.groups()) if between else (None, None)

@@ -27,29 +27,30 @@ TOKEN_COLUMNS = 16
 """Characters of a token's name at most."""
 PANEL_HEIGHT = 160
 HISTOGRAM_WIDTH = 640
-NO_LOGITS = "No tokens: its output is not as wide as the residual stream"
+NO_LOGITS = "No tokens: its output is not in the residual stream"
 NEVER = "It never fired on what was read"
 
 
-def activation_chart(feature_row: Row, *, log: bool | None = None) -> Chart:
+def activation_chart(feature_row: Row, *, log: bool | None = None, of: str = "") -> Chart:
     """Histogram of a feature's activations where it fires; its firing rate and quantiles stand in the subtitle.
 
     log: whether counts have a log axis; None where the tallest bar is more than LOG_RATIO times the lowest.
+    of: the SAE, for the title.
     """
-    title = f"Activations of feature {feature_row['index']}"
+    title = f"Activations of feature {feature_row['index']}{f' of {of}' if of else ''}"
     if not feature_row["count"]:
         return finish(blank(NEVER, 400), title, [])
     chart = activation_panel(feature_row, log=log, width=HISTOGRAM_WIDTH, height=240)
     return finish(chart, title, [fires_on(feature_row), quantiles(feature_row)])
 
 
-def logit_chart(feature_row: Row) -> Chart:
-    """The tokens that a feature promotes and suppresses most, with the logits that one unit of it adds."""
-    index = feature_row["index"]
+def logit_chart(feature_row: Row, *, of: str = "") -> Chart:
+    """The tokens that a feature promotes and suppresses most, with the logits that one unit of it adds. of: the SAE."""
+    title = f"Logits of feature {feature_row['index']}{f' of {of}' if of else ''}"
     if not feature_row["pos_tokens"]:
-        return finish(blank(NO_LOGITS, 400), f"Logits of feature {index}", [])
+        return finish(blank(NO_LOGITS, 400), title, [])
     chart = alt.hconcat(*logit_panels(feature_row, bar=150), spacing=36)
-    return finish(chart, f"Logits of feature {index}", ["Decoder direction times unembedding, per unit of activation"])
+    return finish(chart, title, ["Decoder direction times unembedding, per unit of activation"])
 
 
 def fires_on(row: Row) -> str:

@@ -69,7 +69,9 @@ def histogram_chart(
     return finish(alt.layer(marks).properties(width=PLOT_WIDTH, height=HEIGHT), title, told)
 
 
-def dead_chart(rows: Sequence[Row], title: str = "How many features fire how often") -> Chart:
+def dead_chart(
+    rows: Sequence[Row], title: str = "How many features fire how often", subtitle: Sequence[str] = ()
+) -> Chart:
     """Features by how often they fire, from never to more than every tenth token, with counts and shares.
 
     rows: `value`, the firing rate of a feature between 0 and 1, and, where there are several SAEs, their `group`.
@@ -104,7 +106,7 @@ def dead_chart(rows: Sequence[Row], title: str = "How many features fire how oft
     numbers = bars.mark_text(align="left", dx=4, fontSize=10, color=INK_SOFT).encode(text="text:N")
     height = len(RATES) * (BAR if len(groups) < 2 else 14 * len(groups) + 8)
     chart = alt.layer(drawn, numbers, data=alt.InlineData(values=values, name="rates"))
-    return finish(chart.properties(width=PLOT_WIDTH - 60, height=height), title, [])
+    return finish(chart.properties(width=PLOT_WIDTH - 60, height=height), title, subtitle)
 
 
 def rate_class(rate: float) -> str:

@@ -137,8 +137,14 @@ def require_format(path: str | Path) -> str:
 
 
 def save(chart: Chart, path: str | Path) -> None:
-    """Write the chart in the format that the suffix names. UserError for another suffix."""
-    Path(path).write_bytes(FORMATS[require_format(path)](chart))
+    """Write the chart in the format that the suffix names. UserError for another suffix, or where nothing can be
+    written.
+    """
+    data = FORMATS[require_format(path)](chart)
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"'{path}' can't be written: {error.strerror}.") from error
 
 
 def save_png(chart: Chart, path: str | Path, scale: float = 2) -> None:

@@ -12,6 +12,8 @@ from midiscover.summary import Row
 
 MOST_LANES = 40
 """Workers that are drawn, of each stage the first; more would be hairlines."""
+STARTING = ["load", "start", "driver", "ray"]
+"""What is no work yet."""
 
 
 def schedule_chart(spans: Sequence[Row], title: str, subtitle: str) -> Chart:
@@ -40,13 +42,15 @@ def schedule_chart(spans: Sequence[Row], title: str, subtitle: str) -> Chart:
                 "stage:N", title=None, scale=alt.Scale(domain=stages, range=categories(len(stages))), legend=None
             ),
             opacity=alt.condition(
-                alt.FieldOneOfPredicate(field="what", oneOf=["load", "start"]), alt.value(0.45), alt.value(1.0)
+                alt.FieldOneOfPredicate(field="what", oneOf=STARTING), alt.value(0.45), alt.value(1.0)
             ),
             tooltip=[alt.Tooltip(f"{name}:N") for name in ("stage", "what", "begin", "end")],
         )
         .properties(width=PLOT_WIDTH, height={"step": 22})
     )
-    return finish(alt.layer(bars), title, [subtitle])
+    left = len(lanes) - len(shown)
+    told = [subtitle, *([f"{left:,} more workers do alike: the first of each stage are drawn"] if left else [])]
+    return finish(alt.layer(bars), title, told)
 
 
 def _thinned(lanes: Sequence[str], stages: Sequence[str]) -> list[str]:

@@ -173,7 +173,9 @@ class Bundle:
 
     def _charts(self, weights: Mapping[str, Tensor], best: Sequence[int]) -> dict[str, figures.Chart]:
         rates = [{"value": rate} for rate in self.records.table(["firing_rate"])["firing_rate"].to_pylist()]
-        charts = {"density": self._density(), "dead": figures.dead_chart(rates), "norms": _norms(weights)}
+        told = [f"Of {self.record['id']}, on {self.records.manifest['tokens']:,} training tokens"]
+        dead = figures.dead_chart(rates, subtitle=told)
+        charts = {"density": self._density(), "dead": dead, "norms": _norms(weights)}
         if len(self.sweep_rows) > 1:
             charts["frontier"] = figures.frontier_chart(self.sweep_rows)
         if best:

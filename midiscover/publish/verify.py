@@ -190,7 +190,9 @@ def pictures(subject: Subject) -> list[tuple[str, bytes]]:
         rates = torch.where(
             tensors(subject, SPARSITY)["sparsity"] > -9.5, 10 ** tensors(subject, SPARSITY)["sparsity"], 0
         )
-        made.append(("density.png", figures.png(figures.dead_chart([{"value": rate} for rate in rates.tolist()]))))
+        rows = [{"value": rate} for rate in rates.tolist()]
+        chart = figures.dead_chart(rows, subtitle=[f"{told[0]}, on the held-out tokens of its evaluation"])
+        made.append(("density.png", figures.png(chart)))
     except (Failed, Skipped, LookupError):
         pass  # the checks say so
     try:

@@ -43,6 +43,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sae": {"kind": "gatd"}}, "sae.kind is 'gatd', which is no architecture; known are standard, gated, topk,"),
     ({"sae": {"kind": ["topk", "standard"]}}, "sae.kind is ['topk', 'standard'], which is no architecture; known are"),
     ({"sae": {"kind": "topk", "l1": 3}}, "'sae.l1' is not a setting of 'sae'"),
+    ({"sae": {"kind": "batchtopk", "l1_coefficient": 3}}, "'sae.l1_coefficient' is a setting of standard, gated, "),
     ({"corpus": {"held_out": 0}}, "corpus.held_out must lie between 0 and 1"),
     ({"corpus": {"max_samples": 0}}, "corpus.max_samples must be a whole number above 0."),
     ({"harvest": {"hooks": 3}}, "harvest.hooks is 3; it must be a list of texts."),

@@ -16,9 +16,9 @@ from midiscover.featureview import coloured, interpretation, listing, page, spre
 from midiscover.interpret import TextFeature, TextSummary, TokenFeature
 
 
-def plain(shown: RenderableType) -> str:
+def plain(shown: RenderableType, width: int = 120) -> str:
     out = io.StringIO()
-    Console(file=out, width=120, force_terminal=False, color_system=None).print(shown)
+    Console(file=out, width=width, force_terminal=False, color_system=None).print(shown)
     return out.getvalue()
 
 
@@ -47,6 +47,19 @@ def test_depth_follows_activation_and_the_peak_is_marked() -> None:
     red = [int(styles[token].partition("#")[2][:2], 16) for token in (" b", " d")]
     assert 255 > red[0] > red[1]
     assert coloured(["x"], [0.0], 0.0).plain == "x"
+    assert coloured([" a", " b"], [0.5, 0.25], 4.0, peak=1).plain == " a⟦ b⟧"  # what the context is about
+    assert coloured([" a", " b"], [0.5, 0.0], 4.0, peak=1).plain == " a b"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_stand_whole_in_any_width(width: int) -> None:
+    """However long the tokens are and however many features stand there."""
+    long = [f" token{i}" * 3 for i in range(9)]
+    rows = [feature(index=i, top_tokens=long, pos_tokens=long) for i in range(1000, 1040)]
+    lines = plain(listing(rows, 4000), width).splitlines()
+    assert max(map(len, lines)) <= width
+    for i in range(1000, 1040):
+        assert any(line.split()[:4] == [str(i), "0.120%", "1.50", "4.00"] for line in lines)
 
 
 def test_tokens_are_text_and_never_markup() -> None:

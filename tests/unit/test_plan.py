@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -243,6 +244,11 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
     assert [plan["gpus"] for plan in plans] == [1, 4]
     assert main(["plan", str(config), "--store", str(store), "--simulate", "--json"]) == 0
     assert [plan["gpus"] for plan in json.loads(capsys.readouterr().out)] == [8, 64, 512]
+    capsys.readouterr()
+    assert main(["plan", str(config), "--store", str(store), "--gpus", "4,1,4"]) == 0
+    scaled = capsys.readouterr().out.partition("On 4, 1 GPUs:")[2]
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", scaled)]
+    assert (len(shares), max(shares)) == (2, 100.0), "the fewest are the ideal, in whatever order they stand"
     assert main(["plan", str(config), "--store", str(store), "--gpus", "1,4", "--price", "2"]) == 0
     told = capsys.readouterr().out
     assert "rates of NVIDIA H200, reckoned from its data sheet, not measured" in told
@@ -253,11 +259,13 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
     ("words", "told"),
     [
         ((), "has no rates of cpu; it has none. `midiscover calibrate`"),
-        (("--gpus", "0"), "numbers above 0"),
+        (("--gpus", "0"), "must be numbers from 1 to 100,000"),
         (("--gpus", "2", "--gpu", "abacus"), "--gpu abacus is not known; known are h200"),
         (("--gpu", "h200"), "say how many with --gpus"),
         (("--price", "3"), "say how many with --gpus"),
         (("--gpus", "1", "--price", "0"), "--price is 0; it must be above 0"),
+        (("--gpus", "x"), "'x' must be numbers from 1 to 100,000"),
+        (("--gpus", "999999999"), "must be numbers from 1 to 100,000"),
         (("--out", "plan.txt"), "--out plan.txt ends in none of .png"),
         (("--out", "/no/such/plan.png"), "There is no folder /no/such for --out; make it first."),
         (("--sea.kind", "topk"), "did you mean"),

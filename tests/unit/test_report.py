@@ -105,7 +105,7 @@ def test_holds_vega_once_and_stays_small(html: str, page: Page) -> None:
 def test_shows_what_a_reader_looks_for(page: Page) -> None:
     facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
     assert page.texts["h1"] == ["demo"]
-    assert facts["Tokens"] == "276,480 for training, 11,932 held out"
+    assert facts["Tokens"] == "276,480 trained on, all epochs together, 11,932 held out"
     assert facts["Model"] == "tiny, " + "d" * 12
     assert facts["Run"] == "2026-01-02 03:04 UTC, 9.8 minutes"
     assert {name: facts[name] for name in METRICS} == METRICS

@@ -79,7 +79,8 @@ def put_features(storage: Storage, sae: str) -> None:
         pq.write_table(pa.Table.from_pylist(table), file, row_group_size=GROUP)
         storage.write(layout.features_file(sae, "f.1", name), file.getvalue())
         files[name] = {"sha256": hashlib.sha256(file.getvalue()).hexdigest(), "bytes": len(file.getvalue())}
-    manifest = {"v": 1, "sae": sae, "features_id": "f.1", "d_sae": FEATURES_OF_SAE, "files": files, "created": "2026"}
+    manifest = {"v": 1, "sae": sae, "features_id": "f.1", "d_sae": FEATURES_OF_SAE, "tokens": 5000}
+    manifest |= {"files": files, "created": "2026"}
     put(storage, layout.features_manifest(sae, "f.1"), manifest)
 
 

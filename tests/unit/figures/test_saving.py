@@ -72,3 +72,21 @@ def test_characters_without_a_font_are_named() -> None:
     odd = "\U0010fffd"
     chart = figures.logit_chart(feature_row(tokens=[f"a{odd}", "plain é λ", "  "]))
     assert figures.undrawable(chart) == odd
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"folder\.png' can't be written: Is a directory"):
+        figures.save(card(), tmp_path / "folder.png")
+
+
+def test_a_plan_with_more_workers_than_are_drawn_says_so() -> None:
+    spans = [
+        {"stage": stage, "what": "work", "lane": f"{stage} {i}", "begin": 0.0, "end": 5.0}
+        for stage in ("harvest", "train")
+        for i in range(64)
+    ]
+    for some, left in ((spans[:30], None), (spans, "88 more workers")):
+        told = json.dumps(figures.schedule_chart(some, "a plan", "by rates").to_dict())
+        assert ("more workers" in told) is (left is not None)
+        assert left is None or left in told

@@ -20,6 +20,7 @@ from midiscover.publish.export import Export, write_export
 from midiscover.publish.importers import read_seed
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.verify import subject_of_folder, verify
+from midiscover.saes import find_sae, sae_ids
 from midiscover.store.local import LocalStorage
 from tests.unit.features.naive import D_IN, D_SAE
 from tests.unit.publish import folders
@@ -245,3 +246,12 @@ def _write(out: LocalStorage, export: Export, bundle: Bundle) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Export, "files", lambda self: bundle.files())
         write_export(export, out)
+
+
+def test_the_copy_of_a_record_in_a_bundle_is_no_sae(tmp_path: Path) -> None:
+    """So that the beginning of an id still means one."""
+    sae = folders.write_sae(tmp_path / "store", "standard")
+    storage = LocalStorage(tmp_path / "store")
+    storage.write(f"saes/{sae.name}/exports/bundle/record.json", (sae / "record.json").read_bytes())
+    assert sae_ids(storage) == [sae.name]
+    assert find_sae(storage, sae.name[:8]) == sae.name

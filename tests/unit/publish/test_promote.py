@@ -185,6 +185,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     at = ("--store", str(tmp_path))
     code, out = run(capsys, "promote", folders.SAE, "--max-fvu", "1e9", "--l0", "0..1e3", "--max-dead", "1", *at)
     assert (code, out.startswith(f"promoted: {folders.SAE}: FVU ")) == (0, True)
+    for limit in (
+        ("--max-fvu", "nan"),
+        ("--max-fvu", "-1"),
+        ("--max-dead", "nan"),
+        ("--min-ce", "nan"),
+        ("--min-ce", "5"),
+    ):
+        given = {"--max-fvu": "1", "--l0": "0..9", "--max-dead": "1"} | {limit[0]: limit[1]}
+        code, out = run(capsys, "promote", folders.SAE, *(word for pair in given.items() for word in pair), *at)
+        assert (code, f"{limit[0]} is {float(limit[1]):g}; it must be" in out) == (2, True)
     code, out = run(capsys, "promote", folders.SAE, "--max-fvu", "1e9", "--l0", "0..0.5", "--max-dead", "1", *at)
     assert (code, "refused: " in out, " is above 0.5 by " in out) == (1, True, True)
     assert [entry["id"] for entry in promoted(LocalStorage(tmp_path))] == [folders.SAE]
