@@ -81,17 +81,18 @@ def names(storage: Storage, prefix: str, part: str) -> list[str]:
     return [key for key in storage.list(prefix) if part in key]
 
 
-def submitted(world: World, store: str, out: Path, **variables: str) -> subprocess.Popen[bytes]:
+def submitted(world: World, store: str, out: Path, *flags: str, **variables: str) -> subprocess.Popen[bytes]:
     mine = environment(world.cluster.client() | world.server.environment | variables)
     with out.open("wb") as file:
-        words = command("sweep", str(world.config), "--store", store)
+        words = command("sweep", str(world.config), "--store", store, *flags)
         return subprocess.Popen(words, env=mine, stdout=file, stderr=subprocess.STDOUT)
 
 
 def test_a_driver_is_killed_and_its_job_submitted_again(world: World, undisturbed: Path, tmp_path: Path) -> None:
     store = f"s3://{world.server.bucket}/driver"
     storage = open_store(store)
-    job = submitted(world, store, tmp_path / "first.out")
+    # Four packs on two nodes: two hooks side by side would end at the same moment, with all that there is.
+    job = submitted(world, store, tmp_path / "first.out", "--resources.pack_size", "1")
     try:
         wait_for(lambda: names(storage, "saes", "/training.json"), job, "a trained SAE")
         head = psutil.Process(world.cluster.nodes[0].pid)
