@@ -138,4 +138,6 @@ def test_names_of_weights_come_from_the_index_or_the_header(llama: Family, tmp_p
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     assert weight_names(reader(tmp_path)) == []
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": "1", "b.weight": "2"}}')
+    assert weight_names(reader(tmp_path)) == [], "the single file comes first"
+    (tmp_path / "model.safetensors").unlink()
     assert weight_names(reader(tmp_path)) == ["a.weight", "b.weight"]
