@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from midiscover.features.modules import BASELINES
 from midiscover.featureview import quoted
 from midiscover.ids import compared_settings, recorded_settings, sparsity_label
 from midiscover.summary import hook_names
@@ -23,8 +24,6 @@ COLUMNS = 9
 MARK = "*"
 _MIN_WIDTHS = {"by": 4, "d": 5, "p": 6, "q": 6, "": 6, "family\nwise p": 6}
 _OTHERS = {"neurons": "raw\nneurons", "directions": "random\ndirect.", "untrained": "un-\ntrained", "length": "tokens"}
-_WORDS = {"neurons": "raw neurons", "directions": "random directions", "untrained": "the untrained SAE"}
-_WORDS |= {"length": "the number of tokens"}
 _LEGEND = (
     "AUROC, d (Cohen) and p (Mann-Whitney, one-sided): on the texts that the ranking did not see. by: whether a "
     "feature's highest or its mean activation scores a text, chosen with the rank. p family: against the best of these "
@@ -63,7 +62,7 @@ def concept_table(document: Document, tokens: Tokens) -> RenderableType:
 
 
 def _beside(document: Document) -> Iterator[str]:
-    for name, words in _WORDS.items():
+    for name, words in BASELINES.items():
         if name not in document:
             continue
         group = document[name]
@@ -155,7 +154,7 @@ def _beaten(documents: Sequence[Document]) -> str:
     """On how many pairs of SAE and concept the first feature is better than what was not trained."""
     counts = [
         f"{words} on {sum(document['against'][name]['first']['told'] == 'better than' for document in documents)}"
-        for name, words in _WORDS.items()
+        for name, words in BASELINES.items()
         if all(name in document["against"] for document in documents)
     ]
     pairs = "concepts" if len({document["sae"] for document in documents}) == 1 else "pairs of SAE and concept"

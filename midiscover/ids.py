@@ -141,6 +141,11 @@ def recorded_settings(tree: Mapping[str, Any]) -> SaeConfig:
     return SAE_KINDS[tree["kind"]](**tree)
 
 
+def recorded_seed(record: Mapping[str, Any]) -> int | None:
+    """Seed of the training in a record.json; None for an SAE of another maker, of whose training nothing is known."""
+    return (record.get("train") or {}).get("seed")
+
+
 def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
     """`l16.mlp-fc2.standard-20480.l1-3.<hash>`, known before training."""
     skip = {"expansion_factor", "d_sae"}

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from midiscover.errors import ModelError
 
@@ -164,40 +165,30 @@ def download(hub_id: str, revision: str, patterns: Sequence[str], *, into: Path 
 
     In the hub cache the folder's name is the commit.
     """
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            local_dir=into,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],
-            etag_timeout=HUB_SECONDS,
-        )
+        return _snapshot(hub_id, revision, patterns, local_dir=into, etag_timeout=HUB_SECONDS)
     except Exception as error:  # whatever ends a download, the way out is the same
         reason = str(error).partition("\n")[0]
         raise ModelError(f"Model {hub_id!r} at {revision[:12]} could not be downloaded: {reason}") from error
-    return Path(folder)
 
 
 def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
     """The folder of a hub model in the hub cache, perhaps incomplete; its name is the commit."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         # Only what `download` fetches: a snapshot without the rest of the repository counts as incomplete.
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            local_files_only=True,
-            allow_patterns=list(MODEL_FILES),
-            ignore_patterns=["*/*"],
-        )
-        return Path(folder)
+        return _snapshot(hub_id, revision, MODEL_FILES, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], **how: Any) -> Path:
+    """Files of a repository by these patterns, none of its folders'; `how` is snapshot_download's."""
+    from huggingface_hub import snapshot_download
+
+    given = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"], **how}
+    return Path(snapshot_download(hub_id, revision=revision, **given))
 
 
 def has_weights(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from midiscover.sae.registry import folded_sae
 from midiscover.saeconfig import L1Config
 from midiscover.saelenscfg import modern_cfg
 from midiscover.store import layout
-from midiscover.store.documents import dump, read_json
+from midiscover.store.documents import dump, folders_with, read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.train import Trained
 
@@ -267,10 +267,7 @@ def load_sae(source: str, *, store: str | None = None, device: str = "cpu") -> L
 
 def sae_ids(storage: Storage) -> list[str]:
     """Ids of all committed SAEs of a store, sorted."""
-    suffix = "/" + layout.record("x").rpartition("/")[2]
-    keys = storage.list(layout.SAES)
-    # An export of a bundle has a copy of the record, further down.
-    return [key.split("/")[1] for key in keys if key.endswith(suffix) and key.count("/") == 2]
+    return folders_with(storage, layout.SAES, "record.json")
 
 
 def find_sae(storage: Storage, prefix: str) -> str:

@@ -11,7 +11,7 @@ from midiscover.configio import build_config, find_config, load_config, names_co
 from midiscover.errors import ConfigError, CorruptError, NotFoundError
 from midiscover.resolve import resolve
 from midiscover.store import layout
-from midiscover.store.documents import read_json
+from midiscover.store.documents import folders_with, read_json
 from midiscover.store.storage import Storage
 
 
@@ -42,8 +42,8 @@ def find_target(storage: Storage, name: str, overrides: Mapping[str, Any] | None
 
 def find_stored(storage: Storage, name: str, overrides: Mapping[str, Any] | None = None) -> Target:
     """`find_target` for ids alone: opens no file that `name` might name, as is right for names in requests."""
-    sweeps = [found for found in _ids(storage, layout.SWEEPS, "sweep.json") if _fits(found, name)]
-    saes = [found for found in _ids(storage, layout.SAES, "record.json") if _fits(found, name)]
+    sweeps = [found for found in folders_with(storage, layout.SWEEPS, "sweep.json") if _fits(found, name)]
+    saes = [found for found in folders_with(storage, layout.SAES, "record.json") if _fits(found, name)]
     exact = [found for found in (*sweeps, *saes) if found == name]
     found = exact or [*sweeps, *saes]
     if len(found) > 1:
@@ -73,7 +73,7 @@ def _of_sweep(
     sweep = read_json(storage, layout.sweep_record(sweep_id))
     if sweep is None:
         raise NotFoundError(f"{storage.uri} holds no sweep {sweep_id}; run `midiscover sweep` with this config first.")
-    committed = set(_ids(storage, layout.SAES, "record.json"))
+    committed = set(folders_with(storage, layout.SAES, "record.json"))
     saes = tuple(name for name in sweep["sae_ids"] if name in committed)
     if not saes:
         raise NotFoundError(f"The sweep {sweep_id} has no finished SAE yet; run `midiscover sweep` again to go on.")
@@ -90,12 +90,6 @@ def _config_of(sweep: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunCon
     for dotted, value in overrides.items():
         set_path(tree, dotted, value)
     return build_config(tree)
-
-
-def _ids(storage: Storage, folder: str, last: str) -> list[str]:
-    """Names of the folders whose last file is there."""
-    keys = storage.list(folder)
-    return [key.split("/")[1] for key in keys if key.count("/") == 2 and key.endswith(f"/{last}")]
 
 
 def _fits(found: str, name: str) -> bool:

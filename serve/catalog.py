@@ -23,7 +23,7 @@ from midiscover.promoted import promoted
 from midiscover.publish.names import model_id, source_id, source_set
 from midiscover.serving import ALL, PROMOTED, ServeConfig
 from midiscover.store import layout
-from midiscover.store.documents import read_json
+from midiscover.store.documents import folders_with, read_json
 from midiscover.store.storage import Storage
 from midiscover.targets import find_stored, find_target
 
@@ -259,10 +259,7 @@ class Catalog:
         names: dict[str, None] = {}
         for wanted in self.config.saes:
             if wanted == ALL:
-                keys = self.storage.list(layout.SAES)
-                names |= {
-                    key.split("/")[1]: None for key in keys if key.count("/") == 2 and key.endswith("/record.json")
-                }
+                names |= dict.fromkeys(folders_with(self.storage, layout.SAES, "record.json"))
             elif wanted == PROMOTED:
                 names |= dict.fromkeys(chosen)
             else:

@@ -11,8 +11,9 @@ from typing import Any
 
 from midiscover import conceptview, tables
 from midiscover.errors import ConfigError, NotFoundError
-from midiscover.features.modules import Concept, module_names, read_module, read_own
+from midiscover.features.modules import SAE, Concept, module_names, read_module, read_own
 from midiscover.features.records import open_features
+from midiscover.ids import recorded_seed
 from midiscover.launch import Parser
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
@@ -128,7 +129,7 @@ def _of_concept(
     lm: Any, saes: Mapping[str, Any], concept: Concept, settings: Any, known: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Any], Sequence[float]]]:
     """(SAE, its document, held-out AUROC of every feature where that is drawn)."""
-    from midiscover.features.concept_scores import SAE, score_texts
+    from midiscover.features.concept_scores import score_texts
     from midiscover.features.concepts import Judge
 
     scored = score_texts(lm, saes, [*concept.texts, *concept.controls], baselines=not known.no_baselines)
@@ -137,7 +138,7 @@ def _of_concept(
         record = loaded.record or {}
         facts = {key: record.get(key) for key in ("hook", "layer", "d_sae", "sae")}
         document = {"sae": name} | judge.document(scored.of[name], scored.tokens)
-        document["of"] = facts | {"seed": (record.get("train") or {}).get("seed")}
+        document["of"] = facts | {"seed": recorded_seed(record)}
         yield name, document, judge.held_out(scored.of[name][SAE]).tolist() if known.out is not None else ()
 
 

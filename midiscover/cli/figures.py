@@ -174,8 +174,7 @@ def _of_sae(storage: Storage, sae: str, name: str, features: Sequence[tuple[int,
     records = open_features(storage, sae)
     if name == "dead":
         rates = records.table(["firing_rate"])["firing_rate"].to_pylist()
-        told = [f"Of {sae}, on {records.manifest['tokens']:,} training tokens"]
-        return figures.dead_chart([{"value": rate} for rate in rates], subtitle=told)
+        return figures.dead_chart([{"value": rate} for rate in rates], subtitle=[records.source])
     cards = [
         figures.Card(
             records.feature(index),

@@ -13,18 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from midiscover.ids import recorded_settings
+from midiscover.features.modules import DIRECTIONS, LENGTH, NEURONS, SAE, UNTRAINED
+from midiscover.ids import recorded_seed, recorded_settings
 from midiscover.interpret import encode_texts, hook_of
 from midiscover.lm import LanguageModel
 from midiscover.sae.base import Sae
 from midiscover.sae.registry import make_sae
 from midiscover.saes import LoadedSae
 
-SAE, NEURONS, DIRECTIONS, UNTRAINED, LENGTH = "sae_scores", "neurons", "directions", "untrained", "length"
-"""What is scored; all but the first are baselines. `neurons`: the hook's own dimensions, each with either sign.
-`untrained`: the SAE as initialised, its random directions behind biases or thresholds. `directions`: the same ones
-without, which tell more, as they give every text a score. `length`: the number of a text's tokens, which a maximum
-over them grows with."""
 CALIBRATION_TOKENS = 2048
 """Tokens at most that set the biases or thresholds of an untrained SAE."""
 LATER = (
@@ -84,7 +80,7 @@ def _add_baselines(
     untrained: dict[tuple[object, ...], dict[str, Scores]] = {}
     for sae, loaded in saes.items():
         hook, settings, module = hook_of(sae, loaded), _settings(loaded), loaded.module
-        seed = ((loaded.record or {}).get("train") or {}).get("seed", 0)  # an imported SAE has no training
+        seed = recorded_seed(loaded.record or {}) or 0
         key = (hook, seed, module.d_sae, module.d_out, *_at_first(settings))
         if key not in untrained:
             began = as_it_began(loaded, torch.cat(list(rows[hook])), seed)

@@ -17,19 +17,13 @@ import torch
 from torch import Tensor
 
 from midiscover import lineage
-from midiscover.features.concept_scores import DIRECTIONS, LENGTH, NEURONS, SAE, UNTRAINED, Scores
+from midiscover.features.concept_scores import Scores
 from midiscover.features.concept_stats import Ranked, Separation, family_wise, ranked, resampled_auroc, separation
-from midiscover.features.modules import Concept
+from midiscover.features.modules import BASELINES, SAE, Concept
 
 VERSION = 1
 PASSES = 0.05
 """Family-wise p on the held-out half below which a feature passes."""
-BASELINES = {
-    NEURONS: "raw neurons",
-    DIRECTIONS: "random directions",
-    UNTRAINED: "the untrained SAE",
-    LENGTH: "the number of tokens",
-}
 ERRORS_APART = 2
 """Standard errors of a difference from which one of two is called better."""
 BY = ("max", "mean")

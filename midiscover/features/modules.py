@@ -17,6 +17,19 @@ LEAST = 8
 """Sentences that a concept needs: with fewer, no split leaves enough to tell anything."""
 
 
+SAE, NEURONS, DIRECTIONS, UNTRAINED, LENGTH = "sae_scores", "neurons", "directions", "untrained", "length"
+"""What is scored; all but the first are baselines. `neurons`: the hook's own dimensions, each with either sign.
+`untrained`: the SAE as initialised, its random directions behind biases or thresholds. `directions`: the same ones
+without, which tell more, as they give every text a score. `length`: the number of a text's tokens, which a maximum
+over them grows with."""
+BASELINES = {
+    NEURONS: "raw neurons",
+    DIRECTIONS: "random directions",
+    UNTRAINED: "the untrained SAE",
+    LENGTH: "the number of tokens",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Concept:
     """Texts with a concept and texts without."""

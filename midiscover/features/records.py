@@ -71,6 +71,11 @@ class FeatureRecords:
         """One row per feature, in order of index; all columns or those named."""
         return self._features.read(list(columns) if columns is not None else None)
 
+    @property
+    def source(self) -> str:
+        """Of which SAE they are and of how much text, for a chart's subtitle."""
+        return f"Of {self.sae_id}, on {self.manifest['tokens']:,} training tokens"
+
     def feature(self, index: int) -> dict[str, Any]:
         """All columns of one feature. NotFoundError out of range."""
         self._require(index)

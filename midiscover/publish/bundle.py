@@ -173,8 +173,7 @@ class Bundle:
 
     def _charts(self, weights: Mapping[str, Tensor], best: Sequence[int]) -> dict[str, figures.Chart]:
         rates = [{"value": rate} for rate in self.records.table(["firing_rate"])["firing_rate"].to_pylist()]
-        told = [f"Of {self.record['id']}, on {self.records.manifest['tokens']:,} training tokens"]
-        dead = figures.dead_chart(rates, subtitle=told)
+        dead = figures.dead_chart(rates, subtitle=[self.records.source])
         charts = {"density": self._density(), "dead": dead, "norms": _norms(weights)}
         if len(self.sweep_rows) > 1:
             charts["frontier"] = figures.frontier_chart(self.sweep_rows)

@@ -9,7 +9,7 @@ from midiscover.errors import NotFoundError
 from midiscover.frontier import frontier_of_hooks, place
 from midiscover.results import FOREIGN_METRICS, ROW_METRICS
 from midiscover.store import layout
-from midiscover.store.documents import read_json
+from midiscover.store.documents import folders_with, read_json
 from midiscover.store.storage import Storage
 from midiscover.summary import Row
 
@@ -26,8 +26,9 @@ def sweep_rows(storage: Storage, sweep: Mapping[str, Any]) -> list[dict[str, Any
 
 def sweep_of(storage: Storage, sae_id: str) -> dict[str, Any] | None:
     """The newest sweep.json that names an SAE."""
-    keys = [key for key in storage.list(layout.SWEEPS) if key.count("/") == 2 and key.endswith("/sweep.json")]
-    sweeps = [sweep for sweep in (read_json(storage, key) for key in keys) if sweep and sae_id in sweep["sae_ids"]]
+    found = folders_with(storage, layout.SWEEPS, "sweep.json")
+    read = (read_json(storage, layout.sweep_record(name)) for name in found)
+    sweeps = [sweep for sweep in read if sweep and sae_id in sweep["sae_ids"]]
     return max(sweeps, key=lambda sweep: (sweep["created"], sweep["id"]), default=None)
 
 

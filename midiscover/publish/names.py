@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from midiscover.errors import UserError
-from midiscover.ids import hook_layer, recorded_settings, sparsity_label
+from midiscover.ids import hook_layer, recorded_seed, recorded_settings, sparsity_label
 
 MODEL_ID_LENGTH = 32
 _MODEL_ID = re.compile(r"[a-z](?!.*(--|\.\.))[a-z0-9.-]{0,30}[a-z0-9]")
@@ -42,7 +42,7 @@ def source_set(record: Mapping[str, Any]) -> str:
     """
     settings = recorded_settings(record["sae"])
     part = "mlp" if "mlp" in record["hook"] else "attn" if "attn" in record["hook"] else "res"
-    width, seed = record["d_sae"], (record.get("train") or {}).get("seed", 0)
+    width, seed = record["d_sae"], recorded_seed(record) or 0
     words = [
         "mdc",
         part,

@@ -22,3 +22,9 @@ def read_json(storage: Storage, key: str) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise CorruptError(f"{key} in {storage.uri} is not readable as JSON: {error}.") from None
+
+
+def folders_with(storage: Storage, parent: str, name: str) -> list[str]:
+    """Names of the folders of `parent` in which a document of this name lies, sorted; copies further down are none."""
+    keys = storage.list(parent)
+    return [key.split("/")[1] for key in keys if key.count("/") == 2 and key.endswith(f"/{name}")]
