@@ -12,7 +12,7 @@ import torch
 
 import jobs.crews
 from jobs.crews import run_crew_tries
-from jobs.packworker import PackJob
+from jobs.packworker import PackJob, PackWorker
 from jobs.runtime import Slots
 from midiscover.launch import Prepared
 from midiscover.memory import Sizes, training_bytes
@@ -101,6 +101,7 @@ def test_halves_go_on_from_the_checkpoint_of_the_whole(
 ) -> None:
     small = OutOfMemory(jobs.crews.train_in_turns, most=2)
     monkeypatch.setattr(jobs.crews, "train_in_turns", small)
+    monkeypatch.setattr(PackWorker, "is_saving", lambda _: False)  # waits for each write, however slow the disk
     prepared, board = trained(config, "halves")
     assert small.sizes == [4, 2, 2]
     retries = [data for kind, _, data in board.told if kind == "retry"]

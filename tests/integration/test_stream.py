@@ -12,7 +12,7 @@ import pytest
 
 import jobs.crews
 from jobs.crews import run_crew_tries
-from jobs.packworker import PackJob
+from jobs.packworker import PackJob, PackWorker
 from jobs.runtime import Slots
 from midiscover.corpus import find_corpus
 from midiscover.live import LiveSource
@@ -127,6 +127,7 @@ def test_a_crew_that_failed_once_goes_on_from_its_checkpoints(
                 yield batch
 
     monkeypatch.setattr(jobs.crews, "LiveSource", Failing)
+    monkeypatch.setattr(PackWorker, "is_saving", lambda _: False)  # waits for each write, however slow the disk
     run_crew_tries(job, crew)
     retries = [data for kind, _, data in board.told if kind == "retry"]
     assert retries == ["try 1 of 4: OSError: the disk is gone"]
