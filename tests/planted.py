@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -216,6 +215,8 @@ def atom_cosines(sae: Sae, source: PlantedSource) -> Tensor:
 
 def recovered(cosines: Tensor) -> float:
     """Share of atoms whose partner in the best one-to-one matching [n_true, d_sae] reaches RECOVERED."""
+    from scipy.optimize import linear_sum_assignment  # where it is called: benches on GPUs of others have no scipy
+
     atoms, features = linear_sum_assignment(cosines.cpu().double().numpy(), maximize=True)
     return float((cosines.cpu()[atoms, features] >= RECOVERED).double().sum() / len(cosines))
 

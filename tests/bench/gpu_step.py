@@ -2,10 +2,11 @@
 
     pip install "sae-lens==6.54.12"; pip install --no-deps "dictionary-learning==0.1.0"; python -m tests.bench.gpu_step
 
-Every side trains in its own trainer class, in a process of its own of this Python, with its fastest documented
-settings for a GPU (autocast in bfloat16), on the same planted activations, which lie on the device. A step's time is
-the mean over the last three quarters of a training, between two waits for the device. The sides take turns in each
-repeat. The bound is the matrix products alone, at the rate that this device reaches in the same run. Judges nothing.
+Every side trains in its own trainer class, in a process of its own of this Python, with its documented settings for a
+GPU (autocast in bfloat16; SAELens with its training pass compiled as well), on the same planted activations, which lie
+on the device. A step's time is the mean over the last three quarters of a training, between two waits for the device.
+The sides take turns in each repeat; a peer that fails is told and left out. The bound is the matrix products alone, at
+the rate that this device reaches in the same run. Judges nothing.
 """
 
 from __future__ import annotations
@@ -29,30 +30,36 @@ from tests.bench.step_sides import PEERS, STILL, kept, matrix_rate, planted
 
 OURS, DENSE, PLAIN = "miDiscover", "miDiscover, dense", "miDiscover, PyTorch's operators"
 VARIANTS = {OURS: "sparse", DENSE: "dense", PLAIN: "plain"}
+COMPILED = "SAELens, compiled"
 RUNNERS = {"SAELens": "run_saelens.py", "dictionary_learning": "run_dictionary_learning.py"}
 ROOT = Path(__file__).parents[2]
 
 
+class Failed(Exception):
+    """A side's script ended with an error; the message is what it said."""
+
+
 def run_jobs(script: str, jobs: Path) -> None:
-    """Have a side's script answer a file of jobs, in this Python; what it says is told where it fails."""
+    """Have a side's script answer a file of jobs, in this Python. Raises Failed."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, str(Path(__file__).with_name("peers") / script), str(jobs)]
     done = subprocess.run(line, env=os.environ | quiet, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{script}: {done.stdout}{done.stderr}")
+        raise Failed(f"{script}: {done.stdout}{done.stderr}")
 
 
 def seconds_a_step(side: str, kind: str, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     """Of one training in a process of its own, and the L0 it ended at."""
-    variant, lr, sparsity = (VARIANTS[side], STILL, None) if side in VARIANTS else PEERS[side, kind]
+    name = side.removesuffix(", compiled")
+    variant, lr, sparsity = (VARIANTS[side], STILL, None) if side in VARIANTS else PEERS[name, kind]
     job = {"name": "step", "kind": kind, "variant": variant, "lr": lr, "seed": 0, "threads": args.threads}
     job |= {"sparsity": args.l0 if sparsity is None else sparsity, "steps": args.steps, "d_sae": args.d_sae}
     job |= {"batch_size": args.batch_size, "rows": str(folder), "out": str(folder), "device": args.device}
-    job |= {"precision": "bfloat16"}
+    job |= {"precision": "bfloat16", "compiled": side == COMPILED}
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps([job]))
-    run_jobs(RUNNERS.get(side, "run_ours.py"), jobs)
+    run_jobs(RUNNERS.get(name, "run_ours.py"), jobs)
     told = json.loads((folder / "step.json").read_text())
     return told["seconds_a_step"], told["own"]["l0"]
 
@@ -77,15 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where = f"{name}, torch {torch.__version__}, {rate / 1e12:.2f} TFLOP/s in bfloat16"
     print(where)
-    measured, products = {}, 2 * args.batch_size * args.d_in * args.d_sae
+    products = 2 * args.batch_size * args.d_in * args.d_sae
+    bounds = {"five dense products": [5 * products / rate], "x @ W_enc": [products / rate]}
+    measured: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="midiscover-step-") as folder:
         shape = {"steps": args.steps, "batch": args.batch_size, "d_in": args.d_in, "d_sae": args.d_sae}
         planted(Path(folder), **shape, l0=args.l0, device=device)
         for kind in args.kinds:
             own = [OURS, DENSE, PLAIN] if kind in ("topk", "batchtopk") else [OURS, PLAIN]
-            peers = [] if args.no_peers else [side for side, of in PEERS if of == kind and side in RUNNERS]
-            measured[kind] = _table(kind, own + peers, Path(folder), args, rate)
-    kept(args, where, measured, {"five dense products": 5 * products / rate, "x @ W_enc": products / rate})
+            peers = [side for side, of in PEERS if of == kind and side in RUNNERS]
+            sides = own if args.no_peers else [*own, *peers, COMPILED]
+            measured[kind] = _table(kind, sides, Path(folder), args, rate)
+            kept(args, where, measured, dict.fromkeys(measured, bounds))
     return 0
 
 
@@ -95,8 +105,15 @@ def _table(
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     l0: dict[str, float] = {}
     for _ in range(args.repeats):
-        for side in sides:
-            spent, l0[side] = seconds_a_step(side, kind, folder, args)
+        for side in list(seconds):
+            try:
+                spent, l0[side] = seconds_a_step(side, kind, folder, args)
+            except Failed as error:
+                if side in VARIANTS:
+                    raise
+                print(f"{kind} {side} is left out: {error}", flush=True)
+                del seconds[side]
+                continue
             seconds[side].append(spent)
             print(kind, side, f"{1000 * spent:.2f} ms", flush=True)  # a run that is cut off has told what it knew
     products = 2 * args.batch_size * args.d_in * args.d_sae

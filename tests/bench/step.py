@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for side in sides:
             python_of(OURS if side == DENSE else side)
         measured[kind], bounds[kind] = _table(kind, sides, args)
-    kept(args, machine(), measured, bounds)
+        kept(args, machine(), measured, bounds)
     return 0
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,9 +50,9 @@ def kept(
     args: argparse.Namespace,
     machine: str,
     tables: Mapping[str, Mapping[str, Sequence[float]]],
-    bounds: Mapping[str, Any],
+    bounds: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
-    """Write what was measured to the file of --json, where one is given.
+    """Write what was measured so far to the file of --json, where one is given.
 
     tables: kind -> side -> seconds a step, one a repeat; bounds: kind -> the same of the products that bound it.
     """
@@ -63,7 +62,6 @@ def kept(
     told = {"v": 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "settings": settings}
     told |= {"seconds_a_step": tables, "bounds": bounds}
     args.json.write_text(json.dumps(told, indent=1) + "\n")
-    print(f"{args.json}")
 
 
 def matrix_rate(device: torch.device, size: int) -> float:

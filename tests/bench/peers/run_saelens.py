@@ -3,7 +3,8 @@
 Inputs scaled to a mean norm of sqrt(d_in) (`expected_average_only_in`), no learning-rate warm-up, decay over the last
 fifth, L1 warm-up over the first twentieth, decoder rows starting at norm 0.1. The AuxK loss of TopK counts a feature
 as dead after 1,000 steps, which a short run never reaches: here it is the thirtieth of the run that it is in the
-tutorial, but where only a step's time is asked for (variant `step`).
+tutorial, but where only a step's time is asked for (variant `step`). A compiled job wraps the training pass as
+SAELens' runner does with `compile_sae` and the mode that it calls best.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sae_lens import (
 )
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
-from torch import Tensor, no_grad
+from torch import Tensor, compile, no_grad
 
 NORM_BATCHES = 100
 
@@ -37,6 +38,8 @@ def train(job: Job, batches: Batches, held_out: Tensor) -> Made:
         )
     else:
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(**common, k=round(job.sparsity)))
+    if job.compiled:
+        sae.training_forward_pass = compile(sae.training_forward_pass, mode="max-autotune")
     cfg = SAETrainerConfig(
         total_training_samples=job.steps * job.batch_size,
         train_batch_size_samples=job.batch_size,

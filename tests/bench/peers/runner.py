@@ -48,6 +48,8 @@ class Job(NamedTuple):
     """Of the matrix products; with `bfloat16` each side's own way to it."""
     keep: bool = True
     """Whether the weights are written and measured; else only what the training cost is told."""
+    compiled: bool = False
+    """Whether a peer's training pass is compiled, where it has a setting for that."""
 
 
 class Batches:
