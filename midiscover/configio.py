@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from midiscover.config import RunConfig, SaePoint
 from midiscover.errors import ConfigError
-from midiscover.saeconfig import SAE_KINDS, CommonConfig
+from midiscover.saeconfig import SAE_KINDS, SaeConfig
 
 T = TypeVar("T")
 
@@ -78,8 +78,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a YAML file strictly, set `overrides` (dotted path -> value) over it, and validate the whole."""
-    return build_config(config_tree(path, overrides))
+    """Read a YAML file strictly, set `overrides` (dotted path -> value) over it, and validate the whole.
+
+    ConfigError as well for a setting that would change no SAE: one of `overrides` in whose place every grid has an
+    axis, or one of `sae` that no architecture of the grid has.
+    """
+    config = build_config(config_tree(path, overrides))
+    _refuse_idle(config, overrides or {})
+    return config
 
 
 def config_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -88,12 +94,21 @@ def config_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     tree.setdefault("name", re.sub(r"[^a-z0-9_-]+", "-", Path(path).stem.lower()))
     for dotted, value in (overrides or {}).items():
         if dotted == "grid" and tree.get("grid"):
-            # An axis that is given replaces that axis, and the others stand.
-            grids = tree["grid"] if isinstance(tree["grid"], list) else [tree["grid"]]
-            tree["grid"] = [grid | value if isinstance(grid, dict) else grid for grid in grids]
+            tree["grid"] = _with_axes(tree["grid"] if isinstance(tree["grid"], list) else [tree["grid"]], value)
         else:
             set_path(tree, dotted, value)
     return tree
+
+
+def _with_axes(grids: list[Any], axes: Mapping[str, Any]) -> list[Any]:
+    """An axis replaces that of the grids that have it, or comes to all where none has; the other axes stand."""
+    for path, values in axes.items():
+        having = [isinstance(grid, dict) and path in grid for grid in grids]
+        grids = [
+            grid | {path: values} if isinstance(grid, dict) and (has or not any(having)) else grid
+            for grid, has in zip(grids, having, strict=True)
+        ]
+    return grids
 
 
 def set_path(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -170,15 +185,39 @@ def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list
     for values in itertools.product(*grid.values()):
         tree = {"sae": _given(config.sae), "train": _given(config.train)}
         chosen = dict(zip(grid, values, strict=True))
-        if chosen.get("sae.kind", config.sae.kind) != config.sae.kind:
-            # Another architecture keeps what all have in common and nothing else of the one that `sae` describes.
-            tree["sae"] = {field.name: tree["sae"][field.name] for field in dataclasses.fields(CommonConfig)}
+        kind = chosen.get("sae.kind", config.sae.kind)
+        cls = _architecture(kind, "sae")
+        if kind != config.sae.kind:
+            tree["sae"] = {name: value for name, value in _set_in(config.sae).items() if _has(cls, name)}
         for path, value in chosen.items():
+            name = path.removeprefix("sae.")
+            if name != path and not _has(cls, name) and any(_has(other, name) for other in SAE_KINDS.values()):
+                raise ConfigError(f"grid.{path} is an axis that {kind} SAEs lack; give them a grid of their own.")
             set_path(tree, path, value)
         sae = _build_sae(tree["sae"], "sae")
         train = build_section(type(config.train), tree["train"], "train")
         points += [SaePoint(hook=hook, sae=sae, train=train) for hook in config.harvest.hooks]
     return points
+
+
+def _refuse_idle(config: RunConfig, overrides: Mapping[str, Any]) -> None:
+    """ConfigError for a setting that would silently change no SAE; see `load_config`."""
+    grids = config.grid or ({},)
+    given = [path for path in overrides if path.startswith(("sae.", "train."))]
+    for path in dict.fromkeys([*given, *(f"sae.{name}" for name in _set_in(config.sae))]):
+        name, standing = path.removeprefix("sae."), [grid for grid in grids if path not in grid]
+        kinds = {kind for grid in standing for kind in grid.get("sae.kind", (config.sae.kind,))}
+        if any(name == path or _has(SAE_KINDS[kind], name) for kind in kinds):
+            continue
+        if len(standing) == len(grids):
+            raise ConfigError(f"{path} is no setting of the architectures in the grid, {', '.join(sorted(kinds))}.")
+        if path in given:
+            raise ConfigError(f"--{path} changes no SAE: the grid sets it; give --grid.{path} '[{overrides[path]}]'.")
+    has_width = config.sae.d_sae is not None or all("sae.d_sae" in grid for grid in grids)
+    if has_width and overrides.get("sae.expansion_factor") is not None:
+        raise ConfigError(
+            "--sae.expansion_factor changes no SAE: sae.d_sae is set and goes before it; give --sae.d_sae."
+        )
 
 
 def to_tree(config: Any) -> Any:
@@ -201,6 +240,15 @@ def _given(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
+def _set_in(sae: SaeConfig) -> dict[str, Any]:
+    """What differs from its default, which may be another one for another architecture."""
+    return {name: value for name, value in _given(sae).items() if value != getattr(type(sae)(), name)}
+
+
+def _has(cls: type[SaeConfig], name: str) -> bool:
+    return name in cls.__dataclass_fields__
+
+
 def build_section(cls: type[T], tree: Any, path: str = "") -> T:
     """One dataclass from a mapping: unknown keys refused, each value of its declared type."""
     if not isinstance(tree, Mapping):
@@ -215,7 +263,7 @@ def build_section(cls: type[T], tree: Any, path: str = "") -> T:
     for key, value in tree.items():
         here = f"{path}.{key}" if path else str(key)
         if known is RunConfig and key == "sae":
-            values[key] = _build_sae(value, here)
+            values[key] = _build_sae({} if value is None else value, here)
         elif dataclasses.is_dataclass(fields[key]):
             values[key] = build_section(typing.cast(type, fields[key]), {} if value is None else value, here)
         else:
@@ -229,10 +277,13 @@ def build_section(cls: type[T], tree: Any, path: str = "") -> T:
 def _build_sae(tree: Any, path: str) -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path} must be a section of settings, not {_kind(tree)}.")
-    kind = tree.get("kind", "standard")
+    return build_section(_architecture(tree.get("kind", "standard"), path), tree, path)
+
+
+def _architecture(kind: Any, path: str) -> type[SaeConfig]:
     if not isinstance(kind, str) or kind not in SAE_KINDS:
         raise ConfigError(f"{path}.kind is {_show(kind)}, which is no architecture; known are {', '.join(SAE_KINDS)}.")
-    return build_section(SAE_KINDS[kind], tree, path)
+    return SAE_KINDS[kind]
 
 
 def _check(hint: Any, value: Any, path: str) -> Any:
@@ -240,7 +291,7 @@ def _check(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and hint == tuple[str, ...]:
         value = (value,)
     if path == "grid":
-        grids = value if isinstance(value, (list, tuple)) else [value]
+        grids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         return tuple(_grid(grid) for grid in grids)
     try:
         return _adapter(hint).validate_python(_tuples(value))
@@ -275,7 +326,7 @@ def _unknown_key(key: str, known: Sequence[str] | Mapping[str, Any], path: str) 
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     place = f"'{path}'" if path else "the config"
     full = f"{path}.{key}" if path else key
-    kinds = [kind for kind, cls in SAE_KINDS.items() if path == "sae" and key in cls.__dataclass_fields__]
+    kinds = [kind for kind, cls in SAE_KINDS.items() if path == "sae" and _has(cls, key)]
     if kinds:  # of an architecture, but not of this one
         return f"'{full}' is a setting of {', '.join(kinds)}, and not of the sae.kind that is given."
     hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}."
@@ -290,6 +341,7 @@ _NAMES: dict[Any, str] = {
     type(None): "null",
     tuple[str, ...]: "a list of texts",
     tuple[float, float]: "a list of two numbers",
+    tuple[float, ...]: "a list of numbers",
 }
 
 

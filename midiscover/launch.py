@@ -327,5 +327,7 @@ def _settings(cls: type, prefix: str = "") -> Iterator[str]:
 def _unknown_flag(name: str) -> str:
     paths = {path.rpartition(".")[2]: path for path in _settings(RunConfig)}
     near = difflib.get_close_matches(name.replace("-", "_"), list(paths), n=1, cutoff=0.6)
+    if near == ["grid"]:
+        return f"'--{name}' is not a flag; an axis of the grid is given by its path, such as --grid.sae.k '[16, 32]'."
     hint = f"did you mean --{paths[near[0]]}?" if near else "settings are given by their path, such as --train.lr 1e-3."
     return f"'--{name}' is not a flag; {hint}"

@@ -37,6 +37,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train": {"epochs": "3"}}, "train.epochs is '3'; it must be a whole number."),
     ({"train": {"dtype": "float16"}}, "train.dtype is 'float16'; it must be one of auto, bfloat16, float32."),
     ({"train": 3}, "train must be a section of settings, not a number."),
+    ({"train": {"resample_at": 0.3}}, "train.resample_at is 0.3; it must be a list of numbers."),
     ({"sae": {"l1_coefficient": True}}, "sae.l1_coefficient is True; it must be a number."),
     ({"sae": {"l1_coefficient": -3}}, "sae.l1_coefficient must be 0 or above."),
     ({"sae": {"d_sae": 0}}, "sae.d_sae must be a whole number above 0."),
@@ -118,6 +119,78 @@ def test_a_grid_may_change_the_architecture() -> None:
     )
     assert [p.sae.kind for p in expand_grid(config)] == ["standard", "topk"] * 2
     assert all(p.sae.expansion_factor == 2 for p in expand_grid(config))
+
+
+def test_another_architecture_takes_over_what_it_has_of_what_is_set() -> None:
+    def points(sae: dict[str, Any], *kinds: str) -> list[Any]:
+        config = build_config({"harvest": {"hooks": "a.0.b"}, "sae": sae, "grid": {"sae.kind": list(kinds)}})
+        # As a job on a cluster or in a pipeline reads it: every default is written down there.
+        assert expand_grid(build_config(yaml.safe_load(to_yaml(config)))) == expand_grid(config)
+        return [point.sae for point in expand_grid(config)]
+
+    assert [sae.k for sae in points({"kind": "topk", "k": 64}, "topk", "batchtopk")] == [64, 64]
+    steered = points({"target_l0": 60, "expansion_factor": 4, "decoder": "unit_norm"}, "standard", "gated", "jumprelu")
+    assert [(sae.target_l0, sae.expansion_factor) for sae in steered] == [(60, 4)] * 3
+    # What is left at a default is each architecture's own; what is set holds for all.
+    assert [sae.initial_density for sae in steered] == [0.02, 0.05, 0.1]
+    assert [sae.initial_density for sae in points({"initial_density": 0.2}, "standard", "gated")] == [0.2, 0.2]
+    mixed = points({"kind": "gated", "l1_coefficient": 2, "control": "frozen_decoder"}, "topk", "standard")
+    assert [(sae.control, *sae.sparsity()) for sae in mixed] == [
+        ("frozen_decoder", "k", 32),
+        ("frozen_decoder", "l1", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"sae.l1_coefficient": 64}, "--sae.l1_coefficient changes no SAE: the grid sets it; give --grid.sae.l1_co"),
+        ({"train.seed": 3}, "--train.seed changes no SAE: the grid sets it; give --grid.train.seed '[3]'."),
+        ({"sae.kind": "gated"}, "--sae.kind changes no SAE: the grid sets it; give --grid.sae.kind '[gated]'."),
+        ({"sae.k": 3}, "'sae.k' is a setting of topk, batchtopk, matryoshka_batchtopk, and not of the sae.kind"),
+        ({"sae.target_l0": 9, "sae.expansion_factor": 4}, "--sae.expansion_factor changes no SAE: sae.d_sae is set"),
+        ({"grid": {"sae.kind": ["topk"]}}, "grid.sae.l1_coefficient is an axis that topk SAEs lack"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(tmp_path: Path, overrides: dict[str, Any], sentence: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "harvest: {hooks: a.0.b}\nsae: {d_sae: 40, l1_coefficient: 5}\n"
+        "grid: {sae.kind: [standard, gated], sae.l1_coefficient: [1], train.seed: [0, 1]}\n"
+    )
+    assert len(expand_grid(load_config(path, {"train.lr": 0.5, "sae.d_sae": 80}))) == 4
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert sentence in str(caught.value)
+
+
+def test_a_flag_counts_where_one_grid_leaves_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "harvest: {hooks: a.0.b}\ngrid:\n  - {sae.kind: [standard], sae.target_l0: [20], train.seed: [0, 1]}\n"
+        "  - {sae.kind: [topk], sae.k: [20]}\n"
+    )
+    assert [point.train.seed for point in expand_grid(load_config(path, {"train.seed": 7}))] == [0, 1, 7]
+    with pytest.raises(ConfigError, match=r"--sae.target_l0 changes no SAE: .* --grid.sae.target_l0 '\[55\]'"):
+        load_config(path, {"sae.target_l0": 55})  # topk has no such setting
+    # An axis replaces that of the grids that have it; one that none has comes to all of them.
+    assert [point.sae.sparsity() for point in expand_grid(load_config(path, {"grid": {"sae.k": [8, 9]}}))] == [
+        *[("L0", 20)] * 2,
+        *[("k", 8), ("k", 9)],
+    ]
+    assert [p.train.lr for p in expand_grid(load_config(path, {"grid": {"train.lr": [0.1]}}))] == [0.1] * 3
+
+
+def test_a_setting_that_no_architecture_of_the_grid_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("harvest: {hooks: a.0.b}\nsae: {l1_coefficient: 2}\ngrid: {sae.kind: [topk, batchtopk]}\n")
+    with pytest.raises(ConfigError, match="sae.l1_coefficient is no setting of the architectures in the grid, batch"):
+        load_config(path)
+
+
+def test_a_section_without_a_line_is_left_at_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("harvest: {hooks: a.0.b}\nsae:\n  # kind: topk\ngrid:\n  # sae.k: [1]\ntrain:\n")
+    assert load_config(tmp_path / "x.yaml") == build_config({"name": "x", "harvest": {"hooks": "a.0.b"}})
 
 
 def test_several_grids_stand_side_by_side_and_a_flag_goes_into_each_of_them(tmp_path: Path) -> None:
@@ -206,6 +279,10 @@ def test_the_value_of_a_setting_is_no_config() -> None:
     [
         (["--epochs", "3"], "did you mean --train.epochs?"),
         (["--l1-coefficient", "3"], "did you mean --sae.l1_coefficient?"),
+        (
+            ["--grid", "{sae.k: [1]}"],
+            "'--grid' is not a flag; an axis of the grid is given by its path, such as --grid.",
+        ),
         (["--train.lr"], "--train.lr needs a value"),
         (["stray"], "'stray' is not expected here"),
         (["--train.lr", "[1"], "not readable as YAML"),
