@@ -11,16 +11,17 @@ from pathlib import Path
 
 from jobs import features, publish, sweep
 from jobs.runtime import run_main
-from midiscover.configio import find_config, load_config, to_yaml
+from midiscover.configio import to_yaml
 from midiscover.errors import NotFoundError
-from midiscover.launch import parse_job
+from midiscover.launch import parse_job, prepare
 from midiscover.store.storage import store_uri
 
 
 def main(argv: list[str]) -> int:
     """Run the stages; 1 where an SAE of the sweep failed."""
     args = parse_job("pipeline", argv)
-    config = load_config(find_config(args.config), args.overrides)
+    with prepare(args, publishes=True) as prepared:
+        config = prepared.resolved.config
     with tempfile.TemporaryDirectory(prefix="midiscover-") as folder:
         # What the flags say stands in the file, so that every stage means the same sweep.
         path = Path(folder, f"{config.name}.yaml")

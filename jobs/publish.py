@@ -7,17 +7,16 @@ starts no Ray: an export takes seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from jobs.progress import Bars
 from jobs.runtime import run_main
 from midiscover.config import PublishConfig
 from midiscover.configio import build_config, set_path, to_tree
-from midiscover.errors import ConfigError, StageError, UserError
+from midiscover.errors import ConfigError, StageError
 from midiscover.launch import TargetArgs, parse_target
 from midiscover.publish.choice import chosen, sweep_rows
 from midiscover.publish.export import Export, export_files, prepare_export, write_export
 from midiscover.publish.hub import push, repository_of, require_token
+from midiscover.publish.names import refuse_namesakes
 from midiscover.publish.verify import subject_of_export, verify
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
         for sae in saes
         for kind in config.formats
     ]
-    _refuse_namesakes(exports)
+    refuse_namesakes((export.record["id"], export.neuronpedia.folder) for export in exports)
     with Bars("publish") as bars:
         bars.say(f"{len(saes)} SAEs as {', '.join(config.formats)}")
         for number, export in enumerate(exports, 1):
@@ -80,18 +79,6 @@ def _target(storage: Storage, args: TargetArgs) -> tuple[Target, PublishConfig]:
     for path, value in args.overrides.items():
         set_path(tree, path, value)
     return target, build_config(tree).publish
-
-
-def _refuse_namesakes(exports: Iterable[Export]) -> None:
-    """Neuronpedia would take the second SAE of a name for the first one, and leave out its features."""
-    names: dict[str, str] = {}
-    for export in exports:
-        sae, name = export.record["id"], export.neuronpedia.folder
-        if names.setdefault(name, sae) != sae:
-            raise UserError(
-                f"{names[name]} and {sae} would both be {name.removeprefix('v1/')} on Neuronpedia; choose one of them "
-                "with --publish.saes, or export each with a --source-set of its own."
-            )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 from midiscover.config import RunConfig
 from midiscover.configio import find_config, load_config, parse_value
 from midiscover.errors import ConfigError
+from midiscover.publish.ahead import require_publishable
 from midiscover.resolve import Resolved, resolve
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.store.storage import Storage, open_store, store_uri
@@ -262,8 +263,11 @@ def parse_overrides(arguments: Sequence[str], top: Sequence[str] = ("name",)) ->
     return overrides
 
 
-def prepare(args: JobArgs) -> Prepared:
-    """Read and check everything a job needs before any work: config, model, hooks, text, store, database."""
+def prepare(args: JobArgs, *, publishes: bool = False) -> Prepared:
+    """Read and check everything a job needs before any work: config, model, hooks, text, store, database.
+
+    publishes: whether exports follow, so that what `publish` says is looked at as well.
+    """
     config = load_config(find_config(args.config), args.overrides)
     wandb_project()
     # A bucket is asked before the model is looked up, a folder is made after: wrong input leaves nothing behind.
@@ -273,6 +277,8 @@ def prepare(args: JobArgs) -> Prepared:
     if os.environ.get(VARIABLE):
         Tracker.open(os.environ[VARIABLE]).close()  # asked before a folder is made
     resolved = resolve(config, args.store)
+    if publishes:
+        require_publishable(resolved)
     storage = bucket or open_store(args.store)
     return Prepared(args=args, resolved=resolved, storage=storage, tracker=Tracker.for_store(storage))
 

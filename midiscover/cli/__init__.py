@@ -92,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _job(stage: str, argv: Sequence[str]) -> None:
+def _job(stage: str, argv: Sequence[str], *, publishes: bool = False) -> None:
     """Check everything that can be checked without torch, then become the job."""
-    prepare(parse_job(stage, argv, prog=f"midiscover {stage}")).close()
+    prepare(parse_job(stage, argv, prog=f"midiscover {stage}"), publishes=publishes).close()
     run_job(stage, argv)
 
 
@@ -112,7 +112,7 @@ def _jobs(argv: Sequence[str]) -> None:
 
 
 def _pipeline(argv: Sequence[str]) -> None:
-    _job("pipeline", argv)
+    _job("pipeline", argv, publishes=True)
 
 
 def _sweep(argv: Sequence[str]) -> None:

@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+from midiscover.config import NeuronpediaConfig
 from midiscover.errors import UserError
 from midiscover.ids import hook_layer, recorded_seed, recorded_settings, sparsity_label
 
 MODEL_ID_LENGTH = 32
 _MODEL_ID = re.compile(r"[a-z](?!.*(--|\.\.))[a-z0-9.-]{0,30}[a-z0-9]")
 _SOURCE_SET = re.compile(r"[a-z](?!.*--)[a-z0-9-]*[a-z0-9]")
+
+
+class Names(NamedTuple):
+    """What an SAE is called on Neuronpedia."""
+
+    model: str
+    set: str
+    source: str
+
+    @property
+    def folder(self) -> str:
+        """Within an export."""
+        return f"v1/{self.model}/{self.source}"
+
+
+def neuronpedia_names(record: Mapping[str, Any], model: str, wanted: NeuronpediaConfig) -> Names:
+    """Those that are wanted, else those made of the record and of the name of its language model.
+
+    UserError for names that Neuronpedia would not take.
+    """
+    chosen = checked_source_set(wanted.source_set) if wanted.source_set else source_set(record)
+    named = checked_model_id(wanted.model) if wanted.model else model_id(model)
+    return Names(named, chosen, source_id(record, chosen))
+
+
+def refuse_namesakes(folders: Iterable[tuple[str, str]]) -> None:
+    """UserError where two SAEs (id, `Names.folder`) have one name: Neuronpedia would take the second one for the first,
+    and leave out its features."""
+    names: dict[str, str] = {}
+    for sae, name in folders:
+        if names.setdefault(name, sae) != sae:
+            raise UserError(
+                f"{names[name]} and {sae} would both be {name.removeprefix('v1/')} on Neuronpedia; choose one of them "
+                "with --publish.saes, or export each with a --source-set of its own."
+            )
 
 
 def model_id(name: str) -> str:

@@ -24,13 +24,7 @@ from midiscover.features.labels import label
 from midiscover.features.records import Context, FeatureRecords
 from midiscover.hooknames import transformer_lens_hook
 from midiscover.publish.dashboard import Dashboards
-from midiscover.publish.names import (
-    checked_model_id,
-    checked_source_set,
-    model_id,
-    source_id,
-    source_set,
-)
+from midiscover.publish.names import neuronpedia_names
 
 BATCH = 1024
 """Features of a file."""
@@ -66,16 +60,11 @@ class NeuronpediaExport:
         Neuronpedia would not take."""
         self.repository = repository
         self.record, self.cfg, self.facts, self.names = record, cfg, model, names
-        self.model = checked_model_id(names.model) if names.model else model_id(model.name)
-        self.set = checked_source_set(names.source_set) if names.source_set else source_set(record)
-        self.source = source_id(record, self.set)
+        called = neuronpedia_names(record, model.name, names)
+        self.model, self.set, self.source = called
+        self.folder = called.folder
         self.hook = transformer_lens_hook(record["output_hook"], model.model_type) or record["output_hook"]
         self.created = record["created"][:19]
-
-    @property
-    def folder(self) -> str:
-        """Within the export."""
-        return f"v1/{self.model}/{self.source}"
 
     def files(self, records: FeatureRecords) -> Iterator[tuple[str, bytes]]:
         """Names and contents, batch by batch."""
