@@ -17,7 +17,7 @@ from typing import Any
 from midiscover import lineage
 from midiscover.errors import CorruptError, NotFoundError, StoreError
 from midiscover.frontier import is_control
-from midiscover.promoted import VERSION, Entry, entries_of, standing_bytes
+from midiscover.promoted import VERSION, Entry, entries_of, promoted, standing_bytes
 from midiscover.publish.verify import CHEAP, subject_of_sae, verify
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
@@ -66,13 +66,15 @@ class Decision:
 
     promoted: tuple[Entry, ...]
     refused: dict[str, str]
-    """SAE id -> why not; those that fit and have a better one of their hook as well."""
+    """SAE id -> why not; those that fit and have a better one of their hook as well. Says so where one was promoted
+    before and stays."""
 
 
 def promote(storage: Storage, target: Target, limits: Limits) -> Decision:
     """Promote, of each hook, the SAE of `target` with the lowest FVU among those that keep the limits and verify.
 
-    An earlier choice of the same sweep for that hook is replaced; those of other sweeps stay until they are withdrawn.
+    An earlier choice of the same sweep for that hook is replaced; those of other sweeps, and of a hook for which there
+    is no new one, stay until they are withdrawn.
     """
     refused: dict[str, str] = {}
     fits: dict[tuple[str, str], list[tuple[float, str, Entry]]] = {}
@@ -108,6 +110,8 @@ def promote(storage: Storage, target: Target, limits: Limits) -> Decision:
         refused |= {name: f"{best[1]} has a lower FVU" for _, name, _ in candidates if name != best[1]}
     if chosen:
         _change(storage, lambda entries: _with(entries, chosen))
+    for sae_id in refused.keys() & {entry["id"] for entry in promoted(storage)}:
+        refused[sae_id] += "; it stays promoted from before, until --withdraw takes it out"
     return Decision(promoted=tuple(chosen), refused=refused)
 
 

@@ -96,6 +96,23 @@ def test_every_broken_limit_is_named_with_its_distance(storage: LocalStorage) ->
 
 
 @pytest.mark.usefixtures("verified")
+def test_what_is_refused_and_stays_promoted_from_before_is_said(storage: LocalStorage) -> None:
+    put(storage, "a", fvu=0.2)
+    put(storage, "b", "model.layers.2.mlp", fvu=0.1)
+    put(storage, "c", "model.layers.2.mlp", fvu=0.15)
+    promote(storage, of("a", "c"), LIMITS)
+    stricter = Limits(max_fvu=0.18, min_l0=20, max_l0=100, max_dead=0.1)
+    decision = promote(storage, of("a", "b", "c"), stricter)
+    assert [entry["id"] for entry in promoted(storage)] == ["a", "b"]
+    assert decision.refused == {
+        "a": "FVU 0.2 is above 0.18 by 0.02; it stays promoted from before, until --withdraw takes it out",
+        "c": "b has a lower FVU",
+    }
+    assert withdraw(storage, "a") == ["a"]
+    assert promote(storage, of("a", "b", "c"), stricter).refused["a"] == "FVU 0.2 is above 0.18 by 0.02"
+
+
+@pytest.mark.usefixtures("verified")
 def test_a_sweep_is_judged_by_its_own_evaluation(storage: LocalStorage) -> None:
     put(storage, "a", fvu=0.9)
     storage.write(layout.evaluation("a", "e.2"), json.dumps({"metrics": GOOD}).encode())
