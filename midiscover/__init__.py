@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from midiscover.saes import LoadedSae
 
 __version__ = "0.1.0"
 
 
-def load_sae(source: str, *, store: str | None = None, device: str = "cpu") -> LoadedSae:
+def load_sae(source: str | Path, *, store: str | None = None, device: str = "cpu") -> LoadedSae:
     """Load a trained SAE by id, unique id prefix, folder or URI; see `midiscover.saes.load_sae`."""
     from midiscover.saes import load_sae as load
 

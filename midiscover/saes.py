@@ -28,7 +28,7 @@ from midiscover.saeconfig import L1Config
 from midiscover.saelenscfg import modern_cfg
 from midiscover.store import layout
 from midiscover.store.documents import dump, folders_with, read_json
-from midiscover.store.storage import Storage, open_store
+from midiscover.store.storage import Storage, folder_of, open_store
 from midiscover.train import Trained
 
 RECORD_VERSION = 1
@@ -251,18 +251,23 @@ class LoadedSae:
             return self.module(x.to(self.module.W_enc))
 
 
-def load_sae(source: str, *, store: str | None = None, device: str = "cpu") -> LoadedSae:
-    """Load an SAE by id, unique id prefix, folder, or URI of a folder with a cfg.json.
+def load_sae(source: str | Path, *, store: str | None = None, device: str = "cpu") -> LoadedSae:
+    """Load an SAE by id, unique id prefix, folder, or s3:// address of a folder with a cfg.json.
 
     store: where ids are looked up, as in `--store`. NotFoundError where nothing or more than one fits; CorruptError
     where the weights are not those that were committed; UserError for an architecture this version does not know.
     """
-    if (Path(source) / CFG).is_file() or source.startswith("s3://"):
-        folder, _, name = str(source).rstrip("/").rpartition("/")
-        storage = open_store(folder or ".", create=False)
-        return _load(storage, name, device)
+    named = str(source)
+    if named.startswith("s3://"):
+        folder, _, name = named.rstrip("/").rpartition("/")
+        return _load(open_store(folder, create=False), name, device)
+    local = folder_of(named).resolve()
+    if (local / CFG).is_file():
+        return _load(open_store(str(local.parent), create=False), local.name, device)
+    if isinstance(source, Path) or "/" in named:  # no id has one
+        raise NotFoundError(f"There is no {CFG} in '{named}'; give the folder of an SAE, its s3:// address or its id.")
     storage = open_store(store, create=False)
-    return _load(storage, layout.sae_folder(find_sae(storage, source)), device)
+    return _load(storage, layout.sae_folder(find_sae(storage, named)), device)
 
 
 def sae_ids(storage: Storage) -> list[str]:
