@@ -61,7 +61,7 @@ def _plan(argv: Sequence[str]) -> None:
     known, rest = plan_parser().parse_known_args(list(argv))
     _check(known)
     resolved = resolve(load_config(find_config(known.config), parse_overrides(rest)), known.store)
-    storage = _store(known.store)
+    storage = _store(known.store, on_gpus=bool(known.gpus))
     rates, work = _rates(storage, known.gpu, bool(known.gpus)), work_of(resolved, storage)
     bandwidth = None if known.bandwidth is None else 1e9 * known.bandwidth
     ways = [
@@ -94,9 +94,10 @@ def _check(known: argparse.Namespace) -> None:
         require_folder(known.out)
 
 
-def _store(uri: str | None) -> Storage | None:
-    """The store, where there is one: a plan needs none."""
-    if uri is None and "://" not in store_uri() and not folder_of(store_uri()).is_dir():
+def _store(uri: str | None, *, on_gpus: bool) -> Storage | None:
+    """The store, where there is one: a plan on GPUs needs none."""
+    address = store_uri(uri)
+    if (uri is None or on_gpus) and "://" not in address and not folder_of(address).exists():
         return None
     return open_store(uri, create=False)
 

@@ -290,6 +290,19 @@ def test_the_store_of_the_environment_may_lie_at_home(
     assert "rates of CPU" in capsys.readouterr().out
 
 
+def test_a_plan_on_gpus_needs_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, absent = str(write_run(tmp_path)), str(tmp_path / "later")
+    assert main(["plan", config, "--gpus", "8", "--store", absent]) == 0
+    assert not (tmp_path / "later").exists()
+    assert main(["plan", config, "--store", absent]) == 2
+    assert f"There is no store at '{absent}'" in capsys.readouterr().err
+    monkeypatch.setenv("MIDISCOVER_STORE", absent)
+    assert main(["plan", config]) == 2
+    assert f"There is no store at {absent}, so no rates of this machine" in capsys.readouterr().err
+
+
 def test_rates_of_an_older_midiscover_are_refused() -> None:
     old = replace(of_sheet("h100"), steps={})
     with pytest.raises(ConfigError, match="know no sae.kind gated"):
