@@ -1,6 +1,7 @@
 """Settings of each architecture. Standard library only.
 
-A new architecture is a dataclass here with a line in `SAE_KINDS`, and a class in `sae/` with a line in its registry.
+A new architecture is a dataclass here with a line in `SAE_KINDS`, and a class in `sae/` with a line in its registry;
+CONTRIBUTING.md has the rest.
 What sets the sparsity is named in one way for all: `sparsity()` gives the table's label and value.
 """
 

@@ -1,6 +1,7 @@
 """Architectures by the `kind` of our settings and by the `architecture` of a SAELens cfg.json.
 
-An unknown one is an error, never a plain ReLU. A new architecture is a class and a line here.
+An unknown one is an error, never a plain ReLU. A new architecture is a class and a line here, and one in `FOLDED` where
+SAELens has an architecture of its own for it.
 """
 
 from __future__ import annotations
