@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from midiscover.cli import TRAIN_FLAGS, VERBS
+from midiscover import cli
+from midiscover.cli import VERBS
 from midiscover.cli.plan import plan_parser
 from midiscover.configio import build_config, expand_grid, find_config, load_config, parse_value, read_yaml
-from midiscover.launch import parse_calibrate, parse_job
+from midiscover.errors import ConfigError
+from midiscover.launch import (
+    Parser,
+    parse_calibrate,
+    parse_doctor,
+    parse_import,
+    parse_job,
+    parse_overrides,
+    parse_target,
+)
 from midiscover.serving import parse_serve
 from midiscover.submission import parse_submit
 from tests.jobs_cli import ROOT
@@ -29,7 +41,7 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_is_understood(line: str) -> None:
+def test_every_command_is_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
@@ -46,18 +58,20 @@ def test_every_command_is_understood(line: str) -> None:
             stage = module.removeprefix("jobs.")
             assert (ROOT / "jobs" / f"{stage}.py").is_file()
             _job(stage, arguments)
-        case ["midiscover", "sweep" | "harvest" | "pipeline" as stage, *arguments]:
+        case ["midiscover", "sweep" | "harvest" | "pipeline" | "config" as stage, *arguments]:
             _job(stage, arguments)
-        case ["midiscover", "config", *arguments]:
-            _job("sweep", arguments)
         case ["midiscover", "train", *arguments]:
-            flags = [word for word in arguments if word.startswith("--")]
-            assert set(flags) <= set(TRAIN_FLAGS)
-            assert "--hook" in flags
+            monkeypatch.setattr(cli, "_job", _job)
+            VERBS["train"](arguments)
         case ["midiscover", "plan", *arguments]:
             known, rest = plan_parser().parse_known_args(arguments)
-            assert find_config(known.config)
-            assert rest == []
+            load_config(find_config(known.config), parse_overrides(rest))
+        case ["midiscover", "features" | "publish" as stage, *arguments]:
+            parse_target(stage, arguments)
+        case ["midiscover", "doctor", *arguments]:
+            parse_doctor(arguments)
+        case ["midiscover", "import", *arguments]:
+            parse_import(arguments)
         case ["midiscover", "calibrate", *arguments]:
             parse_calibrate(arguments)
         case ["midiscover", "serve", *arguments]:
@@ -69,13 +83,38 @@ def test_every_command_is_understood(line: str) -> None:
             assert "Authorization: Bearer $KEY" in arguments
         case ["midiscover", "jobs", *arguments]:
             assert parse_submit([*arguments, "--cluster", "http://127.0.0.1:8265"]).action == arguments[0]
-        case ["midiscover", verb, *_]:
-            assert verb in VERBS
+        case ["midiscover", verb, *arguments]:
+            _parsed(verb, arguments, monkeypatch)
         case _:
             raise AssertionError(f"no rule for {line!r}")
 
 
-def _job(stage: str, arguments: list[str]) -> None:
+def test_a_flag_that_a_verb_has_not_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in COMMANDS:
+        match shlex.split(line):
+            case ["midiscover", verb, *_] as words if verb != "jobs":
+                with pytest.raises(ConfigError), monkeypatch.context() as patched:
+                    test_every_command_is_understood(shlex.join([*words, "--no-such-flag"]), patched)
+
+
+class _Parsed(Exception):
+    """A verb has read its words."""
+
+
+def _parsed(verb: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read a verb's arguments as it does itself, and stop there."""
+    parse = Parser.parse_args
+
+    def stop(parser: Parser, words: Any) -> None:
+        parse(parser, words)
+        raise _Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    with pytest.raises(_Parsed):
+        VERBS[verb](arguments)
+
+
+def _job(stage: str, arguments: Sequence[str]) -> None:
     args = parse_job(stage, arguments)
     load_config(find_config(args.config), args.overrides)
 
