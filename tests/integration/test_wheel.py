@@ -77,7 +77,7 @@ def test_the_wheel_holds_everything_that_is_not_a_test(tree: Path, wheel: Path) 
     assert {name.partition("/")[0] for name in names} == set(packages)
     for name in ("demo", "quick", "research", "high", "phi2_layers_by_l1"):
         assert f"jobs/configs/{name}.yaml" in names
-    assert "midiscover/templates/report.html.j2" in names
+    assert {"midiscover/templates/report.html.j2", "midiscover/py.typed"} <= names
     assert "midiscover/tracking/migrations/versions/0001_first_tables.py" in names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,25 @@ def test_the_yaml_of_the_readme_is_a_config(tmp_path: object) -> None:
     assert len(config.harvest.hooks) == 3
     assert [dict(grid) for grid in config.grid][0]["sae.target_l0"] == (20, 60, 150)
     assert len(expand_grid(config)) == 3 * (2 * 3 * 2 + 3 + 2)
+
+
+def test_the_python_of_the_readme_runs(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.setenv("MIDISCOVER_STORE", str(finished / "store"))
+    (sae,) = (path.name for path in (finished / "store" / "saes").glob("l1.*.l1-0.5.*"))
+    named: dict[str, Any] = {}
+    exec(text.replace("l15.mlp-down_proj.standard-4608.l1-2", sae), named)
+    module, tokens = named["sae"].module, len(named["prompt"])
+    x = named["activations"]
+    assert x.shape == (1, tokens, module.d_in)
+    assert named["features"].shape == (1, tokens, module.d_sae)
+    assert named["activations_hat"].shape == x.shape
+    # What was edited is what the SAE reads: without its changes, the two texts are one.
+    assert [change.mode for change in named["changes"]] == ["add", "ablate"]
+    steered = named["last"].token_ids
+    assert steered["steered"] != steered["default"]
+    *_, same = named["generate"](named["lm"], named["prompt"], {}, [], named["Sampling"](new_tokens=20))
+    assert same.token_ids == dict.fromkeys(("steered", "default"), steered["default"])
 
 
 def test_links_and_the_tree_name_what_is_there() -> None:
