@@ -50,7 +50,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   store du | gc      what a store holds; remove what nobody needs
   doctor [CONFIG]    what a run needs of this machine, or of a cluster's: store, database, GPUs, model, text
   jobs list | logs ID [-f] | stop ID   jobs on a cluster
-  runs list | show ID | compare SWEEP | annotate ID | reindex
+  runs list | show ID | compare SWEEP… | annotate ID | reindex
 
 With --cluster URL (or MIDISCOVER_CLUSTER) run on a cluster: harvest, sweep, features, publish, pipeline, doctor,
 calibrate.

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from midiscover import tables
+from midiscover.errors import ConfigError
+from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
 from midiscover.launch import Parser
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker, reindex
@@ -20,7 +22,7 @@ def _runs(argv: Sequence[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     listing = actions.add_parser("list", help="all sweeps, newest first")
     show = actions.add_parser("show", help="one sweep or SAE")
-    compare = actions.add_parser("compare", help="the SAEs of a sweep and their L0-FVU frontier")
+    compare = actions.add_parser("compare", help="the SAEs of sweeps and their L0-FVU frontier")
     annotate = actions.add_parser("annotate", help="set the note and tags of a sweep or SAE")
     rebuild = actions.add_parser("reindex", help="rebuild the tracker from the store")
     show.add_argument("id", metavar="ID", help="a sweep or SAE, or a unique beginning of its id")
@@ -28,7 +30,7 @@ def _runs(argv: Sequence[str]) -> None:
     annotate.add_argument("--note", help="a sentence; an empty one takes it away")
     annotate.add_argument("--tag", action="append", default=[], help="add a tag; may stand several times")
     annotate.add_argument("--untag", action="append", default=[], help="remove a tag")
-    compare.add_argument("sweep", metavar="SWEEP", help="a sweep, or a unique beginning of its id")
+    compare.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweeps, by a unique beginning of their ids")
     for action in (listing, show, compare, annotate, rebuild):
         action.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
         action.add_argument("--json", action="store_true", help="as JSON")
@@ -51,13 +53,34 @@ def _run_action(
         case "show":
             return tracker.show(known.id), tables.details
         case "compare":
-            found = {"saes": tracker.compare(known.sweep), "stability": tracker.stability(known.sweep)}
-            return found, lambda both: tables.comparison(both["saes"], both["stability"])
+            return _compared(tracker, known.sweeps), lambda both: tables.comparison(both["saes"], both["stability"])
         case "annotate":
             after = tracker.annotate(known.id, known.note, add_tags=known.tag, remove_tags=known.untag)
             return after._asdict(), tables.details
         case _:
             return reindex(storage, tracker)._asdict(), tables.details
+
+
+def _compared(tracker: Tracker, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The SAEs of sweeps side by side, and pairs within each sweep. Of several the frontier is that of all, and the
+    `variant` of an SAE begins with the first sweep that it is in.
+
+    ConfigError for sweeps whose numbers mean different things.
+    """
+    if len(names) == 1:
+        return {"saes": tracker.compare(names[0]), "stability": tracker.stability(names[0])}
+    sweeps = {sweep["id"]: sweep for sweep in map(tracker.show, names)}
+    for key, what in (("harvest_id", "on other activations"), ("evaluation_id", "in another way")):
+        if len({sweep[key] for sweep in sweeps.values()}) > 1:
+            raise ConfigError(f"Of {' and '.join(sweeps)} one is measured {what}; their numbers do not compare.")
+    saes: dict[str, dict[str, Any]] = {}
+    for name in sweeps:
+        for row in tracker.compare(name):
+            saes.setdefault(row["sae_id"], row | {"variant": ", ".join(filter(None, (name, row.get("variant"))))})
+    rows = list(saes.values())
+    for row, of_hook, of_kind in zip(rows, frontier_of_hooks(rows), frontier_of_kinds(rows), strict=True):
+        row |= {"frontier": of_hook, "best_of_kind": of_kind}
+    return {"saes": rows, "stability": [pair for name in sweeps for pair in tracker.stability(name)]}
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {"runs": _runs}
