@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ray
 
 from jobs.board import Board, Event, watched
-from jobs.harvest import commit_manifests, ensure_corpus, harvest
+from jobs.harvest import announce_reader, commit_manifests, ensure_corpus, harvest
 from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
 from midiscover import tables
@@ -39,7 +39,7 @@ from midiscover.resolve import resolve
 from midiscover.saes import load_trained
 from midiscover.source import harvested
 from midiscover.store import layout
-from midiscover.store.blocks import read_manifest
+from midiscover.store.blocks import is_harvested
 from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.targets import Target, find_target
@@ -195,8 +195,10 @@ class FeaturesRun:
     def _ensure_rows(self, sites: Mapping[Site, list[str]], cluster: Cluster) -> None:
         """Harvest again what is gone, or was never there, as for SAEs from elsewhere."""
         lacking: dict[str, list[Record]] = {}
+        for harvest_id in dict.fromkeys(site.harvest_id for site in sites):
+            announce_reader(self.storage, harvest_id)
         for site, saes in sites.items():
-            has_rows = read_manifest(self.storage, site.harvest_id, site.hook) is not None
+            has_rows = is_harvested(self.storage, site.harvest_id, site.hook)
             if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
                 continue
             gone = "the text" if has_rows else "its activations"

@@ -20,6 +20,7 @@ import torch
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
+from midiscover import lineage
 from midiscover.config import Dtype
 from midiscover.cores import compute_on
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
@@ -36,11 +37,12 @@ from midiscover.store.blocks import (
     block_plan,
     commit_tokens,
     committed,
+    is_harvested,
     read_manifest,
-    read_tokens_manifest,
     write_manifest,
     write_tokens_manifest,
 )
+from midiscover.store.documents import dump
 from midiscover.store.manifest import BlockSpan
 from midiscover.store.storage import Storage
 
@@ -164,16 +166,24 @@ def plan_of(resolved: Resolved, corpus: CorpusManifest) -> tuple[BlockSpan, ...]
 
 
 def missing_spans(resolved: Resolved, corpus: CorpusManifest, storage: Storage) -> list[tuple[BlockSpan, list[str]]]:
-    """Spans with the hooks whose block is not committed there; hooks with a manifest miss nothing."""
+    """Spans with the hooks whose block is not committed there; hooks with a manifest and its blocks miss nothing."""
     plan = plan_of(resolved, corpus)
     done: dict[str, set[int]] = {}
     for hook in resolved.hooks:
-        if read_manifest(storage, resolved.harvest_id, hook) is not None:
+        if is_harvested(storage, resolved.harvest_id, hook):
             done[hook] = {span.index for span in plan}
         else:
-            done[hook] = set(committed(storage, resolved.harvest_id, hook))
+            done[hook] = set(committed(storage, resolved.harvest_id, hook, take_back=True))
     spans = [(span, [hook for hook in resolved.hooks if span.index not in done[hook]]) for span in plan]
     return [(span, hooks) for span, hooks in spans if hooks]
+
+
+def announce_reader(storage: Storage, harvest_id: str) -> None:
+    """Keep a harvest from being removed for a day; for jobs that read it on behalf of no unfinished sweep.
+
+    Said before anybody looks whether it is there: a removal that saw no reader is then seen by the reader.
+    """
+    storage.write(layout.harvest_reader(harvest_id), dump({"v": 1, "began": lineage.now(), "owner": lineage.owner()}))
 
 
 def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: Bars) -> None:
@@ -192,20 +202,20 @@ def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: 
 
 def commit_manifests(resolved: Resolved, corpus: CorpusManifest, storage: Storage) -> None:
     """Declare every hook harvested, and the tokens they share; needs all blocks of the hooks and no Ray."""
-    plan, lineage = plan_of(resolved, corpus), harvest_lineage(resolved)
+    plan, made_of = plan_of(resolved, corpus), harvest_lineage(resolved)
     # The tokens first: whoever finds a hook's manifest reads them as well.
-    if read_tokens_manifest(storage, resolved.harvest_id) is None:
-        rows = committed(storage, resolved.harvest_id, layout.TOKENS)
+    if not is_harvested(storage, resolved.harvest_id, layout.TOKENS):
+        rows = committed(storage, resolved.harvest_id, layout.TOKENS, take_back=True)
         text = Corpus(storage, corpus)
         for span in plan:
             if span.index not in rows:  # lost where a removal was cut short; they need no model
                 ids = torch.from_numpy(text.windows(span.start_window, span.stop_window).ids)
                 rows[span.index] = commit_tokens(storage, resolved.harvest_id, span, ids)
-        write_tokens_manifest(storage, resolved.harvest_id, plan, rows, lineage=lineage)
+        write_tokens_manifest(storage, resolved.harvest_id, plan, rows, lineage=made_of)
     for hook in resolved.hooks:
         if read_manifest(storage, resolved.harvest_id, hook) is None:
             rows = committed(storage, resolved.harvest_id, hook)
-            write_manifest(storage, resolved.harvest_id, hook, plan, rows, lineage=lineage)
+            write_manifest(storage, resolved.harvest_id, hook, plan, rows, lineage=made_of)
 
 
 def _run_actors(

@@ -307,10 +307,9 @@ class SweepRun:
         return results
 
     def _let_go(self) -> None:
-        """Remove the activations, unless another sweep keeps them."""
-        harvests = {layout.harvest_folder(part.harvest_id) for part in self.resolved.parts()}
-        spent = upkeep.spent_activations(upkeep.survey(self.storage))
-        size = upkeep.remove(self.storage, [one for one in spent if "/".join(one.key.split("/")[:2]) in harvests])
+        """Remove the activations, unless another sweep keeps them or another job has begun to read them."""
+        found = upkeep.survey(self.storage)
+        size = upkeep.remove(found, upkeep.spent_by(found, self.id))
         if size:
             self.bars.say(f"{size / 1e6:,.1f} MB of activations removed: resources.keep_activations is {UNTIL_DONE}")
 

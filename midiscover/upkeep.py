@@ -1,12 +1,13 @@
 """What a store holds, how much of it, and what of it nobody needs any more. Loads no torch.
 
 Garbage is what no later run reads: blocks that no marker names, checkpoints of packs whose SAEs stand, parts of
-features that are written down, corpora, models and exports that were never finished. It has to be some hours old, so
-that what a running job has just written is left alone.
+features that are written down, corpora, models and exports that were never finished. Whatever goes has to be some hours
+old, so that what a running job has just written is left alone.
 
 Activations are no garbage: features, verification and another SAE of the same hook read them. They go where
 `resources.keep_activations` of every sweep that uses them lets them go, or where that is asked for; what is needed of
-them later is then harvested again, from the record of the SAE.
+them later is then harvested again, from the record of the SAE. A sweep that is unfinished names what it uses in its
+sweep.json; another job that begins to read writes `layout.harvest_reader`, and the harvest is young again.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from midiscover.config import KEEP, days_of
 from midiscover.store import layout
+from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Entry, Storage
 
 GRACE_SECONDS = 24 * 3600.0
-"""How old garbage is at least."""
+"""How old is at least what goes."""
 KINDS = {
     layout.MODELS: "model",
     layout.TEXTS: "text",
@@ -71,20 +74,25 @@ class Survey:
     """Finished SAE -> its record."""
     sweeps: Mapping[str, Json]
     """Sweep -> its sweep.json."""
+    unreadable: Sequence[str]
+    """Keys of what should be a sweep.json: nobody knows which activations it uses, so all stay."""
+    leftovers: Sequence[Entry]
+    """What killed writers left half-written in a folder."""
 
 
 def survey(storage: Storage) -> Survey:
     """List a store and read its small documents. One that can't be read is left out: its owner keeps what it has."""
     entries = {entry.key: entry for entry in storage.entries("")}
-    records = {key.split("/")[1]: found for key, found in _documents(storage, entries, layout.SAES, "record.json")}
-    sweeps = {key.split("/")[1]: found for key, found in _documents(storage, entries, layout.SWEEPS, "sweep.json")}
-    return Survey(storage, entries, records, sweeps)
+    records, _ = _documents(storage, entries, layout.SAES, "record.json")
+    sweeps, unreadable = _documents(storage, entries, layout.SWEEPS, "sweep.json")
+    leftovers = storage.leftovers() if isinstance(storage, LocalStorage) else ()
+    return Survey(storage, entries, records, sweeps, unreadable, leftovers)
 
 
 def holdings(found: Survey) -> list[Holding]:
     """What is there, largest first."""
     groups: dict[tuple[str, str], list[Entry]] = {}
-    for entry in found.entries.values():
+    for entry in (*found.entries.values(), *found.leftovers):
         groups.setdefault(_place(entry.key), []).append(entry)
     uses = _uses(found)
     rows = [
@@ -121,50 +129,103 @@ def _unit(key: str) -> str:
     return "/".join(parts[:2]) if parts[0] in LAST_WRITTEN else key
 
 
-def spent_activations(found: Survey, *, asked: bool = False, now: float | None = None) -> list[Waste]:
+def spent_activations(
+    found: Survey, *, asked: bool = False, grace: float = GRACE_SECONDS, now: float | None = None
+) -> list[Waste]:
     """Activations that their sweeps let go; asked: those of all sweeps that are finished, whatever they say.
 
-    An unfinished sweep keeps them, and so does a harvest that no sweep names.
+    An unfinished sweep keeps them, and so do a harvest that no sweep names and one that is younger than `grace`
+    seconds.
     """
     now = time.time() if now is None else now
+    if found.unreadable:
+        return []
     waste = []
     for harvest, entries in _harvests(found).items():
         users = [sweep for sweep in found.sweeps.values() if harvest in _harvests_of(found, sweep)]
         age = now - max(entry.modified for entry in entries)
-        if users and all(_is_done(found, sweep) and (asked or _lets_go(sweep, age)) for sweep in users):
+        done = users and age >= grace and all(_is_done(found, sweep) for sweep in users)
+        if done and (asked or all(_lets_go(sweep, age) for sweep in users)):
             why = "every sweep that reads them is finished" + ("" if asked else " and lets them go")
             waste += [Waste(entry.key, entry.bytes, why) for entry in entries]
     return sorted(waste)
 
 
-def remove(storage: Storage, waste: Iterable[Waste]) -> int:
-    """Delete; returns the bytes. Manifests and markers go first, so that nothing half-gone is believed in.
+def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
+    """Of `spent_activations`, those that a sweep which has just ended used itself, however young.
 
-    The tokens of a harvest go after its hooks, which are worth nothing without them.
+    What was written after its SAEs were measured and recorded is another job's, which reads it now.
+    """
+    sweep = found.sweeps.get(sweep_id, {})
+    ours, saes = _harvests_of(found, sweep), set(sweep.get("sae_ids", ()))
+    ended = 0.0
+    for key, entry in found.entries.items():
+        match key.split("/"):
+            case [layout.SAES, name, "record.json" | "evaluations", *_] if name in saes:
+                ended = max(ended, entry.modified)
+    for harvest, entries in _harvests(found).items():
+        if max(entry.modified for entry in entries) > ended:
+            ours.discard(harvest)
+    return [one for one in spent_activations(found, grace=0) if one.key.split("/")[1] in ours]
+
+
+def remove(found: Survey, waste: Iterable[Waste]) -> int:
+    """Delete what is still as it was listed; returns the bytes.
+
+    Manifests and markers go first, so that nothing half-gone is believed in. The tokens of a harvest go after its
+    hooks, which are worth nothing without them. Blocks are named by their content, so a job that misses them writes
+    them under the same names: what was written since stays, and so does all of a harvest that somebody has begun to
+    use since.
     """
 
-    def turn(one: Waste) -> tuple[bool, bool, bool]:
+    def turn(one: Waste) -> tuple[bool, bool, bool, str]:
         kind, place = _place(one.key)
         tokens = kind == "activations" and place.endswith(f"/{layout.TOKENS}")
-        return tokens, not one.key.endswith("manifest.json"), not one.key.endswith(".json")
+        folder = one.key.rpartition("/")[0]
+        return tokens, not one.key.endswith("manifest.json"), not one.key.endswith(".json"), folder
 
-    ordered = sorted(waste, key=turn)
-    for one in ordered:
-        storage.delete(one.key)
-    return sum(one.bytes for one in ordered)
+    size = 0
+    for (*_, folder), group in groupby(sorted(waste, key=turn), turn):
+        if folder.startswith(f"{layout.ACTIVATIONS}/") and _is_taken_up(found, folder.split("/")[1]):
+            continue
+        standing = set(found.storage.entries(folder))
+        for one in group:
+            if found.entries[one.key] in standing:
+                found.storage.delete(one.key)
+                size += one.bytes
+    return size
+
+
+def _is_taken_up(found: Survey, harvest: str) -> bool:
+    """Whether a sweep or another job has begun to use a harvest since the store was listed."""
+    storage, reader = found.storage, layout.harvest_reader(harvest)
+    fresh = {
+        entry.key: entry
+        for entry in (*storage.entries(layout.SWEEPS), *storage.entries(reader.rpartition("/")[0]))
+        if found.entries.get(entry.key) != entry
+    }
+    sweeps, unreadable = _documents(storage, fresh, layout.SWEEPS, "sweep.json")
+    return bool(unreadable) or reader in fresh or any(harvest in _harvests_of(found, one) for one in sweeps.values())
 
 
 def _documents(
-    storage: Storage, entries: Mapping[str, Entry], folder: str, name: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    storage: Storage, entries: Iterable[str], folder: str, name: str
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Folder -> its document of this name; and the keys of those that are no JSON object."""
+    found, unreadable = {}, []
     for key in entries:
         if key.startswith(f"{folder}/") and key.count("/") == 2 and key.endswith(f"/{name}"):
             try:
                 document = json.loads(storage.read(key))
-            except (ValueError, FileNotFoundError):
+            except FileNotFoundError:  # deleted since
                 continue
+            except ValueError:
+                document = None
             if isinstance(document, dict):
-                yield key, document
+                found[key.split("/")[1]] = document
+            else:
+                unreadable.append(key)
+    return found, unreadable
 
 
 def _place(key: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from itertools import groupby
 from midiscover import tables, upkeep
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser
+from midiscover.store.local import LocalStorage
 from midiscover.store.storage import open_store
 
 HOURS = upkeep.GRACE_SECONDS / 3600
@@ -26,7 +27,7 @@ def _store(argv: Sequence[str]) -> None:
         epilog="Sweeps let activations go by resources.keep_activations. Whatever needs them later harvests again.",
     )
     clean.add_argument("--dry-run", action="store_true", help="only say what would go")
-    clean.add_argument("--grace", type=float, default=HOURS, metavar="HOURS", help=f"garbage is as old ({HOURS:g})")
+    clean.add_argument("--grace", type=float, default=HOURS, metavar="HOURS", help=f"what goes is as old ({HOURS:g})")
     clean.add_argument("--activations", action="store_true", help="those of all finished sweeps, whatever they say")
     for action in (used, clean):
         action.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
@@ -52,12 +53,19 @@ def _du(store: str | None, *, as_json: bool) -> None:
 def _gc(store: str | None, grace: float, *, dry: bool, asked: bool) -> None:
     storage = open_store(store, create=False)
     found = upkeep.survey(storage)
-    waste = [*upkeep.garbage(found, grace=grace), *upkeep.spent_activations(found, asked=asked)]
+    for key in found.unreadable:
+        print(f"{key} can't be read, so all activations stay: put it right or remove it.")
+    waste = [*upkeep.garbage(found, grace=grace), *upkeep.spent_activations(found, asked=asked, grace=grace)]
     waste = list({one.key: one for one in waste}.values())
     for (folder, why), group in groupby(sorted(waste), lambda one: ("/".join(one.key.split("/")[:3]), one.why)):
         ours = list(group)
         print(f"{folder}: {len(ours)} objects, {sum(one.bytes for one in ours) / 1e6:,.1f} MB: {why}")
-    size = sum(one.bytes for one in waste) if dry else upkeep.remove(storage, waste)
+    halves = sum(entry.bytes for entry in found.leftovers)
+    if found.leftovers:
+        print(f"{len(found.leftovers)} half-written files, {halves / 1e6:,.1f} MB: their writers were killed")
+    size = sum(one.bytes for one in waste) + halves
+    if not dry:
+        size = upkeep.remove(found, waste) + (storage.sweep() if isinstance(storage, LocalStorage) else 0)
     print(f"{size / 1e6:,.1f} MB {'would go' if dry else 'removed'} of {storage.uri}")
 
 

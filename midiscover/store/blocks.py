@@ -121,19 +121,44 @@ def commit_tokens(storage: Storage, harvest_id: str, span: BlockSpan, ids: Tenso
     return _commit(storage, harvest_id, layout.TOKENS, data, _row(span, ids.numel(), data, {}))
 
 
-def committed(storage: Storage, harvest_id: str, hook: str) -> dict[int, BlockRow]:
-    """The committed blocks of a hook (or of `layout.TOKENS`) by index. CorruptError where a marker's file is gone."""
+def committed(storage: Storage, harvest_id: str, hook: str, *, take_back: bool = False) -> dict[int, BlockRow]:
+    """The committed blocks of a hook (or of `layout.TOKENS`) by index. CorruptError where a marker's file is gone.
+
+    take_back: such a marker is removed instead, so that its block is made again.
+    """
     keys = storage.list(layout.hook_folder(harvest_id, hook))
     markers = [key for key in keys if _MARKER.fullmatch(key.rpartition("/")[2])]
     with ThreadPoolExecutor(1 if storage.is_local else _MARKER_READERS) as readers:
         rows = [parse_row(data, key) for key, data in zip(markers, readers.map(storage.read, markers), strict=True)]
     present = set(keys)
+    found = {}
     for row, marker in zip(rows, markers, strict=True):
-        if layout.block_file(harvest_id, hook, row.file) not in present:
+        if layout.block_file(harvest_id, hook, row.file) in present:
+            found[row.index] = row
+        elif take_back:
+            storage.delete(marker)
+        else:
             raise CorruptError(
                 f"{marker} in {storage.uri} names {row.file}, which is gone; remove it to redo the block."
             )
-    return {row.index: row for row in rows}
+    return found
+
+
+def is_harvested(storage: Storage, harvest_id: str, hook: str) -> bool:
+    """Whether a hook (or `layout.TOKENS`) has its manifest and every block that this names.
+
+    The manifest of blocks that are gone, as a removal leaves it that overlapped with a harvest, is taken back, so that
+    they are made again.
+    """
+    of_tokens = hook == layout.TOKENS
+    found = read_tokens_manifest(storage, harvest_id) if of_tokens else read_manifest(storage, harvest_id, hook)
+    if found is None:
+        return False
+    present = set(storage.list(layout.hook_folder(harvest_id, hook)))
+    if all(layout.block_file(harvest_id, hook, row.file) in present for row in found.blocks):
+        return True
+    storage.delete(layout.hook_manifest(harvest_id, hook))
+    return False
 
 
 def write_manifest(
@@ -230,7 +255,7 @@ def read_masks(storage: Storage, manifest: HookManifest, split: Split) -> dict[i
         try:
             data = storage.read(key, row.bytes - row.rows)  # masks are the narrowest tensor, so the last of the file
         except FileNotFoundError as error:
-            raise CorruptError(f"Block {row.index} is gone: there is no {key} in {storage.uri}.") from error
+            raise _gone(storage, key, row) from error
         if len(data) != row.rows:
             raise CorruptError(f"{key} in {storage.uri} does not hold {row.rows} rows.")
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -253,7 +278,7 @@ def _fill(storage: Storage, key: str, row: BlockRow, targets: list[memoryview], 
     try:
         storage.read_into(key, targets)
     except FileNotFoundError as error:
-        raise CorruptError(f"Block {row.index} is gone: there is no {key} in {storage.uri}.") from error
+        raise _gone(storage, key, row) from error
     if not verify or (storage.uri, key) in _verified:
         return
     digest = hashlib.sha256()
@@ -265,6 +290,13 @@ def _fill(storage: Storage, key: str, row: BlockRow, targets: list[memoryview], 
             "Remove the folder of this hook and harvest it again."
         )
     _verified.add((storage.uri, key))
+
+
+def _gone(storage: Storage, key: str, row: BlockRow) -> CorruptError:
+    return CorruptError(
+        f"Block {row.index} is gone: there is no {key} in {storage.uri}. The next sweep, harvest or features job that "
+        "reads this hook makes it again."
+    )
 
 
 def _commit(storage: Storage, harvest_id: str, hook: str, data: Bytes, row: BlockRow) -> BlockRow:

@@ -27,12 +27,17 @@ def check_key(key: str) -> str:
 
     So a key can neither leave its store nor meet a half-written file, whose name starts with a dot.
     """
-    if all(part and not part.startswith(".") and "\\" not in part and part.isprintable() for part in key.split("/")):
+    if is_key(key):
         return key
     raise StoreError(
         f"{key!r} can't be a name in a store: parts are separated by single slashes and none may be empty, "
         "start with a dot or hold a backslash."
     )
+
+
+def is_key(key: str) -> bool:
+    """Whether `check_key` takes it; what else lies in a folder or a bucket is no object of the store."""
+    return all(part and not part.startswith(".") and "\\" not in part and part.isprintable() for part in key.split("/"))
 
 
 def model_folder(model_id: str) -> str:
@@ -73,6 +78,11 @@ def corpus_manifest(corpus_id: str) -> str:
 def harvest_folder(harvest_id: str) -> str:
     """All hooks of one model, corpus, dtype and window size."""
     return f"{ACTIVATIONS}/{harvest_id}"
+
+
+def harvest_reader(harvest_id: str) -> str:
+    """The word that a job has begun to read a harvest that no unfinished sweep names; it keeps the harvest young."""
+    return f"{harvest_folder(harvest_id)}/readers/last.json"
 
 
 def hook_folder(harvest_id: str, hook: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from midiscover.errors import CorruptError, StoreError, StoreFailedError
-from midiscover.store.layout import check_key
+from midiscover.store.layout import check_key, is_key
 from midiscover.store.storage import Bytes, Entry
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
@@ -102,8 +102,8 @@ class LocalStorage:
         with self._explained("list", prefix or "what is"):
             for parent, folders, names in os.walk(folder, onerror=_refuse):
                 base = Path(parent).relative_to(self.root)
-                keys += [(base / name).as_posix() for name in names if not name.startswith(".")]
-                folders[:] = [name for name in folders if not name.startswith(".")]
+                keys += [(base / name).as_posix() for name in names if is_key(name)]
+                folders[:] = [name for name in folders if is_key(name)]
         return sorted(keys)
 
     def entries(self, prefix: str) -> list[Entry]:
@@ -133,17 +133,29 @@ class LocalStorage:
         with self._explained("delete", key):
             self.local_path(key).unlink(missing_ok=True)
 
-    def sweep(self) -> None:
-        """Remove the temporary files of writers that were killed, a day after.
-
-        Another process that was suspended for that long in the middle of a write is told that this write failed.
-        """
-        before = time.time() - _LEFT_SECONDS
+    def leftovers(self) -> list[Entry]:
+        """The temporary files of writers that were killed, a day after; their keys are none that `read` takes."""
+        before, found = time.time() - _LEFT_SECONDS, []
         for parent, _, names in os.walk(self.root):
             for path in (Path(parent, name) for name in names if _TEMPORARY.fullmatch(name)):
                 with suppress(OSError):  # no rights, or somebody else was faster
-                    if path.stat().st_mtime < before:
-                        path.unlink()
+                    stat = path.stat()
+                    if stat.st_mtime < before:
+                        key = path.relative_to(self.root).as_posix()
+                        found.append(Entry(key, stat.st_size, stat.st_mtime, _version(stat)))
+        return found
+
+    def sweep(self) -> int:
+        """Remove the leftovers; returns their bytes.
+
+        Another process that was suspended for a day in the middle of a write is told that this write failed.
+        """
+        size = 0
+        for entry in self.leftovers():
+            with suppress(OSError):
+                (self.root / entry.key).unlink()
+                size += entry.bytes
+        return size
 
     @contextmanager
     def _temporary(self, key: str, data: Bytes) -> Iterator[Path]:

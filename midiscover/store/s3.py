@@ -32,7 +32,7 @@ from botocore.exceptions import (
 )
 
 from midiscover.errors import CorruptError, StoreError, StoreFailedError
-from midiscover.store.layout import check_key
+from midiscover.store.layout import check_key, is_key
 from midiscover.store.storage import Bytes, Entry
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ class S3Storage:
             )
             for item in items
         ]
-        return sorted(entry for entry in found if not entry.key.endswith("/"))
+        return sorted(entry for entry in found if is_key(entry.key))
 
     def exists(self, key: str) -> bool:
         """See `Storage.exists`."""

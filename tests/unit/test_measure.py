@@ -15,15 +15,16 @@ from jobs.harvest import ModelPlace, commit_manifests, missing_spans, model_plac
 from jobs.runtime import Slots
 from midiscover.configio import load_config
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus
-from midiscover.errors import CorpusError
+from midiscover.errors import CorpusError, CorruptError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
 from midiscover.saes import WEIGHTS, load_trained, write_trained
-from midiscover.source import open_source
+from midiscover.source import harvested, open_source
 from midiscover.store import layout
+from midiscover.store.blocks import read_block
 from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.train import Member, Trained, train
@@ -88,6 +89,32 @@ def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path
         storage.delete(key)
     assert missing_spans(resolved, manifest, storage) == [], "no pass of the model is needed"
     commit_manifests(resolved, manifest, storage)
+    assert {key: storage.read(key) for key in storage.list("activations")} == before
+
+
+def test_a_harvest_whose_blocks_are_gone_is_made_again(tmp_path: Path) -> None:
+    """As after a removal that overlapped with a harvest: manifest and markers stand, some of their files don't."""
+    config = load_config(write_run(tmp_path, harvest={"hooks": [HOOK], "block_tokens": 1024}))
+    resolved, storage = resolve(config), open_store(str(tmp_path / "store"))
+    manifest = build_corpus(
+        config.corpus, resolved.source, load_tokenizer(resolved.model), storage, resolved.corpus_id, lineage={}
+    )
+    harvest(resolved, manifest, storage)
+    before = {key: storage.read(key) for key in storage.list("activations")}
+    assert missing_spans(resolved, manifest, storage) == []
+    for hook in (HOOK, "tokens"):
+        folder = layout.hook_folder(resolved.harvest_id, hook)
+        blocks = [key for key in before if key.startswith(f"{folder}/block") and key.endswith(".safetensors")]
+        for key in blocks[1:3]:
+            storage.delete(key)
+    found = harvested(storage, resolved.harvest_id, HOOK)
+    with pytest.raises(CorruptError, match=r"Block 1 is gone.*The next sweep, harvest or features job"):
+        read_block(storage, resolved.harvest_id, HOOK, found.blocks[1])
+    assert [(span.index, hooks) for span, hooks in missing_spans(resolved, manifest, storage)] == [
+        (1, [HOOK]),
+        (2, [HOOK]),
+    ]
+    harvest(resolved, manifest, storage)
     assert {key: storage.read(key) for key in storage.list("activations")} == before
 
 

@@ -132,7 +132,9 @@ def test_list_leaves_out_what_is_no_key(storage: LocalStorage) -> None:
     hidden = storage.root / "a" / ".cache"
     hidden.mkdir()
     (hidden / "2").write_bytes(b"")
+    (storage.root / "a" / "b\\c").write_bytes(b"")
     assert storage.list("") == ["a/1"] == [layout.check_key(key) for key in storage.list("a")]
+    assert [entry.key for entry in storage.entries("")] == ["a/1"]
 
 
 def test_what_can_not_be_looked_at_is_not_taken_for_absent(

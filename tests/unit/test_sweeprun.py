@@ -45,10 +45,10 @@ def test_the_harvests_of_a_running_sweep_are_kept_from_others(tmp_path: Path) ->
     blocks = {layout.block_file(harvest, "model.layers.0.mlp", "block") for harvest in harvests}
     for key in blocks:
         storage.write(key, b"rows")
-    assert {one.key for one in spent_activations(survey(storage))} == blocks
+    assert {one.key for one in spent_activations(survey(storage), grace=0)} == blocks
     running = started(config, store, "--name", "running", "--sae.l1_coefficient", "0.7")
     assert {part.harvest_id for part in running.resolved.parts()} == set(harvests)
-    assert spent_activations(survey(storage), asked=True) == []
+    assert spent_activations(survey(storage), asked=True, grace=0) == []
 
 
 def test_a_sweep_that_goes_on_takes_on_the_settings_of_its_new_run(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from midiscover.cli import main
 from midiscover.config import ResourcesConfig, days_of
+from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage
-from midiscover.upkeep import garbage, holdings, remove, spent_activations, survey
+from midiscover.upkeep import garbage, holdings, remove, spent_activations, spent_by, survey
 from tests.s3 import s3_server
 
 HOOK = "activations/h.1/model.layers.1.mlp"
@@ -88,7 +89,7 @@ def storage(tmp_path: Path) -> LocalStorage:
 def test_garbage_is_just_what_nobody_reads(storage: LocalStorage) -> None:
     found = garbage(survey(storage), grace=0, now=time.time() + 60)
     assert {one.key: one.why for one in found} == GARBAGE
-    assert remove(storage, found) == sum(one.bytes for one in found)
+    assert remove(survey(storage), found) == sum(one.bytes for one in found)
     assert garbage(survey(storage), grace=0, now=time.time() + 60) == []
 
 
@@ -111,21 +112,18 @@ def test_the_old_files_of_something_that_is_still_being_made_stay(storage: Local
     assert gone > {f"corpora/c.2/shard-{number}.safetensors" for number in range(3)}
 
 
-def test_the_tokens_of_a_harvest_go_after_its_hooks(storage: LocalStorage) -> None:
+def test_the_tokens_of_a_harvest_go_after_its_hooks(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook of which a block stands is of use only with its tokens, wherever the removal is cut short."""
     for name in ("tokens", "a.hook", "z.hook"):
         for file in ("block-00000.json", A, "manifest.json"):
             storage.write(f"activations/h.1/{name}/{file}", b"{}")
     storage.write("sweeps/s.1/sweep.json", json.dumps(sweep("s.1", ["one", "two"])).encode())
     storage.delete("sweeps/s.2/sweep.json")
-    waste = [one for one in spent_activations(survey(storage), asked=True) if one.key.startswith("activations/h.1/")]
+    found = survey(storage)
+    waste = [one for one in spent_activations(found, asked=True, grace=0) if one.key.startswith("activations/h.1/")]
     deleted: list[str] = []
-
-    class Noted:
-        def delete(self, key: str) -> None:
-            deleted.append(key)
-
-    remove(Noted(), waste)  # type: ignore[arg-type]
+    monkeypatch.setattr(LocalStorage, "delete", lambda _self, key: deleted.append(key))
+    remove(found, waste)
     assert set(deleted) == {key for key in storage.list("activations") if key.startswith("activations/h.1/")}
     tokens = [key.startswith("activations/h.1/tokens/") for key in deleted]
     assert tokens == sorted(tokens)
@@ -178,7 +176,7 @@ def test_activations_go_only_where_every_sweep_lets_them(
         storage.delete(f"sweeps/{name}/sweep.json")
     for name, (saes, keep) in policies.items():
         storage.write(f"sweeps/{name}/sweep.json", json.dumps(sweep(name, saes, keep)).encode())
-    found = spent_activations(survey(storage), asked=asked, now=time.time() + age_days * 86400 + 60)
+    found = spent_activations(survey(storage), asked=asked, grace=0, now=time.time() + age_days * 86400 + 60)
     below = {key for key in storage.list("activations") if key.startswith("activations/h.1/")}
     assert {one.key for one in found} == (below if gone else set())
 
@@ -186,15 +184,122 @@ def test_activations_go_only_where_every_sweep_lets_them(
 def test_a_retired_sae_is_no_unfinished_one(storage: LocalStorage) -> None:
     storage.write("sweeps/s.2/sweep.json", json.dumps(sweep("s.2", ["one", "absent"], "until_done")).encode())
     storage.write("sweeps/s.1/sweep.json", json.dumps(sweep("s.1", ["one"], "until_done")).encode())
-    assert spent_activations(survey(storage)) == []
+    assert spent_activations(survey(storage), grace=0) == []
     storage.write("sweeps/s.2/retired/absent.json", b"{}")
-    assert len(spent_activations(survey(storage))) > 3
+    assert len(spent_activations(survey(storage), grace=0)) > 3
 
 
 def test_a_document_that_cannot_be_read_keeps_what_it_owns(storage: LocalStorage) -> None:
     storage.write("sweeps/s.1/sweep.json", b"{")
     keys = {one.key for one in garbage(survey(storage), grace=0, now=time.time() + 60)}
     assert keys == GARBAGE.keys() - {"sweeps/s.1/packs/p/step-9.safetensors"}
+
+
+def test_a_sweep_that_cannot_be_read_keeps_all_activations(
+    storage: LocalStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spent(storage)
+    assert len(spent_activations(survey(storage), grace=0)) > 3
+    storage.write("sweeps/s.2/sweep.json", b"{broken")
+    assert spent_activations(survey(storage), asked=True, grace=0) == []
+    assert main(["store", "gc", "--activations", "--grace", "0", "--dry-run", "--store", str(tmp_path)]) == 0
+    assert "sweeps/s.2/sweep.json can't be read, so all activations stay" in capsys.readouterr().out
+
+
+def spent(storage: Storage) -> None:
+    """The one harvest that is used is let go: by a sweep that is done."""
+    storage.write("sweeps/s.1/sweep.json", json.dumps(sweep("s.1", ["one", "two"], "until_done")).encode())
+    storage.delete("sweeps/s.2/sweep.json")
+
+
+def test_activations_that_a_job_reads_or_has_just_written_stay(storage: LocalStorage, tmp_path: Path) -> None:
+    """Features of a finished sweep harvest again what was let go, and read it for hours."""
+    spent(storage)
+    now = time.time()
+    files = {path for path in (tmp_path / "activations/h.1").rglob("*") if path.is_file()}
+    for path in (*files, *tmp_path.glob("saes/*/record.json")):
+        os.utime(path, (now - 7200, now - 7200))
+    assert len(spent_activations(survey(storage), grace=3600, now=now)) == len(files)
+    assert len(spent_by(survey(storage), "s.1")) == len(files)
+    for fresh in (f"{HOOK}/{A}", layout.harvest_reader("h.1")):
+        storage.write(fresh, b"rows")
+        os.utime(tmp_path / fresh, (now - 100, now - 100))  # after the records
+        for asked in (True, False):
+            assert spent_activations(survey(storage), asked=asked, grace=3600, now=now) == []
+        assert spent_by(survey(storage), "s.1") == []
+        os.utime(tmp_path / fresh, (now - 7200, now - 7200))
+    # Not the records but an evaluation is the last word of a sweep that shares its SAEs with an older one.
+    os.utime(tmp_path / HOOK / A, (now - 100, now - 100))
+    assert spent_by(survey(storage), "s.1") == []
+    storage.write("saes/one/evaluations/e.json", b"{}")
+    assert len(spent_by(survey(storage), "s.1")) == len(files) + 1
+
+
+def test_what_is_written_again_while_it_is_removed_stays(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of blocks come from their content, so a job that misses them writes the very keys that are to go."""
+    spent(storage)
+    found = survey(storage)
+    real = LocalStorage.delete
+    again: list[str] = []
+
+    def delete(self: LocalStorage, key: str) -> None:
+        real(self, key)
+        if key.endswith("manifest.json") and key.startswith(HOOK):
+            for name in (A, "block-00000.json", "manifest.json"):
+                storage.write(f"{HOOK}/{name}", b"again")
+                again.append(f"{HOOK}/{name}")
+
+    monkeypatch.setattr(LocalStorage, "delete", delete)
+    size = remove(found, spent_activations(found, grace=0))
+    assert len(again) == 3
+    assert set(again) == set(storage.list("activations/h.1"))
+    assert 0 < size < sum(entry.bytes for entry in found.entries.values())
+
+
+@pytest.mark.parametrize("how", ["sweep", "reader", "unreadable"])
+def test_a_harvest_that_somebody_begins_to_use_while_it_is_removed_stays(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    spent(storage)
+    found = survey(storage)
+    real = LocalStorage.delete
+    deleted: list[str] = []
+
+    def delete(self: LocalStorage, key: str) -> None:
+        real(self, key)
+        deleted.append(key)
+        if how == "reader":
+            storage.write(layout.harvest_reader("h.1"), b"{}")
+        else:
+            text = json.dumps(sweep("s.3", ["new"])) if how == "sweep" else "{"
+            storage.write("sweeps/s.3/sweep.json", text.encode())
+
+    monkeypatch.setattr(LocalStorage, "delete", delete)
+    remove(found, spent_activations(found, grace=0))
+    assert deleted == [f"{HOOK}/manifest.json"]
+
+
+def test_files_that_killed_writers_left_are_counted_and_removed(
+    storage: LocalStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, young = (tmp_path / HOOK / f".{A}.{digit * 16}" for digit in "01")
+    for path in (left, young):
+        path.write_bytes(b"h" * 3_000_000)
+    os.utime(left, (time.time() - 90_000,) * 2)
+    whole = next(row for row in holdings(survey(storage)) if row.what == HOOK)
+    files = [path for path in (tmp_path / HOOK).iterdir() if path != young]
+    assert (whole.bytes, whole.objects) == (sum(path.stat().st_size for path in files), len(files))
+    assert main(["store", "gc", "--dry-run", "--store", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 half-written files, 3.0 MB: their writers were killed" in out
+    assert "3.0 MB would go" in out
+    assert left.exists()
+    assert main(["store", "gc", "--store", str(tmp_path)]) == 0
+    assert "3.0 MB removed" in capsys.readouterr().out
+    assert not left.exists()
+    assert young.exists()
 
 
 def test_the_command(storage: LocalStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,8 +328,20 @@ def test_the_same_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         found = garbage(survey(storage), grace=0, now=time.time() + 60)
         assert {one.key: one.why for one in found} == GARBAGE
         before = set(storage.list(""))
-        remove(storage, found)
+        remove(survey(storage), found)
         assert set(storage.list("")) == before - GARBAGE.keys()
+        spent(storage)
+        foreign = {"upkeep/saes/.DS_Store": b"", "upkeep/models//x": b"", "upkeep/saes/.trash/record.json": b"{}"}
+        for name, data in foreign.items():
+            storage._client.put_object(Bucket=server.bucket, Key=name, Body=data)
+        assert sum(row.bytes for row in holdings(survey(storage))) == sum(e.bytes for e in storage.entries(""))
+        found = survey(storage)
+        waste = spent_activations(found, grace=0)
+        again = f"{HOOK}/{A}"
+        time.sleep(1.1)  # a bucket's times are whole seconds, and the ETag of the same bytes is the same
+        storage.write(again, b"a" * 1000)
+        remove(found, waste)
+        assert storage.list("activations/h.1") == [again]
         sizes = {entry.key: entry.bytes for entry in storage.entries("corpora")}
         assert sizes == {"corpora/c.1/manifest.json": 2, "corpora/c.1/shard-0.safetensors": 10}
 

@@ -12,6 +12,7 @@ from jobs.features import FeaturesRun, Site
 from midiscover.config import ResourcesConfig
 from midiscover.launch import Prepared, TargetArgs
 from midiscover.saes import harvest_lineage, read_from
+from midiscover.store import layout
 from tests.runs import prepared_sweep, write_run
 
 
@@ -38,6 +39,7 @@ def test_one_pass_of_each_language_model_for_all_hooks(tmp_path: Path, monkeypat
     passes: list[tuple[str, set[str]]] = []
 
     def harvest(asked: Prepared, *_: Any) -> None:
+        assert run.storage.exists(layout.harvest_reader(asked.resolved.harvest_id)), "before it is looked for"
         passes.append((asked.resolved.harvest_id, set(asked.resolved.hooks)))
 
     monkeypatch.setattr(jobs.features, "harvest", harvest)
