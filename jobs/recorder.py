@@ -1,7 +1,8 @@
 """What a sweep's driver writes down while packs train: bars, the tracker, TensorBoard files, wandb, failures.
 
 A database that goes away never stops a sweep. What it should have been told waits in memory until it is back; the store
-is the truth, and `midiscover runs reindex` makes up for a database that was away to the end.
+is the truth, and `midiscover runs reindex` makes up for a database that was away to the end. What it refuses is left
+out, and said.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tensorboardX import SummaryWriter
 from jobs.board import Event
 from jobs.mirror import Mirror
 from jobs.progress import Bars
-from midiscover.errors import TrackingError
+from midiscover.errors import TrackingError, TrackingRefusedError
 from midiscover.ids import hook_label, sparsity_label
 from midiscover.progress import Progress
 from midiscover.resolve import Pack
@@ -44,6 +45,7 @@ class Recorder:
         self.lock = threading.RLock()  # the board's thread tells, and so does the driver's own
         self.waiting: deque[Callable[[Tracker], None]] = deque()
         self.away_until: float | None = None
+        self.refused = 0
         self.mirror = Mirror(sweep_id, bars.say)
         self.read = 0
         self.to_read = 0
@@ -109,6 +111,8 @@ class Recorder:
         with self.lock:
             if self.waiting:
                 self._catch_up()
+            if self.refused > 1:
+                self.bars.say(f"the tracker refused {self.refused} entries")
             if self.waiting:
                 self.bars.say(
                     f"{len(self.waiting)} entries did not reach the tracker; `midiscover runs reindex` brings it up to "
@@ -121,6 +125,10 @@ class Recorder:
         while self.waiting:
             try:
                 self.waiting[0](self.tracker)
+            except TrackingRefusedError as error:  # it would be refused again, and nothing after it be told
+                if not self.refused:
+                    self.bars.say(f"{error} The sweep goes on without this entry.")
+                self.refused += 1
             except TrackingError as error:
                 if self.away_until is None:
                     self.bars.say(f"{error} The sweep goes on; what it records waits until the database is back.")

@@ -141,6 +141,7 @@ class TrainConfig:
         for name in ("lr_warmup", "lr_decay", "l1_warmup"):
             _require(0 <= getattr(self, name) <= 1, f"train.{name} is a share of the steps, between 0 and 1")
         _require(all(0 <= b < 1 for b in self.betas), "train.betas must lie between 0 and 1")
+        _require(-(2**63) <= self.seed < 2**63, "train.seed must fit into 64 bits, with its sign")
         _require(self.clip >= 0, "train.clip must be 0 or above")
         shares = (*self.resample_at, *([] if self.retire_after is None else [self.retire_after]))
         _require(

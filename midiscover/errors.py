@@ -8,6 +8,7 @@ MiDiscoverError             one or two sentences for a person; the command line 
 │   ├── StoreError          a store that can't be reached, read or written as configured
 │   │   └── StoreFailedError   one that was, until its disk was full or its server stayed away (exit code 1)
 │   ├── TrackingError       the tracking database
+│   │   └── TrackingRefusedError   it answers, and does not take what it was told
 │   └── NotFoundError       an id that names nothing
 ├── ConflictError           two writers committed different bytes under one name (exit code 1)
 ├── CorruptError            stored bytes do not match their manifest (exit code 1)
@@ -51,6 +52,10 @@ class StoreFailedError(StoreError):
 
 class TrackingError(UserError):
     """The tracking database is not configured or does not answer."""
+
+
+class TrackingRefusedError(TrackingError):
+    """The tracking database takes this entry neither now nor later; others it takes."""
 
 
 class NotFoundError(UserError):

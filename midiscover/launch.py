@@ -25,6 +25,7 @@ from midiscover.saeconfig import SAE_KINDS
 from midiscover.store.storage import Storage, open_store, store_uri
 from midiscover.tracking import Tracker
 from midiscover.tracking.engine import VARIABLE
+from midiscover.tracking.rows import checked_tag, checked_text
 
 WANDB_PROJECT = "MIDISCOVER_WANDB_PROJECT"
 """Environment variable: where it is set, a sweep's curves go to that project of Weights & Biases as well."""
@@ -160,14 +161,15 @@ EXAMPLES = {"features": "features.max_tokens 50000", "publish": "publish.saes be
 
 
 def parse_job(stage: str, argv: Sequence[str], *, prog: str | None = None) -> JobArgs:
-    """Read a job's arguments. ConfigError for anything unknown."""
+    """Read a job's arguments. ConfigError for anything unknown, TrackingError for a note or tag that can't be kept."""
     known, rest = job_parser(stage, prog=prog).parse_known_args(list(argv))
+    note = getattr(known, "note", None)
     return JobArgs(
         config=known.config,
         store=known.store,
         force=getattr(known, "force", False),
-        tags=tuple(getattr(known, "tag", ())),
-        note=getattr(known, "note", None),
+        tags=tuple(checked_tag(tag) for tag in getattr(known, "tag", ())),
+        note=None if note is None else checked_text("The note", note),
         overrides=parse_overrides(rest),
     )
 

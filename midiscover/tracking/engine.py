@@ -7,16 +7,27 @@ that goes wrong leaves here as a TrackingError that says which database, never i
 from __future__ import annotations
 
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    ProgrammingError,
+    SQLAlchemyError,
+    StatementError,
+)
 
-from midiscover.errors import TrackingError
+from midiscover.errors import TrackingError, TrackingRefusedError
 
 HEAD = "0004"
 """The newest revision in migrations/versions: known here so that opening a current database loads no Alembic."""
@@ -53,6 +64,23 @@ def parse_url(address: str) -> URL:
     return url
 
 
+def url_to_read(path: Path) -> URL:
+    """Of an SQLite file in a folder that nobody may write to, where its readers can't keep their notes.
+
+    Without a write-ahead log beside it the file is all there is, and does not change.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    fixed = {} if log.exists() and log.stat().st_size else {"immutable": "1"}
+    return URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": "ro", "uri": "true"} | fixed)
+
+
+def is_unwritable(error: TrackingError) -> bool:
+    """Whether SQLite could not make a file beside the database, or not write to it."""
+    cause = error.__cause__
+    code = getattr(cause.orig, "sqlite_errorcode", 0) if isinstance(cause, DBAPIError) else 0
+    return code & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+
 class Database:
     """An engine, and the only two ways to use it: `write` and `read`, each one short transaction."""
 
@@ -64,13 +92,14 @@ class Database:
         except (ArgumentError, ImportError, TypeError) as error:
             raise TrackingError(f"{self.description} can't be used: {self._first_line(error)}.") from None
         if url.get_backend_name() == "sqlite":
-            _prepare_sqlite(self._engine)
+            _prepare_sqlite(self._engine, writes=url.query.get("mode") != "ro")
 
     @property
     def description(self) -> str:
         """What a person needs to recognise the database; never user or password."""
         if self._url.get_backend_name() == "sqlite":
-            return f"The tracking database {self._url.database or '(in memory)'}"
+            path = unquote((self._url.database or "(in memory)").removeprefix("file:"))
+            return f"The tracking database {path}"
         place = f"{self._url.host or 'local socket'}:{self._url.port or 5432}/{self._url.database or ''}"
         return f"The tracking database at {place}"
 
@@ -93,7 +122,7 @@ class Database:
             try:
                 with engine.begin() as connection:
                     result = work(connection)
-            except (SQLAlchemyError, UnicodeError) as error:
+            except (SQLAlchemyError, UnicodeError, OverflowError) as error:
                 self._consider(error, last=attempt == ATTEMPTS or time.monotonic() - started > PATIENCE_SECONDS)
             else:
                 self._answers = True
@@ -113,7 +142,8 @@ class Database:
         if lost:
             self._answers = False
             raise TrackingError(f"{self.description} does not answer: {self._first_line(error)}.") from error
-        raise TrackingError(f"{self.description} refused: {self._first_line(error)}.") from error
+        kind = TrackingRefusedError if _is_of_the_entry(error) else TrackingError
+        raise kind(f"{self.description} refused: {self._first_line(error)}.") from error
 
     def _first_line(self, error: Exception) -> str:
         cause = error.orig if isinstance(error, DBAPIError) else error
@@ -186,7 +216,7 @@ def _connect_args(url: URL) -> dict[str, Any]:
     return chosen | {"options": f"{limits} {given.get('options', '')}".strip()}
 
 
-def _prepare_sqlite(engine: Any) -> None:
+def _prepare_sqlite(engine: Any, *, writes: bool) -> None:
     """Settings of each connection, and a BEGIN of our own.
 
     Python's sqlite3 begins transactions late and never for DDL; without that, migrations would not roll back. A
@@ -196,7 +226,7 @@ def _prepare_sqlite(engine: Any) -> None:
     @event.listens_for(engine, "connect")
     def _on_connect(raw: Any, _record: Any) -> None:
         raw.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON") if writes else ():
             raw.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
@@ -209,6 +239,15 @@ def _is_busy(error: Exception) -> bool:
     """Another transaction was in the way: SQLITE_BUSY, a serialization failure, a deadlock, a lock that timed out."""
     cause = error.orig if isinstance(error, DBAPIError) else None
     return getattr(cause, "sqlite_errorcode", 0) & 0xFF == 5 or _sqlstate(cause) in ("40001", "40P01", "55P03")
+
+
+def _is_of_the_entry(error: Exception) -> bool:
+    """What was told does not fit: text without an encoding, a number too large, a key that is too long, no such row."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, (StatementError, UnicodeError, OverflowError))
+    state = _sqlstate(error.orig)
+    unbound = isinstance(error, ProgrammingError) and not state  # the driver itself did not take it
+    return isinstance(error, (DataError, IntegrityError)) or unbound or state.startswith(("22", "23", "54", "42804"))
 
 
 def _is_lost(error: Exception) -> bool:

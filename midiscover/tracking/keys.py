@@ -14,11 +14,13 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, select, update
 
 from midiscover import lineage
 from midiscover.errors import ConfigError, NotFoundError
+from midiscover.tracking.rows import Row
 from midiscover.tracking.tables import api_keys
+from midiscover.tracking.writes import INSERT
 
 SCOPES = ("read", "steer", "admin")
 """What a key may do, each one that comes after allowing what comes before: look and interpret, steer, train."""
@@ -41,8 +43,8 @@ class ApiKey(NamedTuple):
         return any(SCOPES.index(given) >= SCOPES.index(scope) for given in self.scopes)
 
 
-def create_key(connection: Connection, name: str, scopes: Iterable[str]) -> str:
-    """Make a key; the text that is returned is kept nowhere. ConfigError for a scope that is none."""
+def new_key(name: str, scopes: Iterable[str]) -> tuple[Row, str]:
+    """A key's row, and its text, which is kept nowhere. ConfigError for a wrong name or scope."""
     chosen = tuple(scope for scope in SCOPES if scope in set(scopes))
     unknown = set(scopes) - set(SCOPES)
     if unknown or not chosen:
@@ -51,17 +53,20 @@ def create_key(connection: Connection, name: str, scopes: Iterable[str]) -> str:
     if not name or len(name) > 80 or not name.isprintable():
         raise ConfigError(f"'{name}' can't be the name of a key; give one line of at most 80 characters.")
     identifier, secret = secrets.token_hex(4), secrets.token_hex(24)
-    connection.execute(
-        insert(api_keys).values(
-            id=identifier,
-            name=name,
-            scopes=" ".join(chosen),
-            secret_sha256=_hash(secret),
-            created_at=datetime.now(UTC),
-            created_by=lineage.owner(),
-        )
-    )
-    return f"mdc_{identifier}_{secret}"
+    row = {
+        "id": identifier,
+        "name": name,
+        "scopes": " ".join(chosen),
+        "secret_sha256": _hash(secret),
+        "created_at": datetime.now(UTC),
+        "created_by": lineage.owner(),
+    }
+    return row, f"mdc_{identifier}_{secret}"
+
+
+def put_key(connection: Connection, row: Row) -> None:
+    """Keep a key that is new."""
+    connection.execute(INSERT[connection.dialect.name](api_keys).values(row).on_conflict_do_nothing())
 
 
 def list_keys(connection: Connection) -> list[ApiKey]:
@@ -70,17 +75,20 @@ def list_keys(connection: Connection) -> list[ApiKey]:
     return [ApiKey(**{**row, "scopes": tuple(row["scopes"].split())}) for row in rows]
 
 
-def revoke_key(connection: Connection, name: str) -> ApiKey:
-    """Revoke the one key whose id begins so, or that has this name. NotFoundError where none or several fit."""
+def find_key(connection: Connection, name: str) -> ApiKey:
+    """The one valid key whose id begins so, or that has this name. NotFoundError where none or several fit."""
     known = [key for key in list_keys(connection) if key.revoked_at is None]
     fits = [key for key in known if key.name == name] or [key for key in known if name and key.id.startswith(name)]
     if len(fits) != 1:
         what = f"'{name}' fits {len(fits)} keys" if fits else f"No valid key is called '{name}'"
         listed = ", ".join(f"{key.id} ({key.name})" for key in (fits or known)) or "there are none"
         raise NotFoundError(f"{what}; {listed}.")
-    now = datetime.now(UTC)
-    connection.execute(update(api_keys).where(api_keys.c.id == fits[0].id).values(revoked_at=now))
-    return fits[0]._replace(revoked_at=now)
+    return fits[0]
+
+
+def revoke_key(connection: Connection, key: ApiKey) -> None:
+    """Keep that a key was revoked, and when."""
+    connection.execute(update(api_keys).where(api_keys.c.id == key.id).values(revoked_at=key.revoked_at))
 
 
 def recognised(text: str, keys: Sequence[ApiKey]) -> ApiKey | None:

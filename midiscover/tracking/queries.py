@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from midiscover.errors import NotFoundError
 from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
+from midiscover.tracking.annotations import Annotations
 from midiscover.tracking.rows import Row
 from midiscover.tracking.tables import artifacts, sae_metrics, saes, steps, sweep_saes, sweeps, tags
 from midiscover.tracking.writes import OWNERS
@@ -79,7 +80,7 @@ def show(connection: Connection, text: str) -> Row:
     row = {
         "type": kind,
         **row,
-        "tags": _sorted(connection, select(tags.c.tag).where(tags.c.kind == kind, tags.c.id == name)),
+        "tags": annotations_of(connection, kind, name).tags,
         "artifacts": _artifacts(connection, kind, name),
     }
     if kind == "sweep":
@@ -88,10 +89,22 @@ def show(connection: Connection, text: str) -> Row:
     scalars = _scalars(connection, sae_metrics.c.sae_id == name)
     evaluations = {evaluation: found for (_, evaluation), found in sorted(scalars.items())}
     return row | {
-        "sweeps": _sorted(connection, select(sweep_saes.c.sweep_id).where(sweep_saes.c.sae_id == name)),
+        "sweeps": sweeps_of(connection, name),
         "metrics": evaluations.get(row["evaluation_id"], {}),
         "evaluations": evaluations,
     }
+
+
+def annotations_of(connection: Connection, kind: str, name: str) -> Annotations:
+    """The note and tags of a sweep or SAE."""
+    table = OWNERS[kind]
+    note = connection.execute(select(table.c.note).where(table.c.id == name)).scalar()
+    return Annotations(note, _sorted(connection, select(tags.c.tag).where(tags.c.kind == kind, tags.c.id == name)))
+
+
+def sweeps_of(connection: Connection, sae_id: str) -> list[str]:
+    """The sweeps that an SAE belongs to."""
+    return _sorted(connection, select(sweep_saes.c.sweep_id).where(sweep_saes.c.sae_id == sae_id))
 
 
 def compare(connection: Connection, text: str) -> list[Row]:

@@ -1,7 +1,8 @@
 """Rebuilds the tracker from the store: every sweep, SAE, curve, scalar, artifact, note and tag.
 
-Adds and corrects, and deletes nothing, because one database may serve several stores. The store does not say whether a
-sweep is still running: one with SAEs missing and no failures is `interrupted`, until its driver says otherwise.
+Adds and corrects, deletes nothing and calls nothing undone, because one database may serve several stores. The store
+does not say whether a sweep is still running: one with SAEs missing and no failures is `interrupted`, until its driver
+says otherwise; nor when it ran.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from midiscover.errors import CorruptError
+from midiscover.errors import CorruptError, TrackingRefusedError
 from midiscover.store import layout
-from midiscover.tracking.annotations import Annotations, annotations_key, read_annotations
+from midiscover.tracking.annotations import annotations_key, read_annotations
 from midiscover.tracking.rows import FEATURE_COLUMNS
 from midiscover.tracking.sweepfiles import retired_reason
 
@@ -35,7 +36,7 @@ SWEEP_FILES = ("report.html", "frontier.png")
 
 
 class Reindexed(NamedTuple):
-    """What was read. `unreadable`: keys that are damaged or of another version, with the reason; they were skipped."""
+    """What was read. `unreadable`: keys that are damaged, of another version or refused, with the reason; skipped."""
 
     sweeps: int
     saes: int
@@ -47,12 +48,12 @@ class Reindexed(NamedTuple):
 
 
 def reindex(storage: Storage, tracker: Tracker) -> Reindexed:
-    """Read the whole store into the tracker; a second time changes nothing. TrackingError where the tracker fails."""
+    """Read the whole store into the tracker; a second time changes nothing. TrackingError where it does not answer."""
     return _Reindex(storage, tracker).run()
 
 
 class _Reindex:
-    """One pass. What is damaged is noted in `unreadable` and passed over; what the tracker refuses ends the pass."""
+    """One pass. What is damaged, or refused by the tracker, is noted in `unreadable` and passed over."""
 
     def __init__(self, storage: Storage, tracker: Tracker) -> None:
         self.storage = storage
@@ -75,28 +76,32 @@ class _Reindex:
             if "training.json" in files and name in planned | done and self._curve(name)
         }
         for name in sorted(sae_files.keys() & (planned | done)):
-            self._annotate("sae", name, Annotations(None, []))
+            self._annotate("sae", name)
         failed, dropped = _merged(failures.values()), _merged(retired.values())
         for sae in sorted(planned - done):
             status, reason = _state(sae, failed, trained, dropped)
-            self.tracker.sae_status(sae, status, reason)
+            self.tracker.found_status("sae", sae, status, reason)
         for name, sweep in sweeps.items():
             if sweep:
                 self._files(name, sweep_files[name])
                 missing = set(sweep["sae_ids"]) - done - retired[name].keys()
-                self.tracker.finish_sweep(name, _sweep_status(missing, failures.get(name, {})))
+                self.tracker.found_status("sweep", name, _sweep_status(missing, failures.get(name, {})))
         return Reindexed(**self.counts, unreadable=self.unreadable)
 
     def _start(self, name: str) -> dict[str, Any]:
         """The sweep.json, now in the tracker; empty where it can't be read."""
-        sweep = self._take(layout.sweep_record(name), self.tracker.start_sweep)
+        sweep = self._take(layout.sweep_record(name), self.tracker.found_sweep)
         if sweep:
             self.counts["sweeps"] += 1
-            self._annotate("sweep", name, Annotations(sweep.get("note"), sweep.get("tags", [])))
+            self._annotate("sweep", name)
         return sweep
 
     def _failures(self, name: str) -> dict[str, str]:
-        return self._take(layout.sweep_file(name, "failures.json"), lambda _: None, versioned=False)
+        def check(reasons: dict[str, Any]) -> None:
+            if not all(isinstance(reason, str) for reason in reasons.values()):
+                raise ValueError("not a reason for each SAE")
+
+        return self._take(layout.sweep_file(name, "failures.json"), check, versioned=False)
 
     def _retired(self, name: str, files: set[str]) -> dict[str, str]:
         """SAE id -> why the sweep dropped it."""
@@ -147,14 +152,14 @@ class _Reindex:
         self.counts["curves"] += found
         return found
 
-    def _annotate(self, kind: Kind, name: str, born_with: Annotations) -> None:
+    def _annotate(self, kind: Kind, name: str) -> None:
         try:
             found = read_annotations(self.storage, kind, name)
-        except CorruptError as error:
+            if found is not None:
+                self.tracker.set_annotations(kind, name, found)
+                self.counts["annotations"] += 1
+        except (CorruptError, TrackingRefusedError) as error:
             self.unreadable[annotations_key(kind, name)] = str(error)
-            found = None
-        self.counts["annotations"] += found is not None
-        self.tracker.set_annotations(kind, name, found or born_with)
 
     def _files(self, name: str, files: set[str]) -> None:
         for file in sorted(files.intersection(SWEEP_FILES)):
@@ -171,7 +176,7 @@ class _Reindex:
             if versioned and document.get("v") != VERSION:
                 raise ValueError(f"of version {document.get('v')}, this miDiscover reads {VERSION}")
             use(document)
-        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, TrackingRefusedError) as error:
             self.unreadable[key] = f"no key {error}" if isinstance(error, KeyError) else str(error)
             return {}
         return document

@@ -1,6 +1,7 @@
 """JSON documents of the store (sweep.json, record.json, training.json) as rows of the tables. No database, no files.
 
-Numbers that are not finite become None, text that no database takes is refused.
+Numbers that are not finite become None; of text that no database takes, a person's is refused and what others wrote is
+escaped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from midiscover.ids import compared_settings, recorded_settings
 from midiscover.store import layout
 
 Row = dict[str, Any]
+
+MOST_IN_TAG = 200
+"""Characters; PostgreSQL's index takes 2,704 bytes."""
 
 
 class PlannedRow(TypedDict, total=False):
@@ -44,18 +48,19 @@ PLANNED_COLUMNS = tuple("sparsity" if name == "sparsity_label" else name for nam
 
 def sweep_row(sweep: Mapping[str, Any]) -> Row:
     """The row of a sweep.json."""
-    return {
+    row = {
         "id": sweep["id"],
         "name": sweep["name"],
         "created_at": parse_time(sweep["created"]),
         "owner": sweep.get("owner"),
         "note": sweep.get("note"),
-        "config": finite(sweep.get("config")),
+        "config": sweep.get("config"),
         "evaluation_id": sweep.get("evaluation_id"),
         "corpus_id": sweep.get("corpus"),
         "harvest_id": sweep.get("harvest"),
-        "lineage": finite(sweep.get("lineage")),
+        "lineage": sweep.get("lineage"),
     }
+    return storable(row)
 
 
 def planned_row(planned: Mapping[str, Any], owner: str | None) -> Row:
@@ -65,7 +70,7 @@ def planned_row(planned: Mapping[str, Any], owner: str | None) -> Row:
         raise ValueError(f"a planned SAE has no {', '.join(sorted(unknown))}; it has sae_id, {', '.join(PLANNED)}")
     if "sparsity_label" not in planned and "kind" in planned:
         planned = _of_first_release(planned)
-    row = {column: finite(planned.get(name)) for name, column in zip(PLANNED, PLANNED_COLUMNS, strict=True)}
+    row = {column: storable(planned.get(name)) for name, column in zip(PLANNED, PLANNED_COLUMNS, strict=True)}
     return row | {"id": planned["sae_id"], "owner": owner, "status": "planned"}
 
 
@@ -80,7 +85,7 @@ def recorded_row(record: Mapping[str, Any]) -> Row:
     lineage = record.get("lineage") or {}
     model, code, corpus = (lineage.get(name) or {} for name in ("model", "code", "corpus"))
     compared = compared_settings(recorded_settings(record["sae"]))
-    return {
+    row = {
         "id": record["id"],
         "hook": record["hook"],
         "layer": record.get("layer"),
@@ -90,12 +95,12 @@ def recorded_row(record: Mapping[str, Any]) -> Row:
         "l1": compared["l1"],
         "k": compared["k"],
         "seed": lineage.get("seed"),
-        "settings": finite({"sae": record["sae"], "train": record["train"]}),
+        "settings": {"sae": record["sae"], "train": record["train"]},
         "status": "done",
         "reason": None,
-        "record": finite(record),
+        "record": record,
         "created_at": parse_time(record["created"]),
-        "seconds": finite(record.get("seconds")),
+        "seconds": record.get("seconds"),
         "owner": record.get("owner"),
         "evaluation_id": record["evaluation_id"],
         "model_name": model.get("name"),
@@ -110,13 +115,14 @@ def recorded_row(record: Mapping[str, Any]) -> Row:
         "sparsity": compared["sparsity_label"],
         "target_l0": compared["target_l0"],
     }
+    return storable(row)
 
 
 def metric_rows(sae_id: str, evaluation_id: str, metrics: Mapping[str, Any]) -> list[Row]:
     """One row per scalar; None (not measured) and nested values (the density histogram) stay in the record."""
     key = {"sae_id": sae_id, "evaluation_id": evaluation_id}
     return [
-        key | {"name": name, "value": finite(float(value))}
+        key | {"name": name, "value": storable(float(value))}
         for name, value in sorted(metrics.items())
         if _is_number(value)
     ]
@@ -142,7 +148,7 @@ def step_rows(sae_id: str, history: Mapping[str, Sequence[Any]]) -> list[Row]:
     if len({len(column) for column in history.values()}) > 1 or "step" not in history:
         raise ValueError("a history is columns of equal length, one of them `step`")
     rows = [
-        {"sae_id": sae_id, "step": int(step), "name": name, "value": finite(float(value))}
+        {"sae_id": sae_id, "step": int(step), "name": name, "value": storable(float(value))}
         for name, column in history.items()
         if name != "step"
         for step, value in zip(history["step"], column, strict=True)
@@ -162,19 +168,26 @@ def feature_rows(sae_id: str, features_id: str, found: Sequence[Mapping[str, Any
     """
     key = {"sae_id": sae_id, "features_id": features_id}
     return [
-        key | {name: row[name] for name in FEATURE_COLUMNS[:-1]} | {"top_tokens": json.dumps(row["top_tokens"])}
+        key
+        | {name: storable(row[name]) for name in FEATURE_COLUMNS[:-1]}
+        | {"top_tokens": json.dumps(row["top_tokens"])}
         for row in found
     ]
 
 
-def finite(value: Any) -> Any:
-    """`value` with every float that is not finite replaced by None, at any depth; tuples become lists."""
+def storable(value: Any) -> Any:
+    """`value` as every database takes it, at any depth: a float that is not finite becomes None, tuples become lists.
+
+    Half a surrogate pair, as of a file name that is no UTF-8, is escaped, and so is NUL.
+    """
     if isinstance(value, float):
         return value if isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
     if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
+        return {storable(str(key)): storable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [storable(inner) for inner in value]
     return value
 
 
@@ -193,6 +206,15 @@ def checked_text(what: str, text: str) -> str:
     if "\0" in text:
         raise TrackingError(f"{what} holds a NUL character, which no database stores; leave it out.")
     return text
+
+
+def checked_tag(tag: str) -> str:
+    """`tag` itself. TrackingError for one that is empty, too long for an index, or that `checked_text` refuses."""
+    if not tag.strip() or len(tag) > MOST_IN_TAG:
+        raise TrackingError(
+            f"A tag of {len(tag)} characters can't be kept; give 1 to {MOST_IN_TAG}, not all of them blank."
+        )
+    return checked_text("A tag", tag)
 
 
 def _is_number(value: object) -> bool:

@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sqlalchemy import URL
 
-from midiscover.errors import TrackingError
+from midiscover.errors import NotFoundError, TrackingError
 from midiscover.store import layout
 from midiscover.tracking import keys, queries, writes
-from midiscover.tracking.annotations import Annotations, write_annotations
-from midiscover.tracking.engine import EXAMPLE, VARIABLE, Database, migrate, parse_url
-from midiscover.tracking.rows import Row, checked_text
+from midiscover.tracking.annotations import Annotations, change_annotations, read_annotations
+from midiscover.tracking.engine import EXAMPLE, VARIABLE, Database, is_unwritable, migrate, parse_url, url_to_read
+from midiscover.tracking.rows import Row, checked_tag, checked_text
 from midiscover.tracking.sweepfiles import read_stability
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
     from midiscover.store.storage import Storage
 
 SweepStatus = Literal["running", "done", "failed", "interrupted"]
@@ -68,7 +67,8 @@ class Tracker:
     def for_store(cls, storage: Storage) -> Self:
         """The tracker of a store: $MIDISCOVER_DATABASE_URL, else SQLite in the folder of a local store.
 
-        TrackingError for a store that is no folder while the variable is not set: SQLite needs one machine.
+        That of a folder which one may only read answers and takes nothing. TrackingError for a store that is no folder
+        while the variable is not set: SQLite needs one machine.
         """
         address = os.environ.get(VARIABLE)
         if address:
@@ -76,7 +76,12 @@ class Tracker:
         path = storage.local_path(layout.TRACKER)
         if path is None:
             raise TrackingError(f"The store {storage.uri} is no local folder, so it needs a database: set {EXAMPLE}.")
-        return cls._open(URL.create("sqlite", database=str(path)), storage)
+        try:
+            return cls._open(URL.create("sqlite", database=str(path)), storage)
+        except TrackingError as error:
+            if not (is_unwritable(error) and path.is_file()):
+                raise
+        return cls._open(url_to_read(path), storage)
 
     def close(self) -> None:
         """Close all connections."""
@@ -107,6 +112,15 @@ class Tracker:
         """
         rows = list(sweep.get("saes", ()) if planned is None else planned)
         self._database.write(lambda connection: writes.start_sweep(connection, sweep, rows))
+
+    def found_sweep(self, sweep: Mapping[str, Any]) -> None:
+        """A sweep.json stands in a store: for `reindex`, which knows nothing of when it ran."""
+        rows = list(sweep.get("saes", ()))
+        self._database.write(lambda connection: writes.found_sweep(connection, sweep, rows))
+
+    def found_status(self, kind: Kind, name: str, status: str, reason: str | None = None) -> None:
+        """How a sweep, or an SAE without a record, stands in a store: for `reindex`. What is done stays done."""
+        self._database.write(lambda connection: writes.found_status(connection, kind, name, status, reason))
 
     def finish_sweep(self, sweep_id: str, status: SweepStatus) -> None:
         """A sweep ends as `done`, `failed` or `interrupted`. TrackingError for an id that was never started."""
@@ -146,35 +160,54 @@ class Tracker:
     def annotate(
         self, text: str, note: str | None = None, *, add_tags: Iterable[str] = (), remove_tags: Iterable[str] = ()
     ) -> Annotations:
-        """Set the note (empty: take it away) and change the tags of a sweep or SAE, here and in the store.
+        """Set the note (empty: take it away) and change the tags of a sweep or SAE, in the store and then here.
 
-        Takes an id or unique prefix and returns what holds now. NotFoundError for an id that fits nothing or several.
+        Takes an id or unique prefix and returns what holds now. NotFoundError for an id that fits nothing or several,
+        and for what lies in another store.
         """
-        add = [checked_text("A tag", tag) for tag in add_tags]
-        remove = list(remove_tags)
+        add, remove = [checked_tag(tag) for tag in add_tags], list(remove_tags)
         if note is not None:
             checked_text("The note", note)
-
-        def work(connection: Connection) -> Annotations:
-            kind, name = queries.resolve(connection, text)
-            after = Annotations(*writes.annotate(connection, kind, name, note, add, remove))
-            # Before COMMIT and under the row's lock: both change or neither, and the last of two people wins in both.
-            if self._storage is not None:
-                write_annotations(self._storage, kind, name, after)
+        kind, name = self._database.read(lambda connection: queries.resolve(connection, text))
+        known = self._database.read(lambda connection: queries.annotations_of(connection, kind, name))
+        if self._storage is None:
+            after = known.changed(note, add, remove)
+            self.set_annotations(kind, name, after)
             return after
+        self._require_stored(self._storage, kind, name)
+        after = change_annotations(
+            self._storage, kind, name, known, lambda standing: standing.changed(note, add, remove)
+        )
+        while True:
+            self.set_annotations(kind, name, after)
+            # Somebody whose file came later may have been here earlier: the last one here leaves what stands.
+            standing = read_annotations(self._storage, kind, name) or after
+            if standing == after:
+                return after
+            after = standing
 
-        return self._database.write(work)
+    def _require_stored(self, storage: Storage, kind: str, name: str) -> None:
+        """NotFoundError where a store holds nothing of a sweep, or neither an SAE nor a sweep that it belongs to."""
+        found = [layout.sweep_record(name)]
+        if kind == "sae":
+            sweeps = self._database.read(lambda connection: queries.sweeps_of(connection, name))
+            found = [layout.record(name), *map(layout.sweep_record, sweeps)]
+        if not any(map(storage.exists, found)):
+            raise NotFoundError(
+                f"{name} does not lie in the store {storage.uri}; give the one where it does by --store."
+            )
 
-    def set_annotations(self, kind: Kind, name: str, annotations: Annotations) -> None:
-        """Exactly this note and these tags, in the database only: for `reindex`."""
+    def set_annotations(self, kind: str, name: str, annotations: Annotations) -> None:
+        """Exactly this note and these tags, in the database only."""
         self._database.write(lambda connection: writes.set_annotations(connection, kind, name, *annotations))
 
     # Keys of deployments
 
     def create_key(self, name: str, scopes: Iterable[str]) -> str:
         """Make a key; what is returned is shown once and kept nowhere. ConfigError for a name or scope that is none."""
-        given = list(scopes)
-        return self._database.write(lambda connection: keys.create_key(connection, name, given))
+        row, text = keys.new_key(name, list(scopes))
+        self._database.write(lambda connection: keys.put_key(connection, row))
+        return text
 
     def list_keys(self) -> list[keys.ApiKey]:
         """All keys, oldest first, with the hashes of their secrets; those that were revoked among them."""
@@ -182,7 +215,10 @@ class Tracker:
 
     def revoke_key(self, name: str) -> keys.ApiKey:
         """Revoke a key by its name or the beginning of its id. NotFoundError where none or several fit."""
-        return self._database.write(lambda connection: keys.revoke_key(connection, name))
+        found = self._database.read(lambda connection: keys.find_key(connection, name))
+        revoked = found._replace(revoked_at=datetime.now(UTC))
+        self._database.write(lambda connection: keys.revoke_key(connection, revoked))
+        return revoked
 
     # Reading. Ids may be unique prefixes; NotFoundError names the nearest ids.
 

@@ -14,12 +14,13 @@ from sqlalchemy import Connection, Table, case, delete, func, insert, select, up
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
-from midiscover.errors import TrackingError
+from midiscover.errors import TrackingRefusedError
 from midiscover.tracking import rows
 from midiscover.tracking.rows import Row
 from midiscover.tracking.tables import artifacts, features, sae_metrics, saes, steps, sweep_saes, sweeps, tags
 
-_INSERT: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+INSERT: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""Of each kind of database the INSERT that knows ON CONFLICT."""
 
 _ROWS_AT_ONCE = 5000
 """Rows of one INSERT into SQLite."""
@@ -27,9 +28,31 @@ _ROWS_AT_ONCE = 5000
 OWNERS = {"sweep": sweeps, "sae": saes}
 """The table of each kind that can own tags and artifacts."""
 
+SILENT = {"sweep": ("interrupted", "running"), "sae": ("planned", "training")}
+"""What a store is read as that says nothing of how far a sweep or SAE is, and the only state that this takes back."""
+
 
 def start_sweep(connection: Connection, sweep: Mapping[str, Any], planned: Iterable[Mapping[str, Any]]) -> None:
     """A sweep begins, or begins again: its row, its SAEs in order, and, the first time, its note and tags."""
+    begins = {"status": "running", "started_at": datetime.now(UTC), "ended_at": None}
+    _put_sweep(connection, sweep, planned, begins, keep=("note",), again=True)
+
+
+def found_sweep(connection: Connection, sweep: Mapping[str, Any], planned: Iterable[Mapping[str, Any]]) -> None:
+    """A sweep stands in a store. Nothing of what is known of its runs changes; where nothing is, it was interrupted."""
+    state = {"status": SILENT["sweep"][0], "started_at": rows.parse_time(sweep["created"]), "ended_at": None}
+    _put_sweep(connection, sweep, planned, state, keep=("note", *state), again=False)
+
+
+def _put_sweep(
+    connection: Connection,
+    sweep: Mapping[str, Any],
+    planned: Iterable[Mapping[str, Any]],
+    state: Row,
+    *,
+    keep: Sequence[str],
+    again: bool,
+) -> None:
     settings = {row["sae_id"]: row for row in planned}
     strangers = settings.keys() - set(sweep["sae_ids"])
     if strangers:
@@ -37,13 +60,13 @@ def start_sweep(connection: Connection, sweep: Mapping[str, Any], planned: Itera
     row = rows.sweep_row(sweep)
     known = connection.execute(select(sweeps.c.id).where(sweeps.c.id == row["id"])).scalar()
     planned_rows = [rows.planned_row(settings.get(i, {"sae_id": i}), row["owner"]) for i in sweep["sae_ids"]]
-    _plan(connection, planned_rows)
-    row |= {"status": "running", "started_at": datetime.now(UTC), "ended_at": None}
-    _upsert(connection, sweeps, [row], keep=("note",))
+    _plan(connection, planned_rows, again=again)
+    _upsert(connection, sweeps, [row | state], keep=keep)
     places = [{"sweep_id": row["id"], "sae_id": sae, "position": n} for n, sae in enumerate(sweep["sae_ids"])]
     _upsert(connection, sweep_saes, places)
     if known is None:
-        _upsert(connection, tags, [{"kind": "sweep", "id": row["id"], "tag": tag} for tag in sweep.get("tags", ())])
+        born_with = [rows.storable(tag) for tag in sweep.get("tags", ())]
+        _upsert(connection, tags, [{"kind": "sweep", "id": row["id"], "tag": tag} for tag in born_with])
 
 
 def finish_sweep(connection: Connection, sweep_id: str, status: str) -> None:
@@ -55,9 +78,20 @@ def finish_sweep(connection: Connection, sweep_id: str, status: str) -> None:
 
 def sae_status(connection: Connection, sae_id: str, status: str, reason: str | None) -> None:
     """An SAE moves on."""
-    change = update(saes).where(saes.c.id == sae_id).values(status=status, reason=reason)
+    change = update(saes).where(saes.c.id == sae_id).values(status=status, reason=rows.storable(reason))
     if connection.execute(change).rowcount == 0:
         raise _unknown("SAE", sae_id)
+
+
+def found_status(connection: Connection, kind: str, name: str, status: str, reason: str | None = None) -> None:
+    """How a sweep, or an SAE without a record, stands in a store.
+
+    Another store may know more: what is done stays done, and of `SILENT` the first only takes the place of the second.
+    """
+    table, (silent, busy) = OWNERS[kind], SILENT[kind]
+    gives_way = table.c.status == busy if status == silent else table.c.status != "done"
+    values = {"status": status} | ({"reason": rows.storable(reason)} if kind == "sae" else {})
+    connection.execute(update(table).where(table.c.id == name, gives_way).values(values))
 
 
 def record_sae(connection: Connection, record: Mapping[str, Any]) -> None:
@@ -107,19 +141,6 @@ def add_artifact(connection: Connection, row: Row) -> None:
     _upsert(connection, artifacts, [row])
 
 
-def annotate(
-    connection: Connection, kind: str, name: str, note: str | None, add: Iterable[str], remove: Iterable[str]
-) -> tuple[str | None, list[str]]:
-    """Change note (None: as it is, empty: none) and tags; the note and tags after it, sorted. Locks the row."""
-    table = OWNERS[kind]
-    before = connection.execute(select(table.c.note).where(table.c.id == name).with_for_update()).scalar_one()
-    of_this = (tags.c.kind == kind) & (tags.c.id == name)
-    after = (set(connection.execute(select(tags.c.tag).where(of_this)).scalars()) | set(add)) - set(remove)
-    note = before if note is None else note or None
-    set_annotations(connection, kind, name, note, sorted(after))
-    return note, sorted(after)
-
-
 def set_annotations(connection: Connection, kind: str, name: str, note: str | None, new_tags: Iterable[str]) -> None:
     """Exactly this note and these tags."""
     table = OWNERS[kind]
@@ -128,16 +149,17 @@ def set_annotations(connection: Connection, kind: str, name: str, note: str | No
     _upsert(connection, tags, [{"kind": kind, "id": name, "tag": tag} for tag in new_tags])
 
 
-def _plan(connection: Connection, planned: list[Row]) -> None:
-    """New SAEs as planned; of known ones only gaps are filled, and those that failed are planned again."""
-    new = _INSERT[connection.dialect.name](saes)
+def _plan(connection: Connection, planned: list[Row], *, again: bool) -> None:
+    """New SAEs as planned; of known ones only gaps are filled. again: those that failed are planned once more."""
+    new = INSERT[connection.dialect.name](saes)
     failed = saes.c.status == "failed"
     filled = {name: func.coalesce(saes.c[name], new.excluded[name]) for name in (*rows.PLANNED_COLUMNS, "owner")}
-    again = {
-        "status": case((failed, "planned"), else_=saes.c.status),
-        "reason": case((failed, None), else_=saes.c.reason),
-    }
-    statement = new.on_conflict_do_update(index_elements=["id"], set_=filled | again)
+    if again:
+        filled |= {
+            "status": case((failed, "planned"), else_=saes.c.status),
+            "reason": case((failed, None), else_=saes.c.reason),
+        }
+    statement = new.on_conflict_do_update(index_elements=["id"], set_=filled)
     connection.execute(statement, sorted(planned, key=lambda row: row["id"]))
 
 
@@ -146,7 +168,7 @@ def _upsert(connection: Connection, table: Table, new: Sequence[Row], keep: Sequ
     if not new:
         return
     keys = [column.name for column in table.primary_key]
-    upsert = _INSERT[connection.dialect.name](table)
+    upsert = INSERT[connection.dialect.name](table)
     changed = {name: upsert.excluded[name] for name in new[0] if name not in (*keys, *keep)}
     if changed:
         statement = upsert.on_conflict_do_update(index_elements=keys, set_=changed)
@@ -176,5 +198,7 @@ def _require_sae(connection: Connection, sae_id: str) -> None:
         raise _unknown("SAE", sae_id)
 
 
-def _unknown(what: str, name: str) -> TrackingError:
-    return TrackingError(f"The tracker has no {what} {name!r}; `midiscover runs reindex` reads it from the store.")
+def _unknown(what: str, name: str) -> TrackingRefusedError:
+    return TrackingRefusedError(
+        f"The tracker has no {what} {name!r}; `midiscover runs reindex` reads it from the store."
+    )

@@ -32,6 +32,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train": {"lrr": 1}}, "'train.lrr' is not a setting of 'train'; did you mean 'lr'?"),
     ({"train": {"lr": "fast"}}, "train.lr is 'fast'; it must be a number or null."),
     ({"train": {"lr": -1.0}}, "train.lr must be above 0."),
+    ({"train": {"seed": 2**63}}, "train.seed must fit into 64 bits, with its sign."),
     ({"train": {"lr": float("nan")}}, "train.lr is nan; it must be a number or null."),
     ({"train": {"epochs": 2.5}}, "train.epochs is 2.5; it must be a whole number."),
     ({"train": {"epochs": "3"}}, "train.epochs is '3'; it must be a whole number."),

@@ -7,8 +7,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, text
 
 from midiscover.errors import TrackingError
-from midiscover.store.storage import Storage
+from midiscover.store.storage import Storage, open_store
 from midiscover.tracking.engine import HEAD, VARIABLE, Database, alembic_config, migrate, parse_url
 from midiscover.tracking.tables import metadata
 from midiscover.tracking.tracker import Tracker
@@ -242,10 +244,44 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         Tracker.open(f"sqlite:///{path}")
 
 
+@pytest.fixture
+def as_anybody() -> Iterator[Path]:
+    """A folder that anybody may enter, and a process that is anybody: root may write everywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), os.geteuid()
+        folder.chmod(0o755)
+        yield folder
+        if user == 0:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_store_that_one_may_only_read_is_read(as_anybody: Path, monkeypatch: pytest.MonkeyPatch, log: bool) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    storage = open_store(str(as_anybody))
+    with Tracker.for_store(storage) as tracker:
+        tracker.start_sweep(samples.sweep())
+        if log:  # as beside a driver that runs now: what it wrote stands in the log alone
+            for path in as_anybody.iterdir():
+                path.with_name(f"copy of {path.name}").write_bytes(path.read_bytes())
+    for path in as_anybody.glob("copy of *"):
+        path.rename(path.with_name(path.name.removeprefix("copy of ")))
+    assert (as_anybody / "tracker.db-wal").exists() == log
+    as_anybody.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with pytest.raises(OSError, match="ermission"):
+        (as_anybody / "x").touch()
+    with Tracker.for_store(storage) as tracker:
+        assert [run["name"] for run in tracker.list_runs()] == ["demo"]
+        assert tracker.where == f"The tracking database {as_anybody / 'tracker.db'}"
+        with pytest.raises(TrackingError, match="readonly"):
+            tracker.finish_sweep(samples.sweep()["id"], "done")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX file names")
 def test_odd_folder_names(tmp_path: Path) -> None:
-    from midiscover.store.storage import open_store
-
     storage = open_store(str(tmp_path / "100% of it?#&=é"))
     with Tracker.for_store(storage) as tracker:
         assert tracker.list_runs() == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from midiscover.errors import ConfigError, NotFoundError
+from midiscover.tracking.engine import Database
 from midiscover.tracking.keys import SCOPES, recognised
 from midiscover.tracking.tracker import Tracker
 from tests.jobs_cli import refused
@@ -46,6 +48,23 @@ def test_a_revoked_key_is_kept_and_refused(address: str) -> None:
         tracker.revoke_key(second[4:8])
         with pytest.raises(NotFoundError, match="there are none"):
             tracker.revoke_key("two")
+
+
+def test_a_transaction_whose_answer_was_lost_makes_no_second_key(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Database.write` runs its work again then."""
+    real, runs = Database.write, []
+
+    def twice(self: Database, work: Any) -> Any:
+        runs.append(real(self, work))
+        return real(self, work)
+
+    with Tracker.open(address) as tracker:
+        monkeypatch.setattr(Database, "write", twice)
+        text = tracker.create_key("one", ["read"])
+        (key,) = tracker.list_keys()
+        assert recognised(text, [key]) == key
+        assert tracker.revoke_key("one").revoked_at == tracker.list_keys()[0].revoked_at is not None
+        assert len(runs) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from midiscover.store import layout
-from midiscover.store.storage import Storage
+from midiscover.store.storage import Storage, open_store
 from midiscover.tracking.annotations import annotations_key
 from midiscover.tracking.reindex import reindex
 from midiscover.tracking.sweepfiles import retired_reason
@@ -78,9 +78,56 @@ def test_rebuilt_equals_the_original(told: Tracker, storage: Storage, address: s
 
 
 def test_reindexing_a_current_database_changes_nothing(told: Tracker, storage: Storage, address: str) -> None:
-    before = samples.dump(address)
+    before = samples.dump(address, leave_out=set())
     assert reindex(storage, told) == reindex(storage, told)
-    assert samples.dump(address) == before
+    assert samples.dump(address, leave_out=set()) == before
+
+
+def test_a_reindex_that_breaks_off_takes_nothing_back(
+    told: Tracker, storage: Storage, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = samples.dump(address, leave_out=set())
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(told, "record_steps", broken)
+    with pytest.raises(KeyboardInterrupt):
+        reindex(storage, told)
+    assert samples.dump(address, leave_out=set()) == before
+
+
+def test_a_store_takes_back_nothing_of_another_in_the_same_database(
+    told: Tracker, storage: Storage, address: str, tmp_path: Path
+) -> None:
+    """The same sweeps, begun in a second store: none of their SAEs is done there, and nobody said anything there."""
+    other = open_store(str(tmp_path / "other"))
+    for key in storage.list(layout.SWEEPS):
+        if key.endswith("sweep.json"):
+            other.write(key, storage.read(key))
+    before = samples.dump(address, leave_out=set())
+    with Tracker.open(address, other) as second:
+        assert reindex(other, second) == (2, 0, 0, 0, 0, 0, {})
+    assert samples.dump(address, leave_out=set()) == before
+
+
+def test_what_the_database_refuses_is_named_and_the_rest_read(tracker: Tracker, storage: Storage, address: str) -> None:
+    good = samples.sweep()
+    large = samples.plan(samples.HOOKS[0], 99.0) | {"seed": 2**63}
+    sweeps = (good, samples.sweep("large", sae_ids=[large["sae_id"]], saes=[large]))
+    for sweep in sweeps:
+        samples.put(storage, layout.sweep_record(sweep["id"]), sweep)
+    samples.put_sae(storage, samples.record(good["saes"][0]))
+    failures = {good["sae_ids"][1]: "no /data/caf\udce9.txt"}
+    samples.put(storage, layout.sweep_file(good["id"], "failures.json"), failures)
+    said = annotations_key("sae", good["sae_ids"][0])
+    samples.put(storage, said, {"v": 1, "note": None, "tags": [7]})
+    found = reindex(storage, tracker)
+    assert found.unreadable.keys() == {layout.sweep_record(sweeps[1]["id"]), said}
+    assert (found.sweeps, found.saes) == (1, 1)
+    [run] = tracker.list_runs()
+    assert (run["id"], run["status"], run["done"], run["failed"]) == (good["id"], "failed", 1, 1)
+    assert tracker.show(good["sae_ids"][1])["reason"] == "no /data/caf\\udce9.txt"
 
 
 def test_keys_outlive_a_reindex(told: Tracker, storage: Storage, address: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
-from midiscover.errors import CorruptError, NotFoundError, StoreError, TrackingError
+from midiscover.errors import CorruptError, NotFoundError, StoreError, TrackingError, TrackingRefusedError
+from midiscover.launch import parse_job
 from midiscover.results import FOREIGN_METRICS, ROW_METRICS
 from midiscover.store import layout
-from midiscover.store.storage import Storage
+from midiscover.store.storage import Storage, open_store
 from midiscover.tracking.annotations import Annotations, read_annotations
 from midiscover.tracking.rows import PLANNED
 from midiscover.tracking.sweepfiles import stability_document
@@ -20,9 +22,10 @@ from tests.unit.tracking import samples
 
 
 @pytest.fixture
-def demo(tracker: Tracker) -> dict:
+def demo(tracker: Tracker, storage: Storage) -> dict:
     """A sweep of six SAEs that has started."""
     sweep = samples.sweep()
+    samples.put(storage, layout.sweep_record(sweep["id"]), sweep)
     tracker.start_sweep(sweep)
     return sweep
 
@@ -291,6 +294,96 @@ def test_a_store_that_fails_takes_the_annotation_back(
     assert (shown["note"], shown["tags"]) == ("a first look", ["first", "small"])
 
 
+def test_a_tracker_that_knows_less_than_the_store_takes_nothing_back(
+    tracker: Tracker, storage: Storage, demo: dict, tmp_path: Path
+) -> None:
+    """Another database, or one that was lost and begun anew, over the same store."""
+    tracker.annotate("demo", "the run of the paper", add_tags=["paper"])
+    with Tracker.open(f"sqlite:///{tmp_path / 'other.db'}", storage) as other:
+        other.start_sweep(demo)
+        said = Annotations("the run of the paper", ["first", "look", "paper"])
+        assert other.annotate("demo", add_tags=["look"], remove_tags=["small"]) == said
+        assert read_annotations(storage, "sweep", demo["id"]) == said
+        shown = other.show("demo")
+        assert (shown["note"], shown["tags"]) == said
+
+
+def test_annotations_of_what_lies_in_another_store_are_refused(
+    tracker: Tracker, storage: Storage, demo: dict, address: str, tmp_path: Path
+) -> None:
+    elsewhere = open_store(str(tmp_path / "elsewhere"))
+    with Tracker.open(address, elsewhere) as other:
+        for name in (demo["id"], demo["sae_ids"][0]):
+            with pytest.raises(NotFoundError, match=rf"{name} does not lie in the store .*elsewhere; .* --store"):
+                other.annotate(name, "stray")
+    assert elsewhere.list("") == []
+    assert tracker.show("demo")["note"] == "a first look"
+
+
+def test_people_who_annotate_at_once_lose_nothing(tracker: Tracker, storage: Storage, demo: dict, address: str) -> None:
+    with Tracker.open(address, storage) as other, ThreadPoolExecutor(8) as pool:
+        work = [(each, f"tag {number}") for number in range(8) for each in (tracker, other)]
+        list(pool.map(lambda job: job[0].annotate("demo", add_tags=[job[1]]), work))
+    expected = sorted({"first", "small"} | {f"tag {number}" for number in range(8)})
+    found = read_annotations(storage, "sweep", demo["id"])
+    assert found is not None
+    assert found.tags == expected == tracker.show("demo")["tags"]
+
+
+def test_no_transaction_is_open_while_the_store_is_waited_for(
+    tracker: Tracker, storage: Storage, demo: dict, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket may be away for minutes; PostgreSQL ends a session that holds a transaction for one."""
+    real, waited = type(storage).replace, []
+
+    def slow(self: Storage, key: str, old: bytes | None, new: bytes) -> bool:
+        with Tracker.open(address) as other:
+            other.annotate("demo", "meanwhile")
+            waited.append(other.show("demo")["note"])
+        return real(self, key, old, new)
+
+    monkeypatch.setattr(type(storage), "replace", slow)
+    assert tracker.annotate("demo", "after it").note == "after it"
+    assert waited == ["meanwhile"]
+    assert tracker.show("demo")["note"] == "after it"
+
+
+@pytest.mark.parametrize("tag", ["", "  ", "t" * 201])
+def test_tags_are_something_and_not_too_long(tracker: Tracker, demo: dict, tag: str) -> None:
+    with pytest.raises(TrackingError, match=rf"A tag of {len(tag)} characters can't be kept"):
+        tracker.annotate("demo", add_tags=[tag])
+    with pytest.raises(TrackingError, match="A tag of"):
+        parse_job("sweep", ["demo", "--tag", tag])
+    longest = "\U0001f642" * 200
+    assert longest in tracker.annotate("demo", add_tags=[longest]).tags
+
+
+def test_what_programs_wrote_is_taken_whatever_it_holds(tracker: Tracker, demo: dict) -> None:
+    """A reason may name a file whose name is no UTF-8; a setting may hold anything."""
+    odd, escaped = "no /data/caf\udce9.txt \0", "no /data/caf\\udce9.txt \\x00"
+    tracker.sae_status(demo["sae_ids"][0], "failed", odd)
+    assert tracker.show(demo["sae_ids"][0])["reason"] == escaped
+    sweep = samples.sweep("odd", config={odd: [odd]}, owner=odd, note=odd, tags=[odd])
+    tracker.start_sweep(sweep)
+    shown = tracker.show(sweep["id"])
+    assert (shown["config"], shown["owner"], shown["note"], shown["tags"]) == (
+        {escaped: [escaped]},
+        escaped,
+        escaped,
+        [escaped],
+    )
+
+
+@pytest.mark.parametrize("seed", [2**63, 10**400])
+def test_what_the_database_cannot_hold_is_refused_and_not_an_outage(tracker: Tracker, demo: dict, seed: int) -> None:
+    too_large = samples.plan(samples.HOOKS[0], 1.0) | {"seed": seed}
+    with pytest.raises(TrackingRefusedError):
+        tracker.start_sweep(samples.sweep("large", sae_ids=[too_large["sae_id"]], saes=[too_large]))
+    with pytest.raises(TrackingRefusedError):
+        tracker.sae_status("nobody", "training")
+    assert [run["name"] for run in tracker.list_runs()] == ["demo"]
+
+
 def test_artifacts_of_a_sweep(tracker: Tracker, demo: dict) -> None:
     for digest in ("0" * 64, "1" * 64):
         tracker.add_artifact("sweep", demo["id"], "report.html", "sweeps/x/report.html", sha256=digest, size=2**40)
@@ -323,6 +416,9 @@ def test_features_are_replaced_as_a_whole(tracker: Tracker, address: str) -> Non
     found = [row | {"index": index} for index in range(12_000) for row in samples.features()[:1]]
     tracker.record_features(sae, "f.1", found)
     tracker.record_features(sae, "f.2", samples.features())
+    for value in (float("nan"), float("inf")):  # of which SQLite keeps one and PostgreSQL both
+        with pytest.raises(TrackingRefusedError):
+            tracker.record_features(sae, "f.2", [samples.features()[0] | {"mean": value}])
     tracker.record_features(sae, "f.1", samples.features())
     rows = samples.dump(address)["features"]
     assert [(row["features_id"], row["index"]) for row in rows] == [(i, n) for i in ("f.1", "f.2") for n in range(3)]
