@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
 from midiscover.tracking.tracker import Tracker
 from tests.postgres import fresh_database
+from tests.unit.tracking import samples
 
 BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
 
@@ -35,3 +37,12 @@ def tracker(address: str, storage: Storage) -> Iterator[Tracker]:
     """An empty tracker that keeps annotations in `storage`."""
     with Tracker.open(address, storage) as opened:
         yield opened
+
+
+@pytest.fixture
+def demo(tracker: Tracker, storage: Storage) -> dict:
+    """A sweep of six SAEs that has started."""
+    sweep = samples.sweep()
+    samples.put(storage, layout.sweep_record(sweep["id"]), sweep)
+    tracker.start_sweep(sweep)
+    return sweep
