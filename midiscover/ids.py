@@ -29,6 +29,10 @@ RECIPE_VERSION = 1
 """Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
 STEERING_VERSION = 2
 """Of `sae.l0control`: counts where L0 is asked for instead of a coefficient."""
+UNCOUNTED = ("report_every", "checkpoint_every", "retire_after")
+"""Settings in `train` that change no SAE that is made."""
+TOLD_APART = ("kind", "control", "expansion_factor", "d_sae", "output_hook", "seed")
+"""Settings in `sae` and `train` that tables and charts have names for, besides what sets the sparsity."""
 TRAINING_VERSIONS = {"topk": 2, "batchtopk": 2, "matryoshka_batchtopk": 2}
 """Of kinds whose training changed its meaning since the first: how they begin, and the weight of AuxK."""
 
@@ -136,6 +140,44 @@ def compared_settings(sae: SaeConfig) -> dict[str, Any]:
     }
 
 
+def variants(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each SAE has of the settings that tell SAEs of a sweep apart where `compared_settings`, hooks and width do
+    not: `decoder free, lr 0.001`. Of an architecture in which no two differ so, `""`.
+
+    records: `hook, output_hook, d_sae, sae, train` of each, as in its record.json.
+    """
+    found = [_other_settings(record) for record in records]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record, other in zip(records, found, strict=True):
+        if other:
+            sae = recorded_settings(record["sae"])
+            place = (record.get("hook"), record.get("output_hook"), record.get("d_sae"))
+            groups.setdefault((sae.kind, sae.control, sparsity_label(sae), *place), []).append(other)
+    differ: dict[str, set[str]] = {}
+    for (kind, *_), members in groups.items():
+        for name in {name: None for member in members for name in member}:
+            if len({canonical_json(member.get(name, LATER_SETTINGS.get(name))) for member in members}) > 1:
+                differ.setdefault(kind, set()).add(name)
+    named = [
+        differ.get(record["sae"]["kind"], set()) if other else () for record, other in zip(records, found, strict=True)
+    ]
+    return [
+        ", ".join(f"{name} {_value(value)}" for name, value in other.items() if name in names)
+        for names, other in zip(named, found, strict=True)
+    ]
+
+
+def _other_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that have no name of their own in tables and charts."""
+    settings = {**record["sae"], **(record.get("train") or {})} if record.get("sae") else {}
+    return {name: value for name, value in settings.items() if name not in (*TOLD_APART, *UNCOUNTED)}
+
+
+def _value(value: Any) -> str:
+    """A setting as in YAML."""
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
 def recorded_settings(tree: Mapping[str, Any]) -> SaeConfig:
     """The settings in a record.json. Those that came after the record have their defaults."""
     return SAE_KINDS[tree["kind"]](**tree)
@@ -151,8 +193,7 @@ def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
     skip = {"expansion_factor", "d_sae"}
     settings = {k: v for k, v in _settings(point.sae).items() if k not in skip and v is not None}
     d_sae = point.sae.width(d_in)
-    uncounted = ("report_every", "checkpoint_every", "retire_after")  # none of them changes an SAE that is made
-    train = {k: v for k, v in _settings(point.train).items() if k not in uncounted}
+    train = {k: v for k, v in _settings(point.train).items() if k not in UNCOUNTED}
     given = {"harvest": harvest, "hook": point.hook, "d_sae": d_sae, "sae": settings, "train": train}
     if point.train.lr is None:
         given["recipe"] = RECIPE_VERSION

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from midiscover.errors import CorruptError
+from midiscover.ids import variants
 from midiscover.resolve import PlannedSae
 from midiscover.saes import SPARSITY, load_trained
 from midiscover.stability import agreement, chosen, neighbours, pair_row
@@ -25,7 +26,7 @@ READERS = 8
 ROW_METRICS = ("l0", "fvu", "mse", "cosine", "ce_recovered", "kl_recovered", "dead_share", "inactive_share")
 FOREIGN_METRICS = ("fvu_foreign", "l0_foreign")
 """Measures that an evaluation has only where it was given a second corpus."""
-DESCRIBED = ("hook", "layer", "kind", "control", "d_sae", "seed")
+DESCRIBED = ("hook", "output_hook", "layer", "kind", "control", "d_sae", "seed", "variant")
 """What curves and densities say of their SAE."""
 STABILITY_PAIRS = 100
 """SAEs compared with one another in a sweep at most. A pair is 2 n_a n_b d FLOPs: 24 GFLOP at the demo's width, 2.1
@@ -37,7 +38,11 @@ CURVES = ("step", "tokens", "loss", "mse", "l0", "fvu")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Plain tables of a sweep; SAEs without a record appear in none of them."""
+    """Plain tables of a sweep; SAEs without a record appear in none of them.
+
+    A row has what its SAE was planned with, `variant` as `ids.variants` has it, and the measures of the sweep's own
+    evaluation, `tokens` of them held out.
+    """
 
     rows: list[dict[str, Any]]
     curves: list[dict[str, Any]]
@@ -64,21 +69,21 @@ def sweep_results(storage: Storage, sweep: Mapping[str, Any]) -> Results:
 def _results(storage: Storage, planned: Sequence[Row], evaluation_id: str) -> Results:
     """planned: `resolve.PlannedSae.row` of each SAE."""
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda row: _read(storage, row["sae_id"], evaluation_id), planned))
-    rows, curves, densities, records = [], [], [], []
-    for row, (record, training, metrics) in zip(planned, found, strict=True):
-        if record is None or training is None or metrics is None:
-            continue
+        read = pool.map(lambda row: _read(storage, row["sae_id"], evaluation_id), planned)
+        found = [(row, *parts) for row, parts in zip(planned, read, strict=True) if None not in parts]
+    rows, curves, densities = [], [], []
+    records = [record for _, record, _, _ in found]
+    for (planned_row, record, training, metrics), variant in zip(found, variants(records), strict=True):
+        row = dict(planned_row) | {"variant": variant}
         label = {"sae_id": row["sae_id"], "label": row["sparsity_label"]} | {name: row[name] for name in DESCRIBED}
         rows.append(
-            dict(row)
+            row
             | {name: metrics[name] for name in ROW_METRICS}
             | {name: metrics.get(name) for name in ("ce_recovered_error", *FOREIGN_METRICS)}
-            | {"seconds": record["seconds"]}
+            | {"tokens": metrics.get("tokens"), "seconds": record["seconds"]}
         )
         curves += _curves(label, training["history"])
         densities += _densities(label, metrics["density"])
-        records.append(record)
     return Results(rows=rows, curves=curves, densities=densities, records=records)
 
 

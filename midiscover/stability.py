@@ -95,8 +95,8 @@ def neighbours(rows: Sequence[Row]) -> list[Pair]:
     - `kind`: every two architectures with the same sparsity setting; l1 of one and k of another are not the same.
     - `control`: a trained SAE and one that learned no directions, untrained or with a frozen decoder.
 
-    Otherwise controls are not compared. SAEs that differ in what a row does not hold (a learning rate) count once, the
-    first of them.
+    Both of a pair have the same `variant`. Otherwise controls are not compared. SAEs that differ in what a row does not
+    hold count once, the first of them.
     """
     unique: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -143,6 +143,7 @@ def _settings(row: Row) -> dict[str, Any]:
         "control": row["control"] if is_control(row) else "",
         "kind": row["kind"],
         "width": row["d_sae"],
+        "variant": row.get("variant"),
     }
 
 
@@ -199,12 +200,13 @@ def axis_value(axis: str, row: Mapping[str, Any]) -> str:
 
 
 def _shared(pair: Pair) -> str:
-    """The settings that both SAEs of a pair have, the hook apart: `topk 4,608 k 32 seed 0`."""
+    """The settings that both SAEs of a pair have, the hook apart: `topk 4,608 k 32 seed 0 lr 0.001`."""
     row = pair.a
     parts = {
         "kind": row["kind"],
         "width": f"{row['d_sae']:,}",
         "sparsity": row.get("sparsity_label"),
         "seed": f"seed {row.get('seed')}",
+        "variant": row.get("variant"),
     }
-    return " ".join(str(text) for axis, text in parts.items() if axis != pair.axis)
+    return " ".join(str(text) for axis, text in parts.items() if axis != pair.axis and text)

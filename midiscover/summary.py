@@ -15,7 +15,7 @@ from midiscover.frontier import is_control, place
 
 Row = Mapping[str, Any]
 """One SAE: `sae_id, hook, layer, kind, control, sparsity_label, d_sae, seed, l0, fvu, ce_recovered, dead_share, ...`,
-as `resolve.PlannedSae.row` and `results.ROW_METRICS` have them."""
+as `resolve.PlannedSae.row` and `results.ROW_METRICS` have them, and `variant` as `ids.variants` has it."""
 
 METRICS = {
     "L0": "Mean number of features that fire (activation above 0) per held-out token.",
@@ -100,7 +100,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     """The columns of the sweep's table for these rows.
 
     Architecture, width and seed appear only where they differ between SAEs that are no controls, `control` where there
-    are some, and FVU on foreign text where it was measured.
+    are some, `variant` where there are several, and FVU on foreign text where it was measured.
     """
     usual = [row for row in rows if not is_control(row)] or rows
     result = [_setting("hook", "hook")]
@@ -110,6 +110,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         result.append(_setting("kind", "kind"))
     if _differ(usual, "d_sae"):
         result.append(_measure("width", "d_sae", lambda v: fixed(v, 0)))
+    if any(row.get("variant") for row in rows):
+        result.append(_setting("other settings", "variant"))
     if any(map(is_control, rows)):
         result.append(_setting("control", "control"))
     result.append(_sparsity_column(rows))
@@ -160,6 +162,24 @@ def _differ(rows: Sequence[Row], key: str) -> bool:
     return len({row.get(key) for row in rows}) > 1
 
 
+def families(rows: Sequence[Row], *, kinds: bool = False) -> list[str]:
+    """What each SAE is besides its hook, sparsity setting, seed and control: `topk 4,608, to layer 12, lr 0.001`.
+
+    Of architecture, width, the hook that is reconstructed and other settings what differs between these rows; "" where
+    nothing does. kinds: the architecture in any case. Means are taken within one of them, at one hook and setting.
+    """
+    kinds, widths = kinds or _differ(rows, "kind"), _differ(rows, "d_sae")
+    outputs = len({place(row) for row in rows}) > len({row["hook"] for row in rows})
+    short = hook_names([place(row)[1] for row in rows]).short if outputs else {}
+    found = []
+    for row in rows:
+        width = fixed(row.get("d_sae"), 0) if widths else ""
+        kind = [str(row.get("kind")), width] if kinds else [width and f"{width} features"]
+        parts = [" ".join(filter(None, kind)), outputs and f"to {short[place(row)[1]]}", row.get("variant")]
+        found.append(", ".join(str(part) for part in parts if part))
+    return found
+
+
 def natural_key(text: str) -> tuple[tuple[int, float, str], ...]:
     """Sorts 'layers.9' before 'layers.10' and 'l1 0.5' before 'l1 3'."""
     parts = re.split(r"(\d+\.\d+|\d+)", text)
@@ -167,7 +187,7 @@ def natural_key(text: str) -> tuple[tuple[int, float, str], ...]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """Rows by layer, hook, architecture, width, sparsity setting and seed; a hook's controls come last."""
+    """Rows by layer, hook, architecture, width, variant, sparsity setting and seed; a hook's controls come last."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return (
@@ -176,6 +196,7 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
             str(row["control"]) if is_control(row) else "",
             str(row.get("kind") or ""),
             _or_last(row.get("d_sae")),
+            natural_key(str(row.get("variant") or "")),
             strength(row),
             _or_last(row.get("seed")),
             str(row.get("sae_id") or ""),

@@ -27,6 +27,7 @@ from midiscover.summary import (
     Row,
     ce_error_notes,
     columns,
+    families,
     fixed,
     hook_names,
     in_order,
@@ -124,17 +125,18 @@ def compare_table(rows: Sequence[Row]) -> RenderableType:
 def layer_map(rows: Sequence[Row], metric: str) -> RenderableType:
     """One measure by hook (down) and sparsity setting (across), means over seeds; controls are left out.
 
-    metric: a key of MAPS. Lines are grouped by architecture and width; each has a table of its own where the settings
-    of all do not fit beside one another.
+    metric: a key of MAPS. Lines are grouped by family, as `summary.families` names them; each has a table of its own
+    where the settings of all do not fit beside one another.
     """
     rows = [row for row in in_order(rows) if not is_control(row)]
-    groups = list(dict.fromkeys(_architecture(row, rows) for row in rows))
-    apart = [[row for row in rows if _architecture(row, rows) == group] for group in groups]
+    apart: dict[str, list[Row]] = {}
+    for row, family in zip(rows, families(rows, kinds=True), strict=True):
+        apart.setdefault(family, []).append(row)
     names = hook_names([str(row.get("hook")) for row in rows])
     title = f"{MAPS[metric][0]}, {names.pattern}"
     return _Fitted(
-        lambda: _layer_map(apart, groups, metric, names.short, title),
-        lambda: Group(*(_layer_map([a], [g], metric, names.short, title) for a, g in zip(apart, groups, strict=True))),
+        lambda: _layer_map(apart, metric, names.short, title),
+        lambda: Group(*(_layer_map({name: rows}, metric, names.short, title) for name, rows in apart.items())),
     )
 
 
@@ -289,30 +291,29 @@ def _sweep_table(rows: Sequence[Row], short: Mapping[str, str], title: str | Non
 def _compare_table(rows: Sequence[Row], less: int, *, folds: bool = False) -> Table:
     """less: how many of SPARED_IDS are left out; folds: ids may break, where even then they are too long."""
     spared = {title for titles in SPARED_IDS[:less] for title in titles}
-    seed = [column for column in columns(rows) if column.key == "seed"]
-    shown = [column for column in [*seed, *measure_columns(rows)] if column.title not in {"seconds", *spared}]
-    table = empty("SAE id" if folds else "SAE", *(f">{column.title}" for column in shown), "")
+    told = [column for column in columns(rows) if column.key in ("variant", "seed")]  # an id tells them by a hash only
+    shown = [column for column in [*told, *measure_columns(rows)] if column.title not in {"seconds", *spared}]
+    headings = (f"{'>' if column.numeric else ''}{column.title}" for column in shown)
+    table = empty("SAE id" if folds else "SAE", *headings, "")
     for row, mark in zip(rows, _marks(rows), strict=True):
         cells = [str(row["sae_id"]), *(column.text(row) for column in shown)]
         table.add_row(*map(Text, cells), Text(mark, style="bold cyan"), style="" if mark else "dim")
     return table
 
 
-def _layer_map(
-    apart: Sequence[Sequence[Row]], groups: Sequence[str], metric: str, short: Mapping[str, str], title: str
-) -> Table:
-    """apart: the rows of each group, in order."""
-    labels = {strength(row): str(row.get("sparsity_label") or "-") for rows in apart for row in rows}
+def _layer_map(apart: Mapping[str, Sequence[Row]], metric: str, short: Mapping[str, str], title: str) -> Table:
+    """apart: the rows of each family, in order."""
+    labels = {strength(row): str(row.get("sparsity_label") or "-") for rows in apart.values() for row in rows}
     settings = sorted(labels)
     table = empty("SAEs", "hook", *(f">{labels[setting]}" for setting in settings), title=title)
-    for rows, group in zip(apart, groups, strict=True):
+    for family, rows in apart.items():
         for place, hook in enumerate(dict.fromkeys(str(row["hook"]) for row in rows)):
             cells = []
             for setting in settings:
                 found = [row[metric] for row in rows if (row["hook"], strength(row)) == (hook, setting)]
                 known = [value for value in found if not is_missing(value)]
                 cells.append(MAPS[metric][1](sum(known) / len(known)) if known else "-" if found else "")
-            table.add_row(Text("" if place else group), Text(short[hook]), *map(Text, cells))
+            table.add_row(Text("" if place else family), Text(short[hook]), *map(Text, cells))
     return table
 
 
@@ -330,12 +331,6 @@ def _notes(rows: Sequence[Row]) -> list[Text]:
     if any(map(is_control, rows)):
         notes.append(CONTROL_NOTE)
     return [Text(note, style="dim") for note in notes]
-
-
-def _architecture(row: Row, rows: Sequence[Row]) -> str:
-    """Architecture, and the width where it differs."""
-    several = len({other.get("d_sae") for other in rows}) > 1
-    return f"{row.get('kind')} {fixed(row.get('d_sae'), 0)}" if several else str(row.get("kind"))
 
 
 def empty(*headings: str, title: str | None = None, vertical: Literal["top", "bottom"] = "bottom") -> Table:

@@ -30,13 +30,16 @@ CONTROL_DASHES = {
 }
 TRAINED = "trained"
 """How charts call what is no control."""
+NAME_LINES = "split(datum.label, ', ')"
+"""Expression for labels that have a line for each part of a name, such as `summary.families` gives."""
 
 
 class Colouring(NamedTuple):
-    """What the colours of a chart tell apart: architectures where there are several, else hooks, else widths."""
+    """What the colours of a chart tell apart: architectures where there are several, else hooks, else widths, else
+    other settings."""
 
     by: str
-    """`kind`, `hook` or `width`."""
+    """`kind`, `hook`, `width` or `variant`."""
     names: list[str]
     """In the order of the legend."""
 
@@ -55,7 +58,7 @@ class Colouring(NamedTuple):
 
 def colouring(rows: Sequence[Row], names: HookNames) -> Colouring:
     """The colours for rows of these hooks."""
-    for by in ("kind", "hook", "width"):
+    for by in ("kind", "hook", "width", "variant"):
         found = sorted({_colour_name(by, row, names.short) for row in rows}, key=natural_key)
         if len(found) > 1:
             return Colouring(by, found)
@@ -65,7 +68,7 @@ def colouring(rows: Sequence[Row], names: HookNames) -> Colouring:
 def _colour_name(by: str, row: Row, short: Mapping[str, str]) -> str:
     if by == "hook":
         return short[str(row["hook"])]
-    return str(row.get("kind")) if by == "kind" else f"{fixed(row.get('d_sae'), 0)} features"
+    return f"{fixed(row.get('d_sae'), 0)} features" if by == "width" else str(row.get(by) or "-")
 
 
 def label(row: Row) -> str:
@@ -124,6 +127,18 @@ def thousands(count: int) -> alt.Axis:
 def header(short: Mapping[str, str]) -> alt.Header:
     """The names of the panels; one hook stands in the subtitle already."""
     return alt.Header(title=None, labels=len(short) > 1)
+
+
+def heading(**settings: Any) -> alt.Header:
+    """Names above panels, each part of a name on a line of its own."""
+    return alt.Header(
+        title=None,
+        labelOrient="top",
+        labelAnchor="start",
+        labelPadding=4,
+        labelExpr=NAME_LINES,
+        **settings,
+    )
 
 
 def legend_columns(labels: Sequence[str]) -> int:

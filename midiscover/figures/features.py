@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 
 from midiscover.figures.drawing import (
+    NAME_LINES,
     TRAINED,
     Chart,
     colouring,
@@ -16,6 +17,7 @@ from midiscover.figures.drawing import (
     control_dash,
     finish,
     header,
+    heading,
     in_layer_order,
     label,
     labels_of,
@@ -28,12 +30,14 @@ from midiscover.figures.drawing import (
 )
 from midiscover.palette import HOOKS
 from midiscover.scales import rounded
-from midiscover.summary import Row, fixed, hook_names, in_order, is_missing, natural_key
+from midiscover.summary import Row, families, hook_names, in_order, is_missing, natural_key
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Of the firing rates in `layer_density_chart`: a line from the first to the last, a bar for the middle half."""
 MANY_BARS = 24
 """Bars per hook above which they are drawn thinner."""
+LINE = 14
+"""Pixels of a line of a label."""
 
 _RATE = "Firing rate: share of the held-out tokens on which a feature fires"
 
@@ -95,16 +99,14 @@ def density_chart(densities: Sequence[Row]) -> Chart:
 def layer_density_chart(densities: Sequence[Row]) -> Chart:
     """Firing rates by layer: for each setting the median, middle half and middle 80 % of the features that fire.
 
-    A panel per architecture and width, seeds together, controls left out.
+    A panel per family, as `summary.families` names them, seeds together, controls left out.
     """
     densities = [row for row in densities if control(row) == TRAINED]
     names = hook_names(in_layer_order(densities))
     labels = labels_of(densities)
-    widths = several(densities, "d_sae")
     pooled: dict[tuple[str, str, str], dict[tuple[float, float], int]] = {}
-    for row in densities:
-        panel_name = f"{row.get('kind')} {fixed(row.get('d_sae'), 0)}" if widths else str(row.get("kind"))
-        bins = pooled.setdefault((panel_name, names.short[str(row["hook"])], str(row["label"])), {})
+    for row, family in zip(densities, families(densities, kinds=True), strict=True):
+        bins = pooled.setdefault((family, names.short[str(row["hook"])], str(row["label"])), {})
         edges = (row["log10_low"], row["log10_high"])
         bins[edges] = bins.get(edges, 0) + row["count"]
     values: list[dict[str, Any]] = [
@@ -130,7 +132,7 @@ def layer_density_chart(densities: Sequence[Row]) -> Chart:
     ]
     size = {"width": panel(columns, gap=20), "height": 190}
     chart = alt.layer(*layers, data=alt.Data(values=values)).properties(**size)
-    facet = alt.Facet("panel:N", sort=panels, header=alt.Header(title=None, labels=len(panels) > 1))
+    facet = alt.Facet("panel:N", sort=panels, header=heading(labels=len(panels) > 1))
     chart = (
         chart.facet(facet=facet, columns=columns, spacing=20)
         .resolve_axis(x="independent" if len(panels) > columns else "shared")
@@ -159,20 +161,30 @@ def quantile(bins: dict[tuple[float, float], int], share: float) -> float:
 
 
 def share_chart(rows: Sequence[Row]) -> Chart:
-    """Dead and inactive features as two rows of bars side by side; SAEs that differ by seed alone as their mean."""
+    """Dead and inactive features as two rows of bars side by side; SAEs that differ by seed alone as their mean.
+
+    A group of bars per hook and `variant`.
+    """
     rows = in_order(rows)
     names = hook_names([str(row["hook"]) for row in rows])
-    hooks = list(names.short.values())
     labels = sorted({label(row) for row in rows}, key=natural_key)
     kinds = several(rows, "kind")
     colours = colouring(rows, names)
     values = _bars(rows)
     bars = list(dict.fromkeys(value["bar"] for value in values))
     for value in values:
-        value["hook"] = names.short[value["hook"]]
+        hook = names.short[value["hook"]] if len(names.short) > 1 or not value["variant"] else ""
+        value["hook"] = ", ".join(part for part in (hook, value.pop("variant")) if part)
+    hooks = list(dict.fromkeys(value["hook"] for value in values))
     base = alt.Chart(alt.Data(values=values)).mark_bar()
-    height = len(hooks) * ((11 if len(bars) <= MANY_BARS // len(hooks) else 7) * len(bars) + 10)
-    axis = alt.Axis(ticks=False, labelPadding=8, labels=len(hooks) > 1)
+    lines = max((hook.count(", ") + 1 for hook in hooks), default=1)
+    bar = 11 if len(bars) <= MANY_BARS // max(1, len(names.short)) else 7
+    height = len(hooks) * (max(bar * len(bars), LINE * lines) + 10)
+    # A label of several lines has its first one at the middle.
+    offset = -LINE * (lines - 1) / 2
+    axis = alt.Axis(
+        ticks=False, labelPadding=8, labels=len(hooks) > 1, labelExpr=NAME_LINES, labelOffset=offset, labelOverlap=False
+    )
     by_kind = alt.Color("kind:N", title=None, scale=colours.scale(), legend=colours.legend())
 
     def side(key: str, title: str, *, first: bool) -> alt.Chart:
@@ -182,7 +194,11 @@ def share_chart(rows: Sequence[Row]) -> Chart:
             yOffset=alt.YOffset("bar:N", sort=bars),
             color=by_kind if kinds else setting_colour(labels),
             opacity=alt.condition("datum.control === 'trained'", alt.value(1), alt.value(0.45)),
-            tooltip=[alt.Tooltip("bar:N", title="SAE"), alt.Tooltip(f"{key}:Q", title=key, format=".1%")],
+            tooltip=[
+                alt.Tooltip("hook:N"),
+                alt.Tooltip("bar:N", title="SAE"),
+                alt.Tooltip(f"{key}:Q", title=key, format=".1%"),
+            ],
         ).properties(width=panel(2, gap=24), height=height)
 
     dead = side("dead", "Dead features (never fire)", first=True)
@@ -195,17 +211,16 @@ def share_chart(rows: Sequence[Row]) -> Chart:
 
 
 def _bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A bar per hook and setting, named by the sparsity setting and by width, architecture and control if they vary."""
-    shown = {"kind": lambda row: str(row.get("kind")), "d_sae": lambda row: fixed(row.get("d_sae"), 0)}
-    varying = [key for key in shown if several(rows, key)]
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    """A bar per hook, variant, family, sparsity setting and control, named by what varies of the last three."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row, family in zip(rows, families([{**row, "variant": None} for row in rows]), strict=True):
         held = "" if control(row) == TRAINED else control(row)
-        bar = " ".join(part for part in [*(shown[key](row) for key in varying), label(row), held] if part)
-        groups.setdefault((str(row["hook"]), bar), []).append(row)
+        bar = ", ".join(part for part in (family, label(row), held) if part)
+        groups.setdefault((str(row["hook"]), str(row.get("variant") or ""), bar), []).append(row)
     return [
         {
             "hook": hook,
+            "variant": variant,
             "bar": bar,
             "label": label(members[0]),
             "kind": str(members[0].get("kind")),
@@ -213,7 +228,7 @@ def _bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "dead": _mean([row.get("dead_share") for row in members]),
             "inactive": _mean([row.get("inactive_share") for row in members]),
         }
-        for (hook, bar), members in groups.items()
+        for (hook, variant, bar), members in groups.items()
     ]
 
 

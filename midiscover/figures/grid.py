@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
-from midiscover.figures.drawing import PLOT_WIDTH, Chart, colouring, finish, label, of, several
+from midiscover.figures.drawing import PLOT_WIDTH, Chart, colouring, finish, heading, label, of, several
 from midiscover.frontier import is_control
 from midiscover.palette import GRID, HEAT, INK_SOFT, on_heat
 from midiscover.scales import rounded
-from midiscover.summary import Row, fixed, hook_names, in_order, is_missing
+from midiscover.summary import Row, families, fixed, hook_names, in_order, is_missing
 
 MAP_GAP = 16
 CELL = 24
@@ -28,14 +28,16 @@ class Mapped(NamedTuple):
 
     title: str
     show: Callable[[Any], str]
+    ticks: str
+    """Format of the numbers in the legend."""
     log: bool = False
 
 
 MAPPED = {
-    "fvu": Mapped("FVU", lambda value: fixed(value, 2)),
-    "l0": Mapped("L0", lambda value: fixed(value, 0), log=True),
-    "ce_recovered": Mapped("CE recovered", lambda value: _whole_percent(value)),
-    "dead_share": Mapped("dead", lambda value: _whole_percent(value)),
+    "fvu": Mapped("FVU", lambda value: fixed(value, 2), "~g"),
+    "l0": Mapped("L0", lambda value: fixed(value, 0), ",.3~r", log=True),
+    "ce_recovered": Mapped("CE recovered", lambda value: _whole_percent(value), "~%"),
+    "dead_share": Mapped("dead", lambda value: _whole_percent(value), "~%"),
 }
 """The measures of `map_chart`, by key."""
 
@@ -53,11 +55,11 @@ AXIS_NAMES = {
 def map_chart(rows: Sequence[Row]) -> Chart:
     """Heat maps of FVU, L0, CE recovered and dead share: hooks down, sparsity settings across; means over seeds.
 
-    One row of maps per architecture and width. Controls are left out.
+    One row of maps per family, as `summary.families` names them. Controls are left out.
     """
     rows = [row for row in in_order(rows) if not is_control(row)]
     names = hook_names([str(row["hook"]) for row in rows])
-    groups = [_group(row, rows) for row in rows]
+    groups = families(rows)
     settings = list(dict.fromkeys(label(row) for row in rows))
     values = _cells(rows, groups, names.short)
     wide = max((len({v["setting"] for v in values if v["group"] == g}) for g in set(groups)), default=1)
@@ -80,7 +82,7 @@ def map_chart(rows: Sequence[Row]) -> Chart:
         )
         layered = alt.layer(*parts, data=data).properties(width=width, height=height)
         # The measure stands in each map's header: a title of the facet would stand over the axis of the first.
-        header = alt.Header(title=None, labelOrient="top", labelAnchor="start", labelPadding=4, labelLimit=width)
+        header = heading(labelLimit=width)
         row = alt.Row(f"{key}_head:N", sort=[_head(group, measure) for group in order], header=header)
         maps.append(layered.facet(row=row, spacing=10).resolve_scale(x="independent"))
     chart = alt.concat(*maps, columns=len(maps), spacing=MAP_GAP).resolve_scale(color="independent")
@@ -142,7 +144,7 @@ def stability_chart(pairs: Sequence[Row]) -> Chart:
             row=alt.Row(
                 "axis:N",
                 sort=list(AXIS_NAMES.values()),
-                header=alt.Header(title=None, labelOrient="top", labelAnchor="start", labelPadding=4),
+                header=heading(),
             ),
             spacing=14,
         )
@@ -165,7 +167,7 @@ def _map(
     log = measure.log and min(known) > 0
     kind = "log" if log else "linear"
     scale = alt.Scale(type=kind, range=list(HEAT), domain=_domain(known), nice=False, interpolate="rgb")
-    legend = None if text else alt.Legend(title=None, orient="bottom", gradientLength=100, format="~s")
+    legend = None if text else alt.Legend(title=None, orient="bottom", gradientLength=100, format=measure.ticks)
     names = alt.Axis(labelAngle=0 if flat else -45, ticks=False, domain=False)
     base = alt.Chart().encode(
         x=alt.X("setting:N", sort=list(settings), title=None, axis=names),
@@ -213,12 +215,6 @@ def mean_of(rows: Sequence[Row], key: str) -> float | None:
     """Mean of a measure over the rows that have it; None where none has."""
     known = [row[key] for row in rows if not is_missing(row.get(key))]
     return sum(known) / len(known) if known else None
-
-
-def _group(row: Row, rows: Sequence[Row]) -> str:
-    """Architecture and width, where they differ."""
-    parts = [str(row.get("kind"))] if several(rows, "kind") else []
-    return " ".join([*parts, *([f"{fixed(row.get('d_sae'), 0)} features"] if several(rows, "d_sae") else [])])
 
 
 def _domain(known: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from midiscover.figures.drawing import (
     control_shape,
     finish,
     label,
+    legend_columns,
     of,
     panel,
     panel_columns,
@@ -28,7 +29,7 @@ from midiscover.figures.drawing import (
 from midiscover.frontier import frontier_of_hooks, is_control
 from midiscover.palette import HOOKS
 from midiscover.scales import log_ticks, padded, rounded
-from midiscover.summary import Row, fixed, hook_names, in_order, is_missing, percent
+from midiscover.summary import Row, fixed, hook_names, in_order, is_missing, natural_key, percent
 
 NOTE_RISE = 15
 """Pixels from a point of the frontier up to its name."""
@@ -36,7 +37,7 @@ FVU_TITLE = "FVU (fraction of variance unexplained)"
 CONTROL_L0, CONTROL_FVU = 2.0, 1.25
 """Controls are drawn up to so many times the largest L0 and FVU of what was trained; what lies beyond stands at the
 edge, as an untrained SAE may fire half of its features and would leave no room for the frontier."""
-WIDTH_DASHES = ([1, 0], [5, 3], [2, 2], [8, 3, 2, 3])
+DASHES = ([1, 0], [5, 3], [2, 2], [8, 3, 2, 3])
 PANEL_HEIGHT = {1: PLOT_HEIGHT, 2: 250, 3: 210}
 
 _TOOLTIP = {
@@ -45,6 +46,7 @@ _TOOLTIP = {
     "kind": "kind",
     "setting": "setting",
     "width": "features",
+    "variant": "other settings",
     "control": "control",
     "seed": "seed",
     "l0_text": "L0",
@@ -56,11 +58,11 @@ _TOOLTIP = {
 
 
 def frontier_chart(rows: Sequence[Row]) -> Chart:
-    """FVU against L0: a line per hook, architecture and width through the means of its seeds.
+    """FVU against L0: a line per hook and family, as `summary.families` names them, through the means of its seeds.
 
-    Coloured by architecture, in a panel per hook, where there are several; else by hook, else by width. What another
-    SAE of its hook beats is hollow; controls have shapes of their own and no line. Rows without an L0 above 0 or
-    without FVU have no place on it and are left out.
+    Coloured by architecture, in a panel per hook, where there are several; else by hook, else by width, else by other
+    settings. What another SAE of its hook beats is hollow; controls have shapes of their own and no line. Rows without
+    an L0 above 0 or without FVU have no place on it and are left out.
     """
     rows = [row for row in in_order(rows) if not is_missing(row.get("fvu")) and (row.get("l0") or 0) > 0]
     names = hook_names([str(row["hook"]) for row in rows])
@@ -72,7 +74,15 @@ def frontier_chart(rows: Sequence[Row]) -> Chart:
     values = [_point(row, names.short, colours) for row in rows]
     for value, mark, note in zip(values, marks, notes, strict=True):
         value |= {"frontier": mark, "note": note}
-    layers = _frontier_layers(values, colours, _range(rows), widths=colours.by != "width" and several(trained, "d_sae"))
+    dashed = next(
+        (
+            key
+            for key in ("width", "variant")
+            if colours.by != key and len({v[key] for v in values if v["control"] == TRAINED}) > 1
+        ),
+        None,
+    )
+    layers = _frontier_layers(values, colours, _range(rows), dashed=dashed)
     if panels > 1:
         size = {"width": panel(panel_columns(panels), gap=20), "height": PANEL_HEIGHT[panel_columns(panels)]}
         chart = wrapped(alt.layer(*layers, data=alt.Data(values=values)).properties(**size), names.short, gap=20)
@@ -127,9 +137,9 @@ def _frontier_layers(
     colours: Colouring,
     area: tuple[tuple[float, float], tuple[float, float]],
     *,
-    widths: bool,
+    dashed: str | None,
 ) -> list[alt.Chart]:
-    """Lines through means, points, and the names of settings."""
+    """Lines through means, points, and the names of settings. dashed: the field that the lines' dashes tell apart."""
     (low, high), (bottom, top) = area
     pick = alt.selection_point(name="pick", fields=["colour"], bind="legend")
     base = alt.Chart().encode(
@@ -147,15 +157,17 @@ def _frontier_layers(
     colour = alt.Color("colour:N", title=None, scale=colours.scale(), legend=colours.legend())
     lines = (
         base.transform_filter(f"datum.control === '{TRAINED}'")
-        .transform_aggregate(l0="mean(l0)", fvu="mean(fvu)", groupby=["line", "setting", "colour", "width"])
+        .transform_aggregate(l0="mean(l0)", fvu="mean(fvu)", groupby=["line", "setting", "colour", "width", "variant"])
         .mark_line(strokeWidth=1.5)
         .encode(color=colour, detail="line:N", order=alt.Order("l0:Q"))
     )
-    if widths:
-        domain = sorted({value["width"] for value in values}, key=lambda width: int(width.replace(",", "") or 0))
-        dashes = [WIDTH_DASHES[i % len(WIDTH_DASHES)] for i in range(len(domain))]
-        legend = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=HOOKS[-1])
-        dash = alt.StrokeDash("width:N", title="features", scale=alt.Scale(domain=domain, range=dashes), legend=legend)
+    if dashed:
+        domain = sorted({value[dashed] for value in values}, key=lambda name: natural_key(name.replace(",", "")))
+        dashes = [DASHES[i % len(DASHES)] for i in range(len(domain))]
+        columns = legend_columns(domain)
+        legend = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=HOOKS[-1], columns=columns)
+        title = "features" if dashed == "width" else None
+        dash = alt.StrokeDash(f"{dashed}:N", title=title, scale=alt.Scale(domain=domain, range=dashes), legend=legend)
         lines = lines.encode(strokeDash=dash)
     points = base.mark_point(size=75, strokeWidth=2).encode(
         color=colour,
@@ -183,7 +195,7 @@ def _point(row: Row, short: Mapping[str, str], colours: Colouring) -> dict[str, 
         "kind": str(row.get("kind")),
         "colour": colours.of(row, short),
         "control": control(row),
-        "line": f"{row['hook']} {row.get('output_hook')} {row.get('kind')} {row.get('d_sae')}",
+        "line": " ".join(str(row.get(key)) for key in ("hook", "output_hook", "kind", "d_sae", "variant")),
         "l0": rounded(row["l0"]),
         "fvu": rounded(row["fvu"]),
         "foreign": rounded(row.get("fvu_foreign")),
@@ -191,6 +203,7 @@ def _point(row: Row, short: Mapping[str, str], colours: Colouring) -> dict[str, 
         "setting": label(row),
         "seed": row.get("seed"),
         "width": fixed(row.get("d_sae"), 0),
+        "variant": row.get("variant") or "-",
         "l0_text": fixed(row["l0"], 1),
         "fvu_text": fixed(row["fvu"], 3),
         "foreign_text": fixed(row.get("fvu_foreign"), 3),

@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 from midiscover.errors import NotFoundError
 from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
 from midiscover.tracking.annotations import Annotations
+from midiscover.ids import variants
 from midiscover.tracking.rows import Row
 from midiscover.tracking.tables import artifacts, sae_metrics, saes, steps, sweep_saes, sweeps, tags
 from midiscover.tracking.writes import OWNERS
@@ -113,12 +114,16 @@ def compare(connection: Connection, text: str) -> list[Row]:
     evaluation = connection.execute(select(sweeps.c.evaluation_id).where(sweeps.c.id == sweep_id)).scalar()
     members = select(sweep_saes.c.sae_id).where(sweep_saes.c.sweep_id == sweep_id)
     scalars = _scalars(connection, sae_metrics.c.sae_id.in_(members), sae_metrics.c.evaluation_id == evaluation)
-    result = []
-    for sae in _members(connection, sweep_id, ("id", *SETTINGS, "sparsity", "seconds", "status")):
+    result, settings = [], []
+    for sae in _members(connection, sweep_id, ("id", *SETTINGS, "sparsity", "seconds", "status", "settings")):
         measured = scalars.get((sae["id"], evaluation or ""))
+        given = sae.pop("settings")
         if sae.pop("status") == "done" and measured is not None:
             row = {"sae_id": sae.pop("id"), "sparsity_label": sae.pop("sparsity"), **sae}
             result.append(row | dict.fromkeys(MEASURES) | measured)
+            settings.append(row | (given or {}))
+    for row, variant in zip(result, variants(settings), strict=True):
+        row["variant"] = variant
     marks = zip(result, frontier_of_hooks(result), frontier_of_kinds(result), strict=True)
     for row, of_hook, of_kind in marks:
         row |= {"frontier": of_hook, "best_of_kind": of_kind}

@@ -236,10 +236,10 @@ class Tracker:
     def compare(self, sweep: str) -> list[Row]:
         """One row per SAE of a sweep, in the order of its grid, with the keys of the sweep's own table.
 
-        `sae_id, sparsity_label, seconds` and `queries.SETTINGS`, then all scalars of the sweep's own evaluation (those
-        of `queries.MEASURES` always, None where left out), then `frontier` and `best_of_kind`: whether no SAE of the
-        same hook, or of the same hook and architecture, beats it in L0 and FVU; never a control. SAEs that are not done
-        have no row; `show` lists them.
+        `sae_id, sparsity_label, seconds`, `variant` (see `ids.variants`) and `queries.SETTINGS`, then all scalars of
+        the sweep's own evaluation (those of `queries.MEASURES` always, None where left out), then `frontier` and
+        `best_of_kind`: whether no SAE of the same hook, or of the same hook and architecture, beats it in L0 and FVU;
+        never a control. SAEs that are not done have no row; `show` lists them.
         """
         return self._database.read(lambda connection: queries.compare(connection, sweep))
 

@@ -20,7 +20,7 @@ from midiscover.figures import curve_chart, density_chart, frontier_chart, share
 from midiscover.figures.features import quantile
 from midiscover.figures.grid import AXIS_NAMES
 from midiscover.scales import log_ticks
-from tests.unit.grid_tables import grid_tables, stability_rows
+from tests.unit.grid_tables import grid_tables, sae_row, stability_rows
 from tests.unit.plain_tables import plain_tables
 
 
@@ -272,6 +272,17 @@ def test_map_cells_are_means_of_seeds_with_legible_numbers() -> None:
     assert {(cell["ce_recovered"], cell["ce_recovered_text"]) for cell in drawn_points(figures.map_chart(gaps))} == {
         (None, "-")
     }
+
+
+def test_the_legends_of_a_map_without_numbers_are_plain() -> None:
+    rows = [sae_row(layer, "standard", "l1", l1, 0) for layer in (10, 15) for l1 in (2, 3, 4, 5, 6, 8, 11, 15)]
+    written = re.findall(r"<text[^>]*>([^<]+)</text>", figures.svg(figures.map_chart(rows)))
+    legends = [text for text in written if not re.match("[lFCd]|L0", text) and text != "Layers by sparsity"]
+    assert len(legends) >= 8
+    assert all(re.fullmatch(r"[\d.,]+%?", text) for text in legends), legends
+    shares = [float(text.rstrip("%")) / 100 for text in legends if text.endswith("%")]
+    assert any(0.5 < share <= 1 for share in shares), "CE recovered"
+    assert any(0.02 < share <= 0.3 for share in shares), "dead features"
 
 
 def test_quantiles_of_a_histogram_are_those_of_what_it_holds() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from midiscover import ids
-from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, SaePoint, TrainConfig
+from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, RunConfig, SaePoint, TrainConfig
+from midiscover.configio import expand_grid, to_tree
 from midiscover.saeconfig import SAE_KINDS, StandardConfig, TopKConfig
 
 FIRST = StandardConfig(l1_coefficient=3.0, initial_density=None)
@@ -128,3 +129,51 @@ def test_canonical_json_is_stable_and_refuses_what_has_no_stable_form() -> None:
         ids.canonical_json({"x": math.nan})
     with pytest.raises(TypeError):
         ids.canonical_json({"x": object()})
+
+
+def records(grid: Any, **train: Any) -> list[dict[str, Any]]:
+    """What record.json would hold of each SAE of a grid."""
+    run = RunConfig(
+        harvest=HarvestConfig(hooks=("model.layers.1.mlp", "model.layers.2.mlp")), grid=grid, train=TrainConfig(**train)
+    )
+    return [
+        {"hook": point.hook, "output_hook": point.hook, "d_sae": point.sae.width(16)}
+        | {"sae": to_tree(point.sae), "train": to_tree(point.train)}
+        for point in expand_grid(run)
+    ]
+
+
+def test_a_variant_names_what_nothing_else_tells_apart() -> None:
+    grid = {"sae.l1_coefficient": (1.0, 5.0), "train.lr": (1e-3, None), "sae.decoder": ("free", "unit_norm")}
+    found = records(({**grid, "train.seed": (0, 1)},))
+    names = ids.variants(found)
+    assert set(names) == {f"decoder {d}, lr {lr}" for d in ("free", "unit_norm") for lr in ("0.001", "null")}
+    for record, name in zip(found, names, strict=True):
+        decoder, lr = record["sae"]["decoder"], record["train"]["lr"]
+        assert name == f"decoder {decoder}, lr {'null' if lr is None else lr}"
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"sae.l1_coefficient": (1.0, 5.0), "train.seed": (0, 1)},
+        {"sae.target_l0": (20.0, 60.0), "sae.expansion_factor": (2, 4)},
+        {"sae.kind": ("standard", "gated", "topk"), "sae.control": ("none", "frozen_decoder")},
+        [{"sae.l1_coefficient": (1.0,), "train.lr": (1e-3,)}, {"sae.l1_coefficient": (5.0,), "train.lr": (3e-3,)}],
+    ],
+    ids=["seeds", "widths", "kinds", "pairs"],
+)
+def test_there_is_no_variant_where_other_names_tell_all(grid: Any) -> None:
+    found = records(tuple(grid) if isinstance(grid, list) else (grid,))
+    assert len(found) >= 4
+    assert ids.variants(found) == [""] * len(found)
+
+
+def test_variants_of_one_architecture_are_no_matter_of_another() -> None:
+    found = records(({"sae.kind": ("topk",)}, {"train.resample_at": ((), (0.3, 0.6))}))
+    older = [record | {"train": {k: v for k, v in record["train"].items() if v != []}} for record in found]
+    for given in (found, older):
+        names = {(record["sae"]["kind"], name) for record, name in zip(given, ids.variants(given), strict=True)}
+        assert ("topk", "") in names
+        assert ("standard", "resample_at [0.3, 0.6]") in names
+    assert ids.variants([{"id": "of another maker"}]) == [""]

@@ -143,8 +143,19 @@ def test_controls_are_compared_with_what_was_trained_only() -> None:
     }
 
 
+def test_pairs_have_the_same_variant() -> None:
+    rows = [row(seed=seed, variant=f"lr {rate}") for rate, seed in itertools.product((1, 2), (0, 1))]
+    pairs = neighbours(rows)
+    assert [(pair.axis, pair.a["variant"], pair.b["variant"]) for pair in pairs] == [
+        ("seed", "lr 1", "lr 1"),
+        ("seed", "lr 2", "lr 2"),
+    ]
+    found = pair_row(pairs[1], agreement(torch.eye(4), torch.eye(4)), (4, 4))
+    assert found["setting"] == "topk 64 k 32 lr 2"
+
+
 def test_saes_that_differ_in_something_else_count_once() -> None:
-    """A grid over the learning rate: which pairs differ in the seed alone can't be seen from rows."""
+    """Rows that tell no variant: which pairs differ in the seed alone can't be seen from them."""
     rows = [row(seed=seed) | {"sae_id": f"{rate} {seed}"} for rate, seed in itertools.product((1, 2), (0, 1))]
     assert [(pair.a["sae_id"], pair.b["sae_id"]) for pair in neighbours(rows)] == [("1 0", "1 1")]
 

@@ -177,6 +177,19 @@ def test_a_steered_sae_is_named_by_its_target_and_not_by_where_its_coefficient_e
     assert all(before[name] == shown[name] for name in ("sparsity", "target_l0", "l1", "k", "control", "output_hook"))
 
 
+def test_saes_that_only_a_learning_rate_tells_apart_are_named_by_it(tracker: Tracker) -> None:
+    plans = []
+    for lr in (1e-3, 3e-3):
+        planned = samples.plan(samples.HOOKS[0], 1.0)
+        planned["settings"] = {"sae": planned["settings"]["sae"], "train": {"lr": lr}}
+        plans.append(planned | {"sae_id": f"{planned['sae_id']}.{lr}"})
+    tracker.start_sweep(samples.sweep(sae_ids=[planned["sae_id"] for planned in plans], saes=plans))
+    for planned in plans:
+        tracker.record_sae(samples.record(planned))
+    assert [row["variant"] for row in tracker.compare("demo")] == ["lr 0.001", "lr 0.003"]
+    assert "settings" not in tracker.compare("demo")[0]
+
+
 def test_controls_are_compared_but_on_no_frontier(tracker: Tracker) -> None:
     """The same numbers under the name of a control: neither marked, nor in the way of others."""
     trained, control = samples.plan(samples.HOOKS[0], 1.0), samples.plan(samples.HOOKS[0], 3.0)
