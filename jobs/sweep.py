@@ -5,8 +5,6 @@ What a sweep does is in `sweeprun`, which imports torch and Ray Tune; here is ho
 
 from __future__ import annotations
 
-import time
-
 from jobs.progress import Bars
 from jobs.runtime import RayLater, run_main
 from midiscover import tables
@@ -17,7 +15,6 @@ from midiscover.store import layout
 
 def main(argv: list[str]) -> int:
     """Run the sweep and print its table; 1 where an SAE failed."""
-    began = time.monotonic()
     with (
         prepare(parse_job("sweep", argv)) as prepared,
         Bars("sweep") as bars,
@@ -30,7 +27,7 @@ def main(argv: list[str]) -> int:
         run = SweepRun(prepared, bars, session)
         results = run.run()
     tables.show(tables.sweep_table(results.rows))
-    tables.show(tables.quality_box(results.rows, (time.monotonic() - began) / 60))
+    tables.show(tables.quality_box(results.rows, run.stopwatch.minutes()))
     for sae, reason in run.retired().items():
         print(f"retired: {sae}: {reason}")
     for sae, reason in run.recorder.failures.items():

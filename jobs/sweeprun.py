@@ -21,19 +21,20 @@ from jobs.packworker import PackJob
 from jobs.progress import Bars
 from jobs.recorder import Recorder
 from jobs.runtime import Cluster, RayLater, model_slots, pack_slots
+from jobs.stopwatch import Stopwatch
 from jobs.ways import streams_activations
 from midiscover import lineage, upkeep
 from midiscover.config import UNTIL_DONE
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
-from midiscover.errors import CorpusError, MiDiscoverError
+from midiscover.errors import CorpusError, MiDiscoverError, StoreError
 from midiscover.launch import Prepared
 from midiscover.resolve import Crew, PlannedSae, auto_pack_size, by_site, make_crews, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
-from midiscover.tracking.annotations import annotations_key
+from midiscover.tracking.annotations import annotations_key, read_annotations
 from midiscover.tracking.sweepfiles import retired_reason, stability_document
 
 
@@ -44,7 +45,7 @@ class SweepRun:
         self.prepared, self.bars, self.session = prepared, bars, session
         self.resolved, self.storage = prepared.resolved, prepared.storage
         self.id = self.resolved.sweep_id
-        self.began = time.monotonic()
+        self.stopwatch = Stopwatch(self.storage, self.id)
         self.recorder = Recorder(self.id, prepared.tracker, self.storage, bars)
 
     def run(self) -> Results:
@@ -53,7 +54,9 @@ class SweepRun:
         try:
             corpus = ensure_corpus(self.prepared, self.bars)
             self._check_held_out(corpus)
-            if self._untrained() or self._unmeasured():
+            untrained = self._untrained()
+            if untrained or self._unmeasured():
+                self.stopwatch.start(first=len(untrained) == len(self.resolved.saes))
                 cluster = self.session.cluster()
                 streams = streams_activations(self.resolved, self.storage, corpus, cluster, self.bars.say)
                 for part in self.resolved.parts() if not streams or self._lacks_mean() else ():
@@ -65,6 +68,8 @@ class SweepRun:
             self._commit()
             results = self._finish()
         except BaseException as error:
+            if not isinstance(error, StoreError):  # which would be waited for once more
+                self.stopwatch.stop()
             status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
             self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
             raise
@@ -260,7 +265,7 @@ class SweepRun:
             self.bars.say(f"features in common: {len(pairs)} pairs of SAEs in {time.monotonic() - began:.1f} s")
         return pairs
 
-    def _report(self, sweep: dict[str, Any], results: Results, minutes: float) -> None:
+    def _report(self, sweep: dict[str, Any], results: Results) -> None:
         from midiscover import figures  # Altair takes half a second to import, and the first step should not wait
         from midiscover.report import write_report
 
@@ -272,7 +277,7 @@ class SweepRun:
             sweep,
             results.records,
             self.recorder.failures,
-            minutes=minutes,
+            minutes=self.stopwatch.minutes(),
             stability=stability,
             retired=self.retired(),
         )
@@ -297,9 +302,10 @@ class SweepRun:
         else:
             self.storage.delete(key)
         results = sae_results(self.storage, self.resolved.saes, self.resolved.evaluation_id)
-        minutes = (time.monotonic() - self.began) / 60
+        self.stopwatch.stop()
         sweep = read_json(self.storage, layout.sweep_record(self.id)) or {}
-        self._report(sweep, results, minutes)
+        said = read_annotations(self.storage, "sweep", self.id)
+        self._report(sweep if said is None else sweep | said._asdict(), results)
         status = "failed" if failures or self.missing(results) else "done"
         self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
         if status == "done" and self.resolved.config.resources.keep_activations == UNTIL_DONE:

@@ -60,10 +60,10 @@ def write_report(
         rows: one per SAE; measures that were left out are None.
         curves: training curves, one row per SAE and reported step.
         densities: histograms of log10 firing rates, one row per SAE and bin.
-        sweep: sweep.json.
+        sweep: sweep.json, with the note and tags of now.
         records: record.json of every finished SAE.
         failures: SAE id -> why it has no record.
-        minutes: wall time of the whole run, where it is known.
+        minutes: wall time of all runs of the sweep, where it is known.
         stability: pairs of SAEs as `stability.pair_row` has them; none draws nothing.
         retired: SAE id -> why its training was ended early.
     """
@@ -87,7 +87,7 @@ def write_report(
         retired=retired,
         settings=_yaml(sweep.get("config") or {}),
         lineage=_yaml({key: sweep.get(key) for key in ("corpus", "harvest", "evaluation_id", "lineage")}),
-        records=[(record["id"], _record_json(record)) for record in records],
+        records=[(record["id"], _measured_otherwise(record, sweep), _record_json(record)) for record in records],
         metrics=METRICS,
         example=next((row["sae_id"] for row in rows), None),
         vega=Markup(figures.embedded_javascript()),
@@ -160,7 +160,7 @@ def _facts(
     model, corpus = lineage.get("model") or {}, lineage.get("corpus") or {}
     revision = model.get("revision") or model.get("digest")
     trained = max((row["tokens"] for row in curves), default=None)
-    held_out = next((record["metrics"]["tokens"] for record in records if record.get("metrics")), None)
+    held_out = next((row["tokens"] for row in rows if not is_missing(row.get("tokens"))), None)
     planned = len(sweep.get("sae_ids") or rows)
     facts = {
         "Model": _joined(model.get("name") or (config.get("model") or {}).get("id"), revision and str(revision)[:12]),
@@ -218,6 +218,12 @@ def _sort_key(row: Row, column: Column) -> Any:
 
 def _dashed(text: str) -> str:
     return DASH if text == "-" else text
+
+
+def _measured_otherwise(record: Mapping[str, Any], sweep: Mapping[str, Any]) -> str:
+    """What to say of a record whose metrics are not those of the tables, as another sweep made it; else nothing."""
+    first, own = record.get("evaluation_id"), sweep.get("evaluation_id")
+    return "" if first in (None, own) else f"its metrics are of evaluation {first}; above stand those of {own}"
 
 
 def _record_json(record: Mapping[str, Any]) -> str:

@@ -308,7 +308,7 @@ def quality(rows: Sequence[Row], minutes: float | None = None) -> Quality:
 
     Args:
         rows: one per SAE; `mse` is per element of the raw activations.
-        minutes: wall time of the whole run; None where it is not known.
+        minutes: wall time of all runs of the sweep; None where it is not known.
 
     Controls are not judged.
     """

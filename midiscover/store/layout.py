@@ -180,6 +180,11 @@ def retired(sweep_id: str, sae_id: str) -> str:
     return sweep_file(sweep_id, f"retired/{sae_id}.json")
 
 
+def sweep_runs(sweep_id: str) -> str:
+    """When each run of a sweep that made something began, and how long it took."""
+    return sweep_file(sweep_id, "runs")
+
+
 def pack_folder(sweep_id: str, pack: str) -> str:
     """Checkpoints of one pack; removed when its SAEs stand."""
     return sweep_file(sweep_id, f"packs/{pack}")

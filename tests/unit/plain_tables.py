@@ -50,6 +50,7 @@ def _row(layer: int, l1: float) -> dict[str, Any]:
         "kl_recovered": 1 - 0.06 * strength,
         "dead_share": 0.02 * strength,
         "inactive_share": 0.2 * strength,
+        "tokens": 11_932,
         "seconds": 66.3,
         "sparsity_label": f"l1 {l1:g}",
     }

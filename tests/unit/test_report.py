@@ -69,7 +69,7 @@ def records(rows: Rows) -> list[dict[str, Any]]:
         "model": {"name": "tiny", "digest": "d" * 64, "revision": None},
         "corpus": {"id": "c0", "source": "builtin"},
     }
-    metrics = {"tokens": 11_932, "density": {"counts": [1] * 24}}
+    metrics = {"tokens": 14_416, "density": {"counts": [1] * 24}}
     return [{"v": 1, "id": row["sae_id"], "hook": row["hook"], "metrics": metrics, "lineage": lineage} for row in rows]
 
 
@@ -114,6 +114,19 @@ def test_shows_what_a_reader_looks_for(page: Page) -> None:
     assert "SAE.load_from_disk(" in code
     assert "betas:\n  - 0.9" in code
     assert "light dark" in str(page.of("meta"))
+
+
+def test_the_facts_are_of_the_sweeps_own_evaluation() -> None:
+    """Of SAEs that another sweep made, the records hold what that one measured."""
+    rows, curves, densities = plain_tables(layers=[10], l1s=[3, 8])
+    others = [record | {"evaluation_id": "e9"} for record in records(rows)]
+    others[1]["evaluation_id"] = "e0"
+    assert others[0]["metrics"]["tokens"] != rows[0]["tokens"]
+    page = Page(write_report(rows, curves, densities, sweep(rows), others).decode())
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert facts["Tokens"].endswith(f"{rows[0]['tokens']:,} held out")
+    told = [text for text in page.texts["summary"] if "metrics" in text]
+    assert told == [": its metrics are of evaluation e9; above stand those of e0"]
 
 
 def test_table_has_the_columns_of_the_terminal_and_sorts_by_number(page: Page) -> None:

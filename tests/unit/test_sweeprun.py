@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from jobs import stopwatch
+from jobs.stopwatch import Stopwatch
 from jobs.sweeprun import SweepRun
 from midiscover.launch import parse_job, prepare
+from midiscover.results import Results
 from midiscover.store import layout
+from midiscover.store.storage import open_store
+from midiscover.tracking import Tracker
 from midiscover.tracking.annotations import read_annotations
 from midiscover.upkeep import spent_activations, survey
 from tests.runs import write_run
@@ -77,3 +84,66 @@ def test_force_leaves_what_people_said(tmp_path: Path) -> None:
     of_sweep = again.storage.list(layout.sweep_folder(again.id))
     assert of_sweep == [layout.sweep_file(again.id, name) for name in ("annotations.json", "sweep.json")]
     assert read_annotations(again.storage, "sweep", again.id) == ("read with care", ["kept"])
+
+
+class Clock:
+    """Time that passes as told; the machine's own `time` for the rest."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(stopwatch, "time", clock)
+    return clock
+
+
+def test_the_minutes_of_a_sweep_are_those_of_all_its_runs(tmp_path: Path, clock: Clock) -> None:
+    storage = open_store(str(tmp_path / "store"))
+
+    def run(minutes: float, *, first: bool = False, died: bool = False) -> float | None:
+        watch = Stopwatch(storage, "demo.1")
+        watch.start(first=first)
+        clock.now += 60 * minutes
+        if not died:
+            watch.stop()
+        return watch.minutes()
+
+    assert run(9, first=True) == 9
+    assert run(2) == 11
+    nothing = Stopwatch(storage, "demo.1")  # finds everything made
+    clock.now += 60
+    nothing.stop()
+    assert nothing.minutes() == 11
+    assert run(5, died=True) is None
+    assert run(1) is None
+
+
+def test_the_minutes_are_not_known_where_other_sweeps_made_the_saes(tmp_path: Path, clock: Clock) -> None:
+    watch = Stopwatch(open_store(str(tmp_path / "store")), "demo.1")
+    assert watch.minutes() is None
+    watch.start(first=False)
+    clock.now += 60
+    watch.stop()
+    assert watch.minutes() is None
+
+
+def test_a_report_has_the_note_and_tags_of_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given on the second run, and by `runs annotate` between the two."""
+    config, store = write_run(tmp_path), tmp_path / "store"
+    first = started(config, store, "--tag", "old", "--note", "a first look")
+    with Tracker.for_store(first.storage) as tracker:
+        tracker.annotate(first.id, remove_tags=["old"])
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(SweepRun, "_report", lambda _self, sweep, _results: told.append(sweep))
+    with prepare(parse_job("sweep", [str(config), "--store", str(store), "--tag", "new", "--note", "again"])) as ready:
+        run = SweepRun(ready, Silent(), None)  # type: ignore[arg-type]
+        run._start()
+        assert run._finish() == Results(rows=[], curves=[], densities=[], records=[])
+    assert (sweep_json(run)["note"], sweep_json(run)["tags"]) == ("a first look", ["old"])
+    assert [(sweep["note"], sweep["tags"], sweep["id"]) for sweep in told] == [("again", ["new"], run.id)]
