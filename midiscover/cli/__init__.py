@@ -7,6 +7,7 @@ Loads neither torch nor ray, so that help, listings and wrong input answer at on
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -63,24 +64,9 @@ phi2_layers_by_l1.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(HELP, end="")
-            return 0 if arguments else 2
-        if arguments[0] == "--version":
-            print(midiscover.__version__)
-            return 0
-        verb, rest = arguments[0], arguments[1:]
-        if verb not in VERBS:
-            raise ConfigError(f"'{verb}' is no verb of midiscover; known are {', '.join(VERBS)}.")
-        if verb in STAGES:
-            cluster, rest = split_cluster(rest)
-            if cluster is not None:
-                # What is wrong is said before Ray is loaded and the cluster asked.
-                submitted_config(parse_submit(["run", verb, *rest, "--cluster", cluster], prog="midiscover"))
-                run_on_cluster("run", [verb, *rest], cluster)
-        VERBS[verb](rest)
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        print(end="", flush=True)  # what can't be written is told now, not in the interpreter's last breath
     except MiDiscoverError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -88,8 +74,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing is wrong, and there is nobody to tell.
-        sys.stderr.close()
+        _drop_output()
+        return 0
+    except OSError as error:
+        if not _drop_output():
+            raise
+        print(f"error: the output can't be written: {error.strerror}.", file=sys.stderr)
+        return 1
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(midiscover.__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise ConfigError(f"'{verb}' is no verb of midiscover; known are {', '.join(VERBS)}.")
+    if verb in STAGES:
+        cluster, rest = split_cluster(rest)
+        if cluster is not None:
+            # What is wrong is said before Ray is loaded and the cluster asked.
+            submitted_config(parse_submit(["run", verb, *rest, "--cluster", cluster], prog="midiscover"))
+            run_on_cluster("run", [verb, *rest], cluster)
+    VERBS[verb](rest)
     return 0
+
+
+def _drop_output() -> bool:
+    """Whether standard output takes nothing any more; what it still holds, which the interpreter's end would write once
+    more, is then dropped."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _job(stage: str, argv: Sequence[str], *, publishes: bool = False) -> None:

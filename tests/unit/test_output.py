@@ -1,0 +1,45 @@
+"""Standard output that takes nothing: a full disk is told, a reader who has gone is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.jobs_cli import environment
+
+COMMAND = (sys.executable, "-m", "midiscover.cli")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "embedded"), ("inspect", "embedded", "--json")])
+def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: the output can't be written: No space left on device.\n"
+
+
+def test_a_reader_who_has_gone_is_no_error() -> None:
+    with subprocess.Popen(
+        [*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    ) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.close()
+        assert command.stderr.read() == b""
+        assert command.wait(60) == 0
+
+
+def test_another_failure_is_none_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    from midiscover import cli
+
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device", "a file")
+
+    monkeypatch.setitem(cli.VERBS, "runs", fail)
+    with pytest.raises(OSError, match="a file"):
+        cli.main(["runs"])
