@@ -88,7 +88,7 @@ def _check(known: argparse.Namespace) -> None:
         value = getattr(known, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name} is {value:g}; it must be above 0.")
-    if known.out is not None and known.out.suffix not in PICTURES:
+    if known.out is not None and known.out.suffix.lower() not in PICTURES:
         raise ConfigError(f"--out {known.out} ends in none of {', '.join(PICTURES)}, the kinds of pictures there are.")
     if known.out is not None:
         require_folder(known.out)
