@@ -13,6 +13,7 @@ from rich.text import Text
 
 from midiscover.features.modules import BASELINES
 from midiscover.featureview import quoted
+from midiscover.frontier import is_control
 from midiscover.ids import compared_settings, recorded_settings, sparsity_label
 from midiscover.summary import hook_names
 
@@ -75,19 +76,25 @@ def _beside(document: Document) -> Iterator[str]:
 
 
 def sweep_tables(documents: Sequence[Document]) -> RenderableType:
-    """A map of concepts by SAEs (layer and sparsity), and for each concept the SAE that carries it best."""
+    """A map of concepts by SAEs (layer and sparsity), and for each concept the SAE that carries it best, no control."""
     concepts = list(dict.fromkeys(document["concept"] for document in documents))
     saes = list(dict.fromkeys(document["sae"] for document in documents))
     at = {(document["sae"], document["concept"]): document for document in documents}
-    best = {concept: max((at[sae, concept] for sae in saes), key=_strength) for concept in concepts}
+    learned = [document for document in documents if not is_control(document["of"]["sae"] or {})] or list(documents)
+    best = {
+        concept: max((document for document in learned if document["concept"] == concept), key=_strength)
+        for concept in concepts
+    }
     maps = [
         _map([at[sae, c] for sae in saes[i : i + COLUMNS] for c in concepts], documents, best, first=i == 0)
         for i in range(0, len(saes), COLUMNS)
     ]
+    among = len({document["sae"] for document in learned})
     notes = [
         f"{MARK} it passes: beyond the best of the top features under shuffled labels. Bold: the best of its concept, "
-        f"picked by the score that is shown among {len(saes)}, which flatters it a little.",
-        *([_beaten(documents)] if documents[0]["against"] else []),
+        f"picked by the score that is shown among {among}, which flatters it a little.",
+        *(["Controls are neither picked nor counted."] if len(learned) < len(documents) else []),
+        *([_beaten(learned)] if documents[0]["against"] else []),
     ]
     return Group(*maps, _best_table(best), *map(Text, notes))
 

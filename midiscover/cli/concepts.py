@@ -13,6 +13,7 @@ from midiscover import conceptview, tables
 from midiscover.errors import ConfigError, NotFoundError
 from midiscover.features.modules import SAE, Concept, module_names, read_module, read_own
 from midiscover.features.records import open_features
+from midiscover.frontier import is_control
 from midiscover.ids import recorded_seed
 from midiscover.launch import Parser
 from midiscover.store import layout
@@ -169,7 +170,9 @@ def _draw(folder: Path, documents: Documents, held_out: HeldOut) -> None:
     from midiscover.figures.saving import save
 
     saes = list(dict.fromkeys(document["sae"] for document in documents))
-    charts = {"concept-map": concept_map_chart(conceptview.map_rows(documents))} if len(saes) > 1 else {}
+    rows = conceptview.map_rows(documents)
+    mapped = len(saes) > 1 and not all(map(is_control, rows))
+    charts = {"concept-map": concept_map_chart(rows)} if mapped else {}
     for sae in saes:
         mine = [document for document in documents if document["sae"] == sae]
         charts[f"{sae}.concepts"] = concept_chart(conceptview.heat_rows(mine, held_out, DRAWN_FEATURES))

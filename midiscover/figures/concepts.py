@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 
 from midiscover.figures.drawing import PLOT_WIDTH, Chart, finish, of
+from midiscover.frontier import is_control
 from midiscover.palette import GRID, HEAT, HOOKS, INK, INK_SOFT, on_heat
 from midiscover.scales import rounded
 from midiscover.summary import Row, hook_names, in_order, is_missing, natural_key
@@ -69,16 +70,20 @@ def concept_map_chart(rows: Sequence[Row]) -> Chart:
     """A small map per concept: hooks down, sparsity settings across, the AUROC of the feature that ranks first there.
 
     rows: as for `concept_chart`, with `hook, layer, sparsity_label` as well; of an SAE and concept the first counts.
-    SAEs that share hook and setting (seeds, architectures) are drawn as their mean. The best place is outlined.
+    SAEs that share hook and setting (seeds, architectures) are drawn as their mean, controls are left out. The best
+    place is outlined.
     """
     firsts: dict[tuple[str, str], Row] = {}
     for row in rows:
         firsts.setdefault((str(row.get("sae_id")), str(row["concept"])), row)
-    rows = [row for row in in_order(list(firsts.values())) if not is_missing(row.get("auroc"))]
+    rows = [row for row in in_order(list(firsts.values())) if not is_missing(row.get("auroc")) and not is_control(row)]
     names = hook_names([str(row["hook"]) for row in rows])
     concepts = sorted({str(row["concept"]) for row in rows})
     settings = sorted({str(row.get("sparsity_label") or "-") for row in rows}, key=natural_key)
     values = _places(rows, names.short)
+    means = (
+        "Means over SAEs of the same hook and setting: seeds, architectures, widths" if len(values) < len(rows) else ""
+    )
     columns = max(1, min(MAP_COLUMNS, len(concepts)))
     width = max(MIN_MAP, (PLOT_WIDTH + 40 - MAP_GAP * (columns - 1)) // columns)
     cell = width / max(1, len(settings))
@@ -98,6 +103,7 @@ def concept_map_chart(rows: Sequence[Row]) -> Chart:
         of(names.pattern),
         HELD_OUT,
         "Of the feature that ranks first in each SAE; outlined: the best place of a concept",
+        means,
     ]
     return finish(chart, "Where concepts are carried", subtitle)
 

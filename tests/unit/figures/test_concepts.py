@@ -89,6 +89,17 @@ def test_a_place_has_the_score_of_the_feature_that_ranks_first_not_the_best_of_m
             assert cell["best"] == (cell["auroc"] == max(of_concept))
 
 
+def test_controls_are_in_no_cell_and_means_are_told() -> None:
+    rows = concept_rows()
+    controls = [row | {"sae_id": f"{row['sae_id']}.c", "control": "untrained", "auroc": 0.5} for row in rows]
+    alone, beside = (figures.concept_map_chart(table) for table in (rows, [*rows, *controls]))
+    assert beside.to_dict() == alone.to_dict()
+    seeds = figures.concept_map_chart([*rows, *(row | {"control": "none"} for row in controls)])
+    assert figures.data(seeds) != figures.data(alone)
+    told = [any("Means" in line for line in chart.to_dict()["title"]["subtitle"]) for chart in (alone, seeds)]
+    assert told == [False, True]
+
+
 def test_small_large_and_empty_tables_draw() -> None:
     for chart in (
         figures.concept_chart([]),
