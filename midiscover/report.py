@@ -129,7 +129,9 @@ def _charts(rows: Sequence[Row], curves: Sequence[Row], densities: Sequence[Row]
     if any(not is_missing(pair["matched"]) for pair in stability):
         drawn["stability"] = figures.stability_chart(stability)
     if curves:
-        drawn |= {f"curves-{measure}": figures.curve_chart(curves, measure) for measure in figures.MEASURES}
+        drawn |= {
+            f"curves-{measure}": figures.curve_chart(curves, measure, numbered=True) for measure in figures.MEASURES
+        }
     if densities:
         drawn["density"] = figures.density_chart(densities)
         if layers:

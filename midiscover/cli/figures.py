@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midiscover.errors import ConfigError, CorruptError, NotFoundError
+from midiscover.frontier import is_control
 from midiscover.launch import Parser
 from midiscover.store import layout
 from midiscover.store.storage import Storage, open_store
@@ -65,7 +66,7 @@ def _parser() -> Parser:
         metavar="INDEX[=TITLE]",
         help="number of a feature, and what to call it",
     )
-    parser.add_argument("--measure", choices=MEASURES, default="loss", help="of losses (loss)")
+    parser.add_argument("--measure", choices=MEASURES, help="of losses (loss)")
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
     return parser
 
@@ -84,6 +85,8 @@ def _figure(argv: Sequence[str]) -> None:
     if bool(wanted) != (known.name in OF_FEATURE) or (len(wanted) > 1 and known.name != "card"):
         need = {True: "needs one --feature INDEX", False: "takes no --feature"}[known.name in OF_FEATURE]
         raise ConfigError(f"The chart {known.name} {need}.")
+    if known.measure is not None and known.name != "losses":
+        raise ConfigError(f"The chart {known.name} takes no --measure; losses does.")
     # What is wrong is said before anything is read; Altair takes a second to load.
     from midiscover import figures
     from midiscover.figures.saving import RASTERED, require_format
@@ -91,7 +94,7 @@ def _figure(argv: Sequence[str]) -> None:
     suffix = require_format(known.out)
     require_folder(known.out)
     storage = open_store(known.store, create=False)
-    chart = draw(storage, find_target(storage, known.target), known.name, wanted, known.measure)
+    chart = draw(storage, find_target(storage, known.target), known.name, wanted, known.measure or "loss")
     figures.save(chart, known.out)
     missing = figures.undrawable(chart) if suffix in RASTERED else ""
     if missing:
@@ -127,7 +130,10 @@ def draw(
         if name == "concept-map" and len(target.saes) < 2:
             raise ConfigError(f"The chart {name} compares the SAEs of a sweep; {', '.join(target.saes)} is one SAE.")
         rows = concept_rows(storage, target.saes)
-        return figures.concept_chart(rows) if name == "concepts" else figures.concept_map_chart(rows)
+        if name == "concepts":
+            return figures.concept_chart(rows)
+        _require_trained(rows, name, target.sweep_id or target.saes[0])
+        return figures.concept_map_chart(rows)
     if name in OF_SWEEP:
         if target.record is None:
             raise ConfigError(f"The chart {name} is of a sweep, and {target.saes[0]} is an SAE; name its sweep.")
@@ -155,6 +161,8 @@ def _of_sweep(storage: Storage, sweep: Mapping[str, Any], name: str, measure: An
         raise NotFoundError(f"No SAE of {sweep['id']} is measured yet; run `midiscover sweep` again to go on.")
     if name == "foreign" and not has_foreign(results.rows):
         raise NotFoundError(f"The SAEs of {sweep['id']} were measured on no foreign text; set evaluate.foreign_source.")
+    if name in ("map", "layer-density"):
+        _require_trained(results.rows, name, sweep["id"])
     drawn: dict[str, Callable[[], Chart]] = {
         "frontier": lambda: figures.frontier_chart(results.rows),
         "foreign": lambda: figures.foreign_chart(results.rows),
@@ -167,6 +175,12 @@ def _of_sweep(storage: Storage, sweep: Mapping[str, Any], name: str, measure: An
     return drawn[name]()
 
 
+def _require_trained(rows: Sequence[Mapping[str, Any]], name: str, sweep: str) -> None:
+    """NotFoundError where there are controls only, for charts without them."""
+    if all(map(is_control, rows)):
+        raise NotFoundError(f"The chart {name} leaves controls out, and {sweep} has results of controls only.")
+
+
 def _of_sae(storage: Storage, sae: str, name: str, features: Sequence[tuple[int, str | None]]) -> Chart:
     from midiscover import figures
     from midiscover.features.records import open_features
@@ -175,13 +189,10 @@ def _of_sae(storage: Storage, sae: str, name: str, features: Sequence[tuple[int,
     if name == "dead":
         rates = records.table(["firing_rate"])["firing_rate"].to_pylist()
         return figures.dead_chart([{"value": rate} for rate in rates], subtitle=[records.source])
+    names = [f"{title} (feature {index})" if title else "" for index, title in features]
     cards = [
-        figures.Card(
-            records.feature(index),
-            records.contexts(index),
-            f"{title} (feature {index})" if title else f"Feature {index} of {sae}",
-        )
-        for index, title in features
+        figures.Card(records.feature(index), records.contexts(index), name or f"Feature {index} of {sae}")
+        for (index, _), name in zip(features, names, strict=True)
     ]
     card = cards[0]
     if name == "card":
@@ -189,7 +200,7 @@ def _of_sae(storage: Storage, sae: str, name: str, features: Sequence[tuple[int,
     if name == "contexts":
         return figures.contexts_chart(card.contexts, card.row["max"], title=card.title or "Contexts")
     draw = figures.activation_chart if name == "activations" else figures.logit_chart
-    return draw(card.row, of=sae)
+    return draw(card.row, of=sae, name=names[0])
 
 
 def _norms(storage: Storage, sae: str) -> Chart:

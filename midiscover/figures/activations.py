@@ -31,26 +31,34 @@ NO_LOGITS = "No tokens: its output is not in the residual stream"
 NEVER = "It never fired on what was read"
 
 
-def activation_chart(feature_row: Row, *, log: bool | None = None, of: str = "") -> Chart:
+def activation_chart(feature_row: Row, *, log: bool | None = None, of: str = "", name: str = "") -> Chart:
     """Histogram of a feature's activations where it fires; its firing rate and quantiles stand in the subtitle.
 
     log: whether counts have a log axis; None where the tallest bar is more than LOG_RATIO times the lowest.
-    of: the SAE, for the title.
+    of, name: the SAE, and what the feature is called, for the title.
     """
-    title = f"Activations of feature {feature_row['index']}{f' of {of}' if of else ''}"
+    title = f"Activations of {_called(feature_row, of, name)}"
     if not feature_row["count"]:
         return finish(blank(NEVER, 400), title, [])
     chart = activation_panel(feature_row, log=log, width=HISTOGRAM_WIDTH, height=240)
     return finish(chart, title, [fires_on(feature_row), quantiles(feature_row)])
 
 
-def logit_chart(feature_row: Row, *, of: str = "") -> Chart:
-    """The tokens that a feature promotes and suppresses most, with the logits that one unit of it adds. of: the SAE."""
-    title = f"Logits of feature {feature_row['index']}{f' of {of}' if of else ''}"
+def logit_chart(feature_row: Row, *, of: str = "", name: str = "") -> Chart:
+    """The tokens that a feature promotes and suppresses most, with the logits that one unit of it adds.
+
+    of, name: the SAE, and what the feature is called, for the title.
+    """
+    title = f"Logits of {_called(feature_row, of, name)}"
     if not feature_row["pos_tokens"]:
         return finish(blank(NO_LOGITS, 400), title, [])
     chart = alt.hconcat(*logit_panels(feature_row, bar=150), spacing=36)
     return finish(chart, title, ["Decoder direction times unembedding, per unit of activation"])
+
+
+def _called(feature_row: Row, of: str, name: str) -> str:
+    index = feature_row["index"]
+    return f"{name or f'feature {index}'}{f' of {of}' if of else ''}"
 
 
 def fires_on(row: Row) -> str:

@@ -158,9 +158,19 @@ def save_svg(chart: Chart, path: str | Path) -> None:
 
 
 def undrawable(chart: Chart) -> str:
-    """The characters in the data of a chart that no font of this machine has: boxes in a PNG or PDF."""
-    texts = (value for rows in data(chart).values() for row in rows for value in row.values() if isinstance(value, str))
+    """The characters in a chart's data and titles that no font of this machine has: boxes in a PNG or PDF."""
+    values = (value for rows in data(chart).values() for row in rows for value in row.values())
+    texts = (text for text in (*values, *_titles(chart.to_dict())) if isinstance(text, str))
     return "".join(sorted(character for character in set().union(*texts) if not _has_glyph(character)))
+
+
+def _titles(spec: Any) -> Iterator[Any]:
+    """What stands under `title`, `subtitle` and `text` at any depth, lists of lines one by one."""
+    for key, part in spec.items() if isinstance(spec, dict) else enumerate(spec) if isinstance(spec, list) else ():
+        if key in ("title", "subtitle", "text"):
+            yield from part if isinstance(part, list) else [part]
+        if key != "data":
+            yield from _titles(part)
 
 
 @cache

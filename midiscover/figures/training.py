@@ -38,10 +38,10 @@ CURVE_POINTS = 6_000
 """Points of all training curves together; longer ones are thinned, which cannot be seen at 200 pixels a panel."""
 
 
-def curve_chart(curves: Sequence[Row], measure: Measure = "loss") -> Chart:
+def curve_chart(curves: Sequence[Row], measure: Measure = "loss", *, numbered: bool = False) -> Chart:
     """A training curve of every SAE, a panel per hook, coloured by architecture or, of one, by the sparsity setting.
 
-    Those of controls are dashed.
+    Those of controls are dashed. numbered: SAEs have numbers in the data, as their ids would be a third of a report.
     """
     names = hook_names(in_layer_order(curves))
     labels = labels_of(curves)
@@ -50,8 +50,7 @@ def curve_chart(curves: Sequence[Row], measure: Measure = "loss") -> Chart:
     values = [
         {
             "hook": names.short[str(row["hook"])],
-            # A number: ids of 50 characters would be a third of the report.
-            "sae": numbers.setdefault(row["sae_id"], len(numbers)),
+            "sae": numbers.setdefault(row["sae_id"], len(numbers)) if numbered else row["sae_id"],
             "label": str(row["label"]),
             "kind": str(row.get("kind")),
             "control": control(row),

@@ -134,10 +134,12 @@ def test_long_curves_are_thinned_and_keep_their_ends(monkeypatch: pytest.MonkeyP
     ]
     values = curve_chart(curve).to_dict()["data"]["values"]
     assert len(values) <= training.CURVE_POINTS + 4
-    for sae in (0, 1):
+    for sae in ("a", "b"):
         tokens = [value["tokens"] for value in values if value["sae"] == sae]
         assert (tokens[0], tokens[-1]) == (0, 1999)
     assert {(value["mse"], value["l0"]) for value in values} == {(None, None)}
+    numbered = drawn_points(curve_chart(curve, numbered=True))
+    assert numbered == [value | {"sae": "ab".index(value["sae"])} for value in values]
 
 
 @pytest.mark.parametrize(("values", "kind"), [([1.0, 10.0], None), ([1.0, 100.0], "log"), ([0.0, 100.0], None)])

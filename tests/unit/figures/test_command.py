@@ -23,6 +23,8 @@ from tests.unit.figures.samples import feature_row
 from tests.unit.plain_tables import plain_tables
 
 SWEEP = "made.0123456789"
+CONTROLS = "only.0123456789"
+"""A sweep of untrained SAEs."""
 FEATURES_OF_SAE = 3
 
 
@@ -30,14 +32,23 @@ FEATURES_OF_SAE = 3
 def store(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = open_store(str(tmp_path_factory.mktemp("store")))
     rows, curves, densities = plain_tables(layers=(10, 15), l1s=(3, 8))
+    put_sweep(storage, SWEEP, rows, curves, densities)
+    put_features(storage, rows[0]["sae_id"])
+    tables = plain_tables(layers=(10, 15), l1s=(1,))
+    for table in tables:
+        for row in table:
+            row["sae_id"] = row["sae_id"].replace(".0123", ".untrained.0123")
+    put_sweep(storage, CONTROLS, *tables, control="untrained")
+    return storage
+
+
+def put_sweep(storage: Storage, name: str, rows: list, curves: list, densities: list, control: Any = "none") -> None:
     for row in rows:
-        row |= {"control": "none", "output_hook": row["hook"], "target_l0": None}
+        row |= {"control": control, "output_hook": row["hook"], "target_l0": None}
         put_sae(storage, row, curves, densities)
     planned = [{key: row[key] for key in row if key not in ("l0", "fvu")} for row in rows]
-    sweep = {"v": 1, "id": SWEEP, "config": {"name": "made"}, "evaluation_id": "e.1", "saes": planned}
-    put(storage, layout.sweep_record(SWEEP), sweep | {"sae_ids": [row["sae_id"] for row in rows]})
-    put_features(storage, rows[0]["sae_id"])
-    return storage
+    sweep = {"v": 1, "id": name, "config": {"name": name[:4]}, "evaluation_id": "e.1", "saes": planned}
+    put(storage, layout.sweep_record(name), sweep | {"sae_ids": [row["sae_id"] for row in rows]})
 
 
 def put(storage: Storage, key: str, document: dict[str, Any]) -> None:
@@ -54,7 +65,7 @@ def put_sae(storage: Storage, row: dict[str, Any], curves: list, densities: list
     put(storage, layout.record(sae), {"id": sae, "seconds": 1.0})
     put(storage, layout.training(sae), {"history": columns})
     put(storage, layout.evaluation(sae, "e.1"), {"metrics": row | {"density": density}})
-    settings = vars_of(StandardConfig(l1_coefficient=row["l1"]))
+    settings = vars_of(StandardConfig(l1_coefficient=row["l1"], control=row["control"]))
     judged = [{"feature": f, "auroc": 0.6 + 0.1 * f, "passes": f > 0} for f in range(FEATURES_OF_SAE)]
     for concept in ("zebras", "numbers", "emotions"):
         of = {"hook": row["hook"], "layer": row["layer"], "sae": settings}
@@ -118,6 +129,20 @@ def test_frontier_has_what_was_measured(store: Storage, tmp_path: Path) -> None:
     assert found == {row["sae_id"]: (float(f"{row['l0']:.5g}"), float(f"{row['fvu']:.5g}")) for row in rows}
 
 
+def test_losses_name_their_saes(store: Storage, tmp_path: Path) -> None:
+    _, curves, _ = plain_tables(layers=(10, 15), l1s=(3, 8))
+    figure(store, SWEEP, "losses", "--measure", "fvu", "--out", str(tmp_path / "l.csv"))
+    found = {(line["sae"], int(line["tokens"]), float(line["fvu"])) for line in table(tmp_path / "l.csv")}
+    assert found == {(point["sae_id"], point["tokens"], float(f"{point['fvu']:.5g}")) for point in curves}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("activations", "Activations"), ("logits", "Logits")])
+def test_a_feature_is_called_as_asked(store: Storage, name: str, kind: str, tmp_path: Path) -> None:
+    for feature, title in (("1=Dogs", f"{kind} of Dogs (feature 1) of {SAE}"), ("1", f"{kind} of feature 1 of {SAE}")):
+        figure(store, SAE, name, "--feature", feature, "--out", str(tmp_path / "f.svg"))
+        assert title in (tmp_path / "f.svg").read_text()
+
+
 def test_concepts_in_the_order_of_the_modules(store: Storage, tmp_path: Path) -> None:
     figure(store, SAE, "concepts", "--out", str(tmp_path / "c.csv"))
     assert list(dict.fromkeys(line["concept"] for line in table(tmp_path / "c.csv"))) == [
@@ -143,6 +168,10 @@ def test_cards_beneath_each_other_with_titles(store: Storage, tmp_path: Path) ->
         ([SAE, "concept-map", "--out", "x.png"], ConfigError, "compares the SAEs of a sweep"),
         ([SWEEP, "dead", "--out", "x.png"], ConfigError, f"is of one SAE; give one of this sweep, such as {SAE}"),
         ([SAE, "card", "--out", "x.png"], ConfigError, "card needs one --feature"),
+        ([SWEEP, "map", "--measure", "loss", "--out", "x.png"], ConfigError, "map takes no --measure; losses does"),
+        ([CONTROLS, "map", "--out", "x.png"], NotFoundError, f"leaves controls out, and {CONTROLS} has results of"),
+        ([CONTROLS, "layer-density", "--out", "x.html"], NotFoundError, "layer-density leaves controls out"),
+        ([CONTROLS, "concept-map", "--out", "x.png"], NotFoundError, "concept-map leaves controls out"),
         ([SAE, "dead", "--feature", "1", "--out", "x.png"], ConfigError, "dead takes no --feature"),
         ([SAE, "logits", "--feature", "1", "--feature", "2", "--out", "x.png"], ConfigError, "logits needs one"),
         ([SAE, "card", "--feature", "-1", "--out", "x.png"], ConfigError, "--feature '-1' is not understood"),

@@ -74,6 +74,14 @@ def test_characters_without_a_font_are_named() -> None:
     assert figures.undrawable(chart) == odd
 
 
+def test_characters_without_a_font_are_looked_for_in_titles() -> None:
+    odd, other = "\U0010fffd", "\U0010fffc"
+    chart = figures.feature_cards([figures.Card(feature_row(), [context()], f"{title}1") for title in (odd, other)])
+    assert figures.undrawable(chart) == other + odd
+    span = {"stage": "train", "what": "work", "lane": "train 1", "begin": 0.0, "end": 5.0}
+    assert figures.undrawable(figures.schedule_chart([span], "a plan", f"by {odd}")) == odd
+
+
 def test_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"folder\.png' can't be written: Is a directory"):
