@@ -96,6 +96,15 @@ def test_asks_the_network_for_nothing(html: str, page: Page) -> None:
     assert not re.search(r"url\(|@import", page.texts["style"][0])
 
 
+def test_nothing_that_scrolls_is_cut_on_paper(page: Page) -> None:
+    style = page.texts["style"][0]
+    screen, paper = style.split("@media print")
+    scrolling = re.findall(r"^(\S+) {[^}]*overflow-x: auto", screen, re.MULTILINE)
+    assert set(scrolling) == {"pre", ".scroll", ".chart"}
+    assert re.search(r"\.scroll, \.chart { overflow: visible; }", paper)
+    assert re.search(r"pre { white-space: pre-wrap;", paper)
+
+
 def test_holds_vega_once_and_stays_small(html: str, page: Page) -> None:
     assert len(page.of("script")) == 3
     assert sum(len(text) > 500_000 for text in page.texts["script"]) == 1
