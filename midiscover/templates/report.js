@@ -28,6 +28,7 @@ if (chartData) {
   const AXIS_ROOM = 84;
   const NARROW = 640;
   const PANEL = 190;
+  const CHARACTER = 6.5;
 
   const inks = () => {
     const style = getComputedStyle(document.documentElement);
@@ -65,12 +66,15 @@ if (chartData) {
 
   const fitPair = (spec, width) => {
     const panels = spec.hconcat;
+    const { axis, sort } = panels[0].encoding.y;
+    const lines = axis.labels ? sort.flatMap((name) => name.split(", ")) : [];
+    const room = Math.max(AXIS_ROOM, 24 + CHARACTER * Math.max(0, ...lines.map((line) => line.length)));
     if (width >= NARROW) {
-      panels.forEach((panel) => (panel.width = Math.floor((width - AXIS_ROOM - spec.spacing) / 2)));
+      panels.forEach((panel) => (panel.width = Math.floor((width - room - spec.spacing) / 2)));
       return;
     }
     panels.forEach((panel) => {
-      panel.width = width - AXIS_ROOM;
+      panel.width = Math.floor(width - room);
       panel.encoding.y = panels[0].encoding.y;
     });
     spec.vconcat = panels;
