@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -16,10 +17,17 @@ from midiscover.featureview import quoted
 from midiscover.frontier import is_control
 from midiscover.ids import compared_settings, recorded_settings, sparsity_label
 from midiscover.summary import hook_names
+from midiscover.tables import Fitted
 
 Document = Mapping[str, Any]
 Tokens = Mapping[int, Sequence[str]]
 """Feature -> its top tokens, where they are known."""
+WORDS = ("highest here", "top tokens")
+WORDS_WIDTH = 24
+"""Characters that a column of words is given room for; it takes what is left."""
+COLUMN_NAMES = ("feature", "by", "AUROC\nof max", "AUROC\nof mean", "d", "p", "family\nwise p", "q", "", *WORDS)
+SPARED = ("p", "q", "d", "top tokens", "AUROC\nof mean")
+"""Columns that a narrow terminal does without, in this order."""
 COLUMNS = 9
 """SAEs beside one another in a table."""
 MARK = "*"
@@ -40,26 +48,44 @@ def sae_tables(documents: Sequence[Document], tokens: Tokens) -> RenderableType:
 
 
 def concept_table(document: Document, tokens: Tokens) -> RenderableType:
-    """The top features of one SAE for one concept, what stands beside them, and the verdict."""
+    """The top features of one SAE for one concept, what stands beside them, and the verdict.
+
+    Where words have no room, columns of SPARED are left out, the first ones first.
+    """
+    table = Fitted(*(partial(_concept_table, document, tokens, SPARED[:less]) for less in range(len(SPARED) + 1)))
+    beside = [Text(line, style="dim") for line in _beside(document)]
+    return Group(table, *beside, Text(document["verdict"]), Text())
+
+
+def _concept_table(document: Document, tokens: Tokens, spared: Sequence[str]) -> Table:
     sizes = f"{len(document['texts'])} texts, {len(document['controls'])} controls ({document['controls_are']})"
     table = _table(f"{document['concept']}: {sizes}")
-    for heading in ("feature", "by", "AUROC\nof max", "AUROC\nof mean", "d", "p", "family\nwise p", "q", ""):
+    rows = [_cells(row, tokens) for row in document["sae_scores"]["features"]]
+    shown = [heading for heading in COLUMN_NAMES if heading not in spared and (heading != "top tokens" or tokens)]
+    for heading in shown:
+        if heading in WORDS:
+            needed = min(WORDS_WIDTH, max(len(heading), *(len(str(cells[heading])) for cells in rows)))
+            table.add_column(
+                heading, overflow="ellipsis", no_wrap=True, ratio=needed, vertical="bottom", max_width=WORDS_WIDTH
+            )
+            continue
         justify = "left" if heading in ("by", "") else "right"
         table.add_column(
             heading, justify=justify, no_wrap=True, min_width=_MIN_WIDTHS.get(heading, 7), vertical="bottom"
         )
-    for heading in ("highest here", *(["top tokens"] if tokens else [])):
-        table.add_column(heading, overflow="ellipsis", no_wrap=True, ratio=1, vertical="bottom")
-    for row in document["sae_scores"]["features"]:
-        areas = [Text(f"{row[f'auroc_{by}']:.3f}", style="bold" if by == row["by"] else "") for by in ("max", "mean")]
-        numbers = [*areas, f"{row['effect']:.2f}"]
-        chances = [_chance(row[name]) for name in ("p", "family_wise_p", "q_all_texts")]
-        passes = Text("passes", style="green") if row["passes"] else Text("-", style="dim")
-        known = [escape(quoted(tokens.get(row["feature"], ()), 4))] if tokens else []
-        here = escape(quoted(row.get("peaks", ()), 4))
-        table.add_row(str(row["feature"]), row["by"], *numbers, *chances, passes, here, *known)
-    beside = [Text(line, style="dim") for line in _beside(document)]
-    return Group(table, *beside, Text(document["verdict"]), Text())
+    for cells in rows:
+        table.add_row(*(cells[heading] for heading in shown))
+    return table
+
+
+def _cells(row: Mapping[str, Any], tokens: Tokens) -> dict[str, RenderableType]:
+    """A feature's cells, by the names of their columns."""
+    areas = [Text(f"{row[f'auroc_{by}']:.3f}", style="bold" if by == row["by"] else "") for by in ("max", "mean")]
+    chances = [_chance(row[name]) for name in ("p", "family_wise_p", "q_all_texts")]
+    passes = Text("passes", style="green") if row["passes"] else Text("-", style="dim")
+    words = [escape(quoted(found, 4)) for found in (row.get("peaks", ()), tokens.get(row["feature"], ()))]
+    cells = (str(row["feature"]), row["by"], *areas, f"{row['effect']:.2f}", *chances, passes, *words)
+    return dict(zip(COLUMN_NAMES, cells, strict=True))
 
 
 def _beside(document: Document) -> Iterator[str]:

@@ -88,7 +88,7 @@ def sweep_table(rows: Sequence[Row]) -> RenderableType:
     """
     rows = in_order(rows)
     names = hook_names([str(row.get("hook")) for row in rows])
-    table = _Fitted(
+    table = Fitted(
         lambda: _sweep_table(rows, {}, None, 0),
         *(partial(_sweep_table, rows, names.short, f"hooks {names.pattern}", less) for less in range(len(SPARED) + 1)),
     )
@@ -115,7 +115,7 @@ def compare_table(rows: Sequence[Row]) -> RenderableType:
     hooks = {row["hook"]: place for place, row in enumerate(in_order(rows))}
     rows = sorted(rows, key=lambda row: (hooks[row["hook"]], is_control(row), row.get("l0") or 0.0))
     least = len(SPARED_IDS)
-    table = _Fitted(
+    table = Fitted(
         *(partial(_compare_table, rows, less) for less in range(least + 1)),
         partial(_compare_table, rows, least, folds=True),
     )
@@ -134,7 +134,7 @@ def layer_map(rows: Sequence[Row], metric: str) -> RenderableType:
         apart.setdefault(family, []).append(row)
     names = hook_names([str(row.get("hook")) for row in rows])
     title = f"{MAPS[metric][0]}, {names.pattern}"
-    return _Fitted(
+    return Fitted(
         lambda: _layer_map(apart, metric, names.short, title),
         lambda: Group(*(_layer_map({name: rows}, metric, names.short, title) for name, rows in apart.items())),
     )
@@ -257,7 +257,7 @@ def details(data: Mapping[str, Any]) -> RenderableType:
     return Group(grid, *tables)
 
 
-class _Fitted:
+class Fitted:
     """The first of several tables, widest first, that fits; the last one where none does."""
 
     def __init__(self, *builders: Callable[[], RenderableType]) -> None:

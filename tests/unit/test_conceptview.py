@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import asdict
 from typing import Any
 
+import pytest
+
 from midiscover import tables
-from midiscover.conceptview import map_rows, sweep_tables
+from midiscover.conceptview import concept_table, map_rows, sweep_tables
 from midiscover.features.modules import BASELINES
 from midiscover.saeconfig import TopKConfig
 
@@ -48,3 +51,30 @@ def test_controls_have_columns_and_win_nothing() -> None:
 
 def test_rows_of_the_map_tell_controls() -> None:
     assert [row["control"] for row in map_rows([document("untrained", 0.5, beats=False)])] == ["untrained"]
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (80, ["max", "mean", "wise p"]),
+        (100, ["max", "mean", "d", "wise p", "tokens"]),
+        (120, ["max", "mean", "d", "p", "wise p", "q", "tokens"]),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_numbers_and_whole_words(
+    width: int, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    feature = {"feature": 7, "by": "max", "auroc_max": 0.982, "auroc_mean": 0.971, "effect": 2.71, "passes": True}
+    chances = {"p": 1e-12, "family_wise_p": 0.001, "q_all_texts": 1e-18}
+    features = [feature | chances | {"peaks": ["2", "3", "9", " ten"]}]
+    texts = {"concept": "numbers", "texts": ["one"], "controls": ["none"], "controls_are": "own"}
+    file = io.StringIO()
+    tables.show(
+        concept_table(texts | {"sae_scores": {"features": features}, "verdict": "-"}, {7: ["6", "8", "70"]}), file
+    )
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "'2'  '3'  '9'  ' ten'" in file.getvalue()
+    assert ("'6'  '8'  '70'" in file.getvalue()) == ("tokens" in shown)
+    assert re.findall(r"max|mean|wise p|\b[dpq]\b|tokens", lines[3]) == shown
