@@ -128,7 +128,7 @@ def test_shows_what_a_reader_looks_for(page: Page) -> None:
 def test_the_facts_are_of_the_sweeps_own_evaluation() -> None:
     """Of SAEs that another sweep made, the records hold what that one measured."""
     rows, curves, densities = plain_tables(layers=[10], l1s=[3, 8])
-    others = [record | {"evaluation_id": "e9"} for record in records(rows)]
+    others: list[dict[str, Any]] = [record | {"evaluation_id": "e9"} for record in records(rows)]
     others[1]["evaluation_id"] = "e0"
     assert others[0]["metrics"]["tokens"] != rows[0]["tokens"]
     page = Page(write_report(rows, curves, densities, sweep(rows), others).decode())

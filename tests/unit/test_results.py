@@ -1,4 +1,4 @@
-"""Feature stability of a sweep, from SAEs as they lie in a store."""
+"""Tables of a sweep, and which features its SAEs have in common, from SAEs as they lie in a store."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from midiscover import results
-from midiscover.results import sae_stability
+from midiscover.config import TrainConfig
+from midiscover.configio import to_tree
+from midiscover.figures import map_chart
+from midiscover.results import CURVES, ROW_METRICS, sae_stability, sweep_results
+from midiscover.saeconfig import StandardConfig
 from midiscover.store import layout
 from midiscover.store.documents import dump
 from midiscover.store.storage import Storage, open_store
 
 D_IN, D_SAE = 64, 40
+DENSITY = {"counts": [1, 2], "log10_edges": [-3.0, -2.0, -1.0]}
 
 
 def directions(seed: int) -> Tensor:
@@ -45,6 +50,24 @@ def row(sae_id: str, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     return open_store(str(tmp_path / "store"))
+
+
+def test_rows_tell_what_their_saes_differ_in_and_what_the_sweep_measured(storage: Storage) -> None:
+    """A learning rate stands in records only; what a record measured may be another sweep's."""
+    found = {1e-3: 0.2, 3e-3: 0.6}
+    for lr, fvu in found.items():
+        metrics = dict.fromkeys(ROW_METRICS, 0.5) | {"fvu": fvu, "tokens": 5000, "density": DENSITY}
+        trained = {"sae": to_tree(StandardConfig()), "train": to_tree(TrainConfig(lr=lr))}
+        record = {"id": str(lr), "hook": "h.1.mlp", "seconds": 1.0, "metrics": metrics | {"tokens": 14_416, "fvu": 0.1}}
+        storage.write(layout.record(str(lr)), dump(record | trained))
+        storage.write(layout.training(str(lr)), dump({"history": dict.fromkeys(CURVES, [1.0])}))
+        storage.write(layout.evaluation(str(lr), "e.1"), dump({"metrics": metrics}))
+    tables = sweep_results(storage, {"id": "lr.0", "saes": [row(str(lr)) for lr in found], "evaluation_id": "e.1"})
+    told = [(row["variant"], row["fvu"], row["tokens"]) for row in tables.rows]
+    assert told == [("lr 0.001", 0.2, 5000), ("lr 0.003", 0.6, 5000)]
+    assert {bin["variant"] for bin in tables.densities} == {"lr 0.001", "lr 0.003"}
+    cells = map_chart(tables.rows).to_dict()["data"]["values"]
+    assert [(cell["group"], cell["fvu"]) for cell in cells] == [("lr 0.001", 0.2), ("lr 0.003", 0.6)]
 
 
 def test_pairs_are_loaded_compared_and_plain(storage: Storage) -> None:
