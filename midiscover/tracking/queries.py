@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from midiscover.errors import NotFoundError
 from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
-from midiscover.tracking.annotations import Annotations
 from midiscover.ids import variants
+from midiscover.tracking.annotations import Annotations
 from midiscover.tracking.rows import Row
 from midiscover.tracking.tables import artifacts, sae_metrics, saes, steps, sweep_saes, sweeps, tags
 from midiscover.tracking.writes import OWNERS
