@@ -100,10 +100,11 @@ def _top(part: Part, start: int, stop: int) -> _Entries:
 
 def _intervals(part: Part, start: int, stop: int) -> _Entries:
     lines = slice(start * INTERVALS, stop * INTERVALS)
-    values = part.intervals.values[lines].cpu().view(stop - start, INTERVALS, -1).flip(1)  # from high to low
+    kept, length = part.intervals.contexts.shape[1:]
+    values = part.intervals.values[lines].cpu().view(stop - start, INTERVALS, kept).flip(1)  # from high to low
     rows = part.intervals.rows[lines].cpu().view(*values.shape).flip(1)
     held = part.intervals.hashes[lines].cpu().view(*values.shape).flip(1) < torch.iinfo(torch.int64).max
-    contexts = part.intervals.contexts[lines].cpu().view(*values.shape, -1).flip(1)
+    contexts = part.intervals.contexts[lines].cpu().view(*values.shape, length).flip(1)
     feature, place, slot = held.nonzero().unbind(1)
     interval = INTERVALS - 1 - place
     width = torch.ldexp(

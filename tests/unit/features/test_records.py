@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def test_random_contexts_are_drawn_from_all_usable_rows(world: World, records: F
     assert masked
     assert any(context.value == 0 for context in drawn)
     assert len({context.window for context in drawn}) > 15
+
+
+@pytest.mark.parametrize("left_out", ["interval", "random"])
+def test_a_kind_of_which_none_is_asked_is_left_out(
+    world: World, records: FeatureRecords, unembedding: Tensor, tmp_path: Path, left_out: str
+) -> None:
+    less = make_world(tmp_path, dataclasses.replace(SETTINGS, **{f"{left_out}_contexts": 0}))
+    finish(less, whole(less), unembedding)
+    found = open_features(less.storage, "sae")
+    for f in range(D_SAE):
+        assert found.contexts(f) == [context for context in records.contexts(f) if context.kind != left_out]
 
 
 def test_directions(world: World, records: FeatureRecords, unembedding: Tensor) -> None:
