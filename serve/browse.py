@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, Field
 
 import midiscover
-from midiscover.errors import NotFoundError
+from midiscover.errors import CorruptError, NotFoundError
 from midiscover.features.labels import label
 from midiscover.store import layout
 from midiscover.store.documents import read_json
@@ -47,6 +47,8 @@ async def health(context: Given) -> Health:
         reasons.append("the tracking database does not answer; the keys known last are good")
     if catalog.broken:
         reasons.append(f"{len(catalog.broken)} SAEs of the store can't be read")
+    if catalog.damaged:
+        reasons.append(f"the feature records of {len(catalog.damaged)} SAEs are damaged")
     status: Literal["ok", "degraded"] = "degraded" if reasons else "ok"
     return Health(status=status, reasons=reasons, version=midiscover.__version__, saes=len(catalog.hosted))
 
@@ -212,10 +214,10 @@ async def search_features(
         for hosted in asked_of:
             try:
                 listing = context.catalog.listing(hosted.id)
-            except NotFoundError:
+            except (NotFoundError, CorruptError):
                 if sae is not None:
                     raise
-                continue  # its features are not written down
+                continue  # its features are not written down, or damaged, which /health says
             rows = [row for row in listing.rows if row["count"] and fits(listing, row)]
             hits += [(row["firing_rate"], hosted.id, row) for row in rows]
         hits.sort(key=lambda hit: hit[:2])

@@ -12,23 +12,26 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from midiscover.errors import NotFoundError, StoreError, StoreFailedError
+from midiscover.errors import CorruptError, NotFoundError, StoreError, StoreFailedError, UserError
 from midiscover.features.labels import label
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.frontier import is_control
 from midiscover.promoted import promoted
 from midiscover.publish.names import model_id, source_id, source_set
-from midiscover.serving import ALL, PROMOTED, ServeConfig
+from midiscover.serving import ALL, MIB, PROMOTED, ServeConfig
 from midiscover.store import layout
 from midiscover.store.documents import folders_with, read_json
 from midiscover.store.storage import Storage
 from midiscover.targets import find_stored, find_target
 
-FEATURES_KEPT = 500_000
-"""Features of all SAEs whose rows are kept in memory, at about 3 KB each."""
+FEATURES_BYTES = 2048 * MIB
+"""Of all feature records that are kept in memory: enough for the rows of 24 SAEs with 20,480 features, and for the
+contexts of some. Where that is too little, those of the SAEs that were asked longest ago make room, contexts first."""
+ROW_BYTES = 2048
+"""Of a feature's row and label in memory, besides the file."""
 FEATURES_FRESH_SECONDS = 60.0
 """After which the watch looks whether they were written anew."""
 ABSENT_SECONDS = 5.0
@@ -44,6 +47,8 @@ class Hosted:
     id: str
     record: Mapping[str, Any]
     is_promoted: bool
+    by_id: bool = False
+    """Whether its id is its source, as another one has what Neuronpedia would call it."""
 
     @property
     def model(self) -> tuple[str, str]:
@@ -58,8 +63,11 @@ class Hosted:
 
     @property
     def neuronpedia_model(self) -> str:
-        """What Neuronpedia would call its model."""
-        return model_id(self.model_name)
+        """What Neuronpedia would call its model; made of the digest where the name holds nothing to make one of."""
+        try:
+            return model_id(self.model_name)
+        except UserError:
+            return f"model-{self.model[0][:8]}"
 
     @property
     def set(self) -> str:
@@ -68,6 +76,11 @@ class Hosted:
 
     @property
     def source(self) -> str:
+        """Its name for Neuronpedia's clients, which no other SAE of its model has here."""
+        return self.id if self.by_id else self.usual_source
+
+    @property
+    def usual_source(self) -> str:
         """What Neuronpedia would call it."""
         return source_id(self.record, self.set)
 
@@ -98,6 +111,7 @@ class Catalog:
         self.storage, self.config = storage, config
         self._records: dict[str, dict[str, Any]] = {}
         self._broken: dict[str, str] = {}
+        self._damaged: set[str] = set()
         self._hosted: dict[str, Hosted] = {}
         self._features: OrderedDict[str, tuple[float, FeatureRecords]] = OrderedDict()
         self._listings: dict[str, tuple[FeatureRecords, Listing]] = {}
@@ -118,7 +132,7 @@ class Catalog:
                 continue
             hosted[name] = Hosted(id=name, record=record, is_promoted=name in chosen)
         with self._lock:
-            self._hosted = hosted
+            self._hosted = _told_apart(hosted)
 
     def watch(self) -> None:
         """Go on looking, in a thread of its own, until `close`."""
@@ -139,6 +153,12 @@ class Catalog:
         """SAEs whose record can't be read, and why."""
         with self._lock:
             return dict(self._broken)
+
+    @property
+    def damaged(self) -> set[str]:
+        """SAEs whose feature records were damaged when they were last read."""
+        with self._lock:
+            return self._damaged & self._hosted.keys()
 
     def find(self, prefix: str) -> Hosted:
         """The one hosted SAE whose id is, or begins with, `prefix`. NotFoundError else."""
@@ -163,15 +183,16 @@ class Catalog:
         return min(pool, key=lambda one: ((one.record["metrics"] or {}).get("fvu") or float("inf"), one.id))
 
     def by_source(self, model: str, source: str) -> Hosted:
-        """The SAE that Neuronpedia would call so. NotFoundError else."""
-        fits = [one for one in self.hosted if one.neuronpedia_model == model and one.source == source]
-        if not fits:
-            known = sorted({f"{one.neuronpedia_model}/{one.source}" for one in self.hosted})[:4]
-            raise NotFoundError(
-                f"There is no source '{source}' of '{model}' here; there is {', '.join(known) or 'none'}."
-            )
-        # Two SAEs of one name differ in their training alone: the one that a user would be given.
-        return min(fits, key=lambda one: (not one.is_promoted, (one.record["metrics"] or {}).get("fvu") or 0, one.id))
+        """The SAE of this source. NotFoundError where there is none, UserError where several would have the name."""
+        of_model = [one for one in self.hosted if one.neuronpedia_model == model]
+        found = next((one for one in of_model if one.source == source), None)
+        if found is not None:
+            return found
+        several = [one.id for one in of_model if one.usual_source == source]
+        if several:
+            raise UserError(f"'{source}' of '{model}' may be any of {', '.join(several)} here; ask for one by its id.")
+        known = sorted({f"{one.neuronpedia_model}/{one.source}" for one in self.hosted})[:4]
+        raise NotFoundError(f"There is no source '{source}' of '{model}' here; there is {', '.join(known) or 'none'}.")
 
     def members(self, name: str) -> list[str]:
         """The hosted SAEs of a sweep, or of one SAE, by the beginning of its id. NotFoundError where there is none."""
@@ -195,6 +216,7 @@ class Catalog:
             held, absent = self._features.get(sae_id), self._absent.get(sae_id)
             if held is not None:
                 self._features.move_to_end(sae_id)
+                self._make_room()  # contexts may have been read since
                 return held[1]
         if absent is not None and time.monotonic() - absent[0] < ABSENT_SECONDS:
             raise NotFoundError(absent[1])
@@ -208,22 +230,38 @@ class Catalog:
             self._absent.pop(sae_id, None)
             self._features[sae_id] = (time.monotonic(), found)
             self._features.move_to_end(sae_id)
-            while len(self._features) > 1 and sum(one.d_sae for _, one in self._features.values()) > FEATURES_KEPT:
-                self._features.popitem(last=False)
+            self._make_room()
         return found
 
+    def _make_room(self) -> None:
+        """Let go of what is above FEATURES_BYTES, under the lock; the SAE that was asked last stays as it is."""
+        for _, records in list(self._features.values())[:-1]:
+            if self._features_bytes() > FEATURES_BYTES:
+                records.let_contexts_go()
+        while len(self._features) > 1 and self._features_bytes() > FEATURES_BYTES:
+            self._features.popitem(last=False)
+        self._listings = {name: kept for name, kept in self._listings.items() if name in self._features}
+
+    def _features_bytes(self) -> int:
+        return sum(records.bytes + ROW_BYTES * records.d_sae for _, records in self._features.values())
+
     def listing(self, sae_id: str) -> Listing:
-        """One row for each feature, and its label; read once. Errors as of `features`."""
-        records = self.features(sae_id)
-        with self._lock:
-            held = self._listings.get(sae_id)
-        if held is not None and held[0] is records:
-            return held[1]
-        rows = records.table(LISTED).to_pylist()
+        """One row for each feature, and its label; read once. Errors as of `features`; CorruptError is remembered."""
+        try:
+            records = self.features(sae_id)
+            with self._lock:
+                held = self._listings.get(sae_id)
+            if held is not None and held[0] is records:
+                return held[1]
+            rows = records.table(LISTED).to_pylist()
+        except CorruptError as error:
+            self._note_damage(sae_id, error)
+            raise
         found = Listing(rows, [label(row).casefold() for row in rows])
         with self._lock:
-            self._listings = {name: kept for name, kept in self._listings.items() if name in self._features}
+            self._damaged.discard(sae_id)
             self._listings[sae_id] = (records, found)
+            self._make_room()
         return found
 
     def rows(self, sae_id: str) -> list[dict[str, Any]]:
@@ -246,6 +284,9 @@ class Catalog:
                 found: FeatureRecords | None = open_features(self.storage, name)
             except NotFoundError:
                 found = None
+            except CorruptError as error:  # of a manifest; what is in memory goes on being served
+                self._note_damage(name, error)
+                continue
             with self._lock:
                 if name not in self._features:
                     continue
@@ -254,6 +295,15 @@ class Catalog:
                 else:  # an unchanged one has its files open already
                     kept = held if held.manifest == found.manifest else found
                     self._features[name] = (now, kept)
+                    if kept is found or name in self._listings:  # whose rows are whole
+                        self._damaged.discard(name)
+
+    def _note_damage(self, sae_id: str, error: CorruptError) -> None:
+        with self._lock:
+            is_new = sae_id not in self._damaged
+            self._damaged.add(sae_id)
+        if is_new:
+            log.warning("features_damaged", extra={"fields": {"sae": sae_id, "reason": str(error)}})
 
     def _wanted(self, chosen: Iterable[str]) -> list[str]:
         names: dict[str, None] = {}
@@ -304,3 +354,20 @@ class Catalog:
                 if self.away_since is None:
                     self.away_since = time.time()
                     log.warning("store_away", extra={"fields": {"reason": str(error)}})
+
+
+def _told_apart(hosted: Mapping[str, Hosted]) -> dict[str, Hosted]:
+    """Those of one source by their ids, but for one that alone of them is promoted.
+
+    A source says neither which of a layer's hooks is read nor how the SAE was trained, and whoever steers by its
+    features must know.
+    """
+    namesakes: dict[tuple[str, str], list[Hosted]] = {}
+    for one in hosted.values():
+        namesakes.setdefault((one.neuronpedia_model, one.usual_source), []).append(one)
+    found = dict(hosted)
+    for group in namesakes.values():
+        chosen = [one for one in group if one.is_promoted] or group
+        by_id = group if len(chosen) > 1 else [one for one in group if one is not chosen[0]]
+        found |= {one.id: replace(one, by_id=True) for one in by_id}
+    return found

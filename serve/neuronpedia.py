@@ -185,8 +185,7 @@ def sources(context: Context, model: str, set_name: str, selected: Sequence[str]
     if selected:
         found = [source(context, model, name) for name in selected]
     else:
-        of_set = [sae for sae in context.catalog.hosted if sae.neuronpedia_model == model and sae.set == set_name]
-        found = list({sae.source: source(context, model, sae.source) for sae in of_set}.values())
+        found = [sae for sae in context.catalog.hosted if sae.neuronpedia_model == model and sae.set == set_name]
     if not found:
         known = ", ".join(sorted({sae.set for sae in context.catalog.hosted})) or "none"
         raise ProblemError(404, f"There is no source set '{set_name}' of '{model}' here; there is {known}.")

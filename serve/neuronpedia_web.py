@@ -49,13 +49,15 @@ WIDER = 4
 async def feature_row(context: Context, sae: Hosted, index: int, activations: int | None = None) -> dict[str, Any]:
     """A feature as the web application gives it, with its activations and explanations."""
     records = await context.features(sae)
-    facts = ModelFacts(name=sae.model_name, model_type=None, layers=0, d_model=0, neurons_per_layer=0)
+    family = await context.model_type(sae)
+    facts = ModelFacts(name=sae.model_name, model_type=family, layers=0, d_model=0, neurons_per_layer=0)
     cfg: dict[str, Any] = {"metadata": {}}
-    export = NeuronpediaExport(sae.record, cfg, facts, NeuronpediaConfig())
+    export = NeuronpediaExport(sae.record, cfg, facts, NeuronpediaConfig(model=sae.neuronpedia_model))
 
     def read() -> dict[str, Any]:
         feature = records.feature(index)
-        extra = {"source": sae.source}  # which the client reads, though the application does not send it
+        # `source` is what the client reads, though the application does not send it.
+        extra = {"source": sae.source, "layer": sae.source}
         rows: list[dict[str, Any]] = [row | extra for row in export.activation_rows(index, records.contexts(index))]
         for row in rows:
             if row["binContains"] < 0:  # of the top ones, which belong to no interval: its client takes no -1
@@ -66,6 +68,7 @@ async def feature_row(context: Context, sae: Hosted, index: int, activations: in
             row = export.explanation_row(feature)
             explained = [row | extra | {"explanationModelName": None, "scores": [], "triggeredByUser": None}]
         return export.feature_row(feature) | {
+            "layer": sae.source,
             "source": {"id": sae.source, "modelId": sae.neuronpedia_model, "hookName": export.hook},
             "sourceSet": {"name": sae.set},
             "model": {"id": sae.neuronpedia_model, "displayName": sae.model_name},

@@ -72,6 +72,16 @@ class FeatureRecords:
         return self._features.read(list(columns) if columns is not None else None)
 
     @property
+    def bytes(self) -> int:
+        """Of the files that were read, which stay in memory."""
+        opened = [name for name, held in ((FEATURES, "_features"), (CONTEXTS, "_contexts")) if held in self.__dict__]
+        return sum(self.manifest["files"][name]["bytes"] for name in opened)
+
+    def let_contexts_go(self) -> None:
+        """Out of memory; they are read again when they are asked for."""
+        self.__dict__.pop("_contexts", None)
+
+    @property
     def source(self) -> str:
         """Of which SAE they are and of how much text, for a chart's subtitle."""
         return f"Of {self.sae_id}, on {self.manifest['tokens']:,} training tokens"

@@ -51,14 +51,22 @@ def refuse_namesakes(folders: Iterable[tuple[str, str]]) -> None:
 
 
 def model_id(name: str) -> str:
-    """Neuronpedia's id of a model: of `microsoft/phi-2`, `phi-2`. At most 32 characters."""
+    """Neuronpedia's id of a model: of `microsoft/phi-2`, `phi-2`. At most 32 characters.
+
+    UserError where the name holds nothing to make one of, such as `1B`.
+    """
     text = re.sub(r"[^a-z0-9.-]+", "-", name.rpartition("/")[2].lower())
     text = re.sub(r"-+", "-", re.sub(r"\.+", ".", text)).strip("-.")
     text = re.sub(r"^[^a-z]+", "", text)
     if len(text) > MODEL_ID_LENGTH:
         text = text[: MODEL_ID_LENGTH + 1].rpartition("-")[0] or text[:MODEL_ID_LENGTH]  # whole words
     text = text.rstrip("-.")
-    return checked_model_id(text)
+    if not _MODEL_ID.fullmatch(text):
+        raise UserError(
+            f"The model's name, '{name}', gives no id that Neuronpedia would take; give one by --model-id, or as "
+            "publish.neuronpedia.model."
+        )
+    return text
 
 
 def checked_model_id(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from serve.problems import ProblemError
 from tests.served import Served, api, live, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -288,6 +290,26 @@ def test_a_direction_is_read_at_hooks_of_its_own_model_alone(api: Served, monkey
     assert refused.status_code == 404
     assert f"No SAE of '{sae.neuronpedia_model}' here reads the hook" in refused.json()["error"]
     assert api.post("/v1/activation/single", body | {"hook": sae.record["hook"]}).status_code == 200
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", None])
+def test_a_hook_has_the_name_of_the_export(api: Served, monkeypatch: pytest.MonkeyPatch, family: str | None) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    facts = api.interpreter.facts
+    assert asyncio.run(facts())["model_type"] == "llama"
+
+    async def told() -> dict[str, Any]:
+        if family is None:
+            raise ProblemError(503, "busy")
+        return {**await facts(), "model_type": family}
+
+    monkeypatch.setattr(api.interpreter, "facts", told)
+    api.context.model_types.clear()
+    feature = api.get(f"/api/feature/{sae.neuronpedia_model}/{sae.source}/5").json()
+    expected = f"blocks.{sae.record['layer']}.hook_mlp_out" if family == "llama" else sae.record["output_hook"]
+    assert (feature["hookName"], feature["source"]["hookName"]) == (expected, expected)
+    assert api.context.model_types == ({sae.model: family} if family else {}), "it is asked again while nobody knows"
+    api.context.model_types.clear()
 
 
 def test_explanations_are_found_once_each_by_their_words(api: Served) -> None:

@@ -165,7 +165,7 @@ def test_features_that_are_not_written_down_are_looked_for_every_few_seconds(
         assert asked == [name, name]
 
 
-def test_features_are_kept_up_to_a_number_of_rows(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_kept_up_to_a_number_of_bytes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(store) as one:
         catalog, scanned = one.context.catalog, []
         made = catalog_module.label
@@ -176,14 +176,31 @@ def test_features_are_kept_up_to_a_number_of_rows(store: Path, monkeypatch: pyte
             assert one.get("/search", params={"label": "peaks", "limit": 3}).json()["features"]
         assert len(scanned) == 4 * 96, "each label is made once"
         assert {name.partition("_")[0] for name in scanned} == {"asyncio"}, "by asyncio.to_thread"
-        monkeypatch.setattr("serve.catalog.FEATURES_KEPT", 3 * 96)
+        files = {name: catalog.features(name).manifest["files"]["features.parquet"]["bytes"] for name in one.saes}
+        kept = sum(files[name] + catalog_module.ROW_BYTES * 96 for name in one.saes[1:])
+        monkeypatch.setattr("serve.catalog.FEATURES_BYTES", kept)
         catalog._features.clear()
         for name in one.saes:
             catalog.rows(name)
         assert list(catalog._features) == list(catalog._listings) == one.saes[1:]
-        monkeypatch.setattr("serve.catalog.FEATURES_KEPT", 1)
+        monkeypatch.setattr("serve.catalog.FEATURES_BYTES", 1)
         catalog.rows(one.saes[0])
         assert list(catalog._features) == one.saes[:1]
+
+
+def test_a_search_goes_past_damaged_features(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    names = sorted(path.name for path in (copy / "saes").iterdir())
+    (file,) = (copy / "saes" / names[0] / "features").glob("*/features.parquet")
+    file.write_bytes(b"not " + file.read_bytes())
+    with served(copy) as one:
+        assert one.client.get("/health").json()["status"] == "ok"
+        found = one.get("/search", params={"label": "peaks", "limit": 200}).json()["features"]
+        assert {row["sae"] for row in found} == set(names[1:])
+        assert one.get("/search", params={"label": "peaks", "sae": names[0]}).status_code == 503
+        health = one.client.get("/health").json()
+        assert (health["status"], health["reasons"]) == ("degraded", ["the feature records of 1 SAEs are damaged"])
 
 
 def test_a_name_in_a_request_opens_no_config(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:

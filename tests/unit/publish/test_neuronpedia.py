@@ -208,6 +208,9 @@ def test_names() -> None:
     assert model_id("1.. odd--Name_") == "odd-name"
     assert source_set(RECORD | {"d_sae": 20_480}) == "mdc-mlp-20k-l1-0p5"
     assert export(NeuronpediaConfig(model="my-model", source_set="my-set")).folder == "v1/my-model/1-my-set"
+    for empty in ("1", "m", "\u043c\u043e\u0434\u0435\u043b\u044c", "org/5000"):
+        with pytest.raises(UserError, match=rf"'{empty}', gives no id .* --model-id, or as publish.neuronpedia.model"):
+            model_id(empty)
     for wrong in ("Phi", "a", "a--b", "a..b", "phi_2", "x" * 33):
         with pytest.raises(UserError, match="can't be a model of Neuronpedia"):
             checked_model_id(wrong)

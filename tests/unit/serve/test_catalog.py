@@ -1,0 +1,164 @@
+"""What a deployment hosts, under which names, and what it keeps of features, over a store with little in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midiscover.errors import CorruptError, NotFoundError, UserError
+from midiscover.features.collect import collect_chunk
+from midiscover.features.finish import Finisher
+from midiscover.promoted import VERSION
+from midiscover.publish.names import checked_model_id
+from midiscover.serving import ServeConfig
+from midiscover.store import layout
+from midiscover.store.documents import dump
+from midiscover.store.local import LocalStorage
+from midiscover.store.storage import Storage
+from serve.catalog import ROW_BYTES, Catalog
+from serve.problems import of_error
+from tests.unit.features.naive import D_SAE, make_world, strings
+
+PLACES = {
+    "a": ("model.layers.15.self_attn.q_proj", 0.25),
+    "b": ("model.layers.15.self_attn.o_proj", 0.5),
+    "c": ("model.layers.14.self_attn.o_proj", 0.75),
+}
+
+
+def write_record(storage: Storage, sae: str, hook: str, fvu: float | None = None, name: str = "org/tiny") -> None:
+    record: dict[str, Any] = {
+        "id": sae,
+        "created": "2026-11-25T10:00:00+00:00",
+        "hook": hook,
+        "output_hook": hook,
+        "layer": 15,
+        "kind": "standard",
+        "d_in": 6,
+        "d_sae": D_SAE,
+        "sae": {"kind": "standard", "l1_coefficient": 4, "d_sae": D_SAE},
+        "metrics": {"fvu": fvu},
+        "lineage": {"model": {"name": name, "digest": "0a1b2c3d4e5f"}},
+    }
+    storage.write(layout.record(sae), dump(record))
+
+
+def promote(storage: Storage, *saes: str) -> None:
+    entries = [{"id": sae, "hook": PLACES[sae][0], "sweep": None} for sae in saes]
+    storage.write(layout.PROMOTED, dump({"v": VERSION, "saes": entries, "updated": "now"}))
+
+
+def looked(storage: Storage) -> Catalog:
+    catalog = Catalog(storage, ServeConfig(store=storage.uri))
+    catalog.refresh()
+    return catalog
+
+
+@pytest.mark.parametrize("name", ["\u043c\u043e\u0434\u0435\u043b\u044c", "5000", "m"])
+def test_an_sae_is_hosted_whatever_its_model_is_called(tmp_path: Path, name: str) -> None:
+    storage = LocalStorage(tmp_path)
+    write_record(storage, "a", PLACES["a"][0], name=name)
+    catalog = looked(storage)
+    assert catalog.broken == {}
+    (summary,) = (one.summary() for one in catalog.hosted)
+    assert summary["model"] == name
+    told = summary["neuronpedia"]
+    assert told["modelId"] == checked_model_id("model-0a1b2c3d")
+    assert catalog.by_source(told["modelId"], told["source"]).id == "a"
+
+
+def test_saes_of_one_source_go_by_their_ids(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    for sae, (hook, fvu) in PLACES.items():
+        write_record(storage, sae, hook, fvu)
+    shared, own = "15-mdc-attn-40-l1-4", "14-mdc-attn-40-l1-4"
+
+    def sources(catalog: Catalog) -> dict[str, str]:
+        found = {one.id: one.summary()["neuronpedia"]["source"] for one in catalog.hosted}
+        assert {catalog.by_source("tiny", source).id for source in found.values()} == set(found)
+        return found
+
+    catalog = looked(storage)
+    assert sources(catalog) == {"a": "a", "b": "b", "c": own}
+    with pytest.raises(UserError, match=f"'{shared}' of 'tiny' may be any of a, b here; ask for one by its id") as said:
+        catalog.by_source("tiny", shared)
+    assert of_error(said.value).status == 422
+    with pytest.raises(NotFoundError, match=f"there is tiny/{own}, tiny/a, tiny/b"):
+        catalog.by_source("tiny", "15-nothing")
+    promote(storage, "b", "c")
+    catalog.refresh()
+    assert sources(catalog) == {"a": "a", "b": shared, "c": own}, "the worse one, which somebody chose"
+    promote(storage, "a", "b")
+    catalog.refresh()
+    assert sources(catalog) == {"a": "a", "b": "b", "c": own}
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Catalog:
+    """Three SAEs with feature records."""
+    world = make_world(tmp_path)
+    part = collect_chunk(world.storage, {"sae": world.sae}, world.plan, world.plan.blocks)["sae"]
+    for sae, (hook, fvu) in PLACES.items():
+        write_record(world.storage, sae, hook, fvu)
+        Finisher(
+            storage=world.storage,
+            sae_id=sae,
+            sae=world.sae,
+            plan=world.plan,
+            corpus=world.corpus,
+            strings=strings,
+            unembedding=None,
+        ).finish(part)
+    return looked(world.storage)
+
+
+def files_of(catalog: Catalog, sae: str) -> tuple[int, int]:
+    """Bytes of features.parquet, and of contexts.parquet."""
+    folder = Path(catalog.storage.uri) / "saes" / sae / "features"
+    features, contexts = ((next(folder.glob(f"*/{name}.parquet"))).stat().st_size for name in ("features", "contexts"))
+    return features, contexts
+
+
+def test_contexts_make_room_before_rows_do(described: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    saes = list(PLACES)
+    rows = sum(files_of(described, sae)[0] + ROW_BYTES * D_SAE for sae in saes)
+    contexts = {sae: files_of(described, sae)[1] for sae in saes}
+    monkeypatch.setattr("serve.catalog.FEATURES_BYTES", rows + 2 * max(contexts.values()))
+    for sae in saes:
+        described.rows(sae)
+        described.features(sae).contexts(9)
+    held = {sae: described.features(sae) for sae in saes}  # "a" comes back before "b" is asked again
+    assert [held[sae].bytes - files_of(described, sae)[0] for sae in saes] == [contexts["a"], 0, contexts["c"]]
+    assert all(described.known_rows(sae) for sae in saes)
+    assert held["b"].contexts(9) == held["a"].contexts(9), "they are read again"
+    assert described.features("c").bytes > files_of(described, "c")[0]
+    assert held["a"].bytes == files_of(described, "a")[0]
+    monkeypatch.setattr("serve.catalog.FEATURES_BYTES", rows - 1)
+    described.features("c")
+    assert [sae for sae in saes if described.known_rows(sae)] == ["b", "c"]
+
+
+def test_damaged_features_are_told_of_until_they_are_whole(described: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.catalog.FEATURES_FRESH_SECONDS", -1.0)
+    folder = Path(described.storage.uri) / "saes" / "b" / "features"
+    (file,), (manifest,) = folder.glob("*/features.parquet"), folder.glob("*/manifest.json")
+    whole = {path: path.read_bytes() for path in (file, manifest)}
+    file.write_bytes(b"not " + whole[file])
+    with pytest.raises(CorruptError, match="differs from what was written"):
+        described.listing("b")
+    described.renew_features()
+    assert described.damaged == {"b"}
+    file.write_bytes(whole[file])
+    assert len(described.listing("b").rows) == D_SAE
+    assert described.damaged == set()
+    manifest.write_bytes(b"{")
+    described.renew_features()
+    assert described.damaged == {"b"}
+    assert len(described.listing("b").rows) == D_SAE, "what is in memory goes on being served"
+    manifest.write_bytes(whole[manifest])
+    described.renew_features()
+    assert described.damaged == set()
+    described._damaged.add("gone")
+    assert described.damaged == set(), "it is not hosted"
