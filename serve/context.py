@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -36,6 +36,8 @@ class Context:
     tracker: Tracker
     jobs: Callable[[], Any]
     """A client of the Ray Jobs API, made when it is first needed."""
+    model_types: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    """Of the models that were asked; see `model_type`."""
 
     def close(self) -> None:
         """Look for SAEs and keys no more, and let the database go."""
@@ -51,6 +53,15 @@ class Context:
                 503, f"No interpreter of this deployment runs {sae.model_name}, which {sae.id} reads; deploy it again."
             )
         return found
+
+    async def model_type(self, sae: Hosted) -> str | None:
+        """The family of an SAE's language model, as its config.json calls it; None while no interpreter says."""
+        if sae.model not in self.model_types:
+            try:
+                self.model_types[sae.model] = (await self.model(sae).facts())["model_type"]
+            except ProblemError:
+                return None
+        return self.model_types[sae.model]
 
     def hosted(self, name: str) -> Hosted:
         """The SAE of this name. 404 where there is none."""

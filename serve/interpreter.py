@@ -33,6 +33,7 @@ from midiscover.interpret import (
     start_token,
     tokenised,
 )
+from midiscover.models import model_type
 from midiscover.saes import LoadedSae
 from midiscover.serving import ServeConfig
 from midiscover.steer import Change, Piece, Sampling, chat_text, generate
@@ -94,6 +95,7 @@ class Interpreter:
         self.cache = ActivationCache(config.cache_bytes)
         self._record = record
         self.lm = self._load([record["hook"]])
+        self._model_type = model_type(self.lm.identity)
         self.strings = TokenStrings(self.lm.tokenizer)
         self._specials = set(self.lm.tokenizer.all_special_ids)
         self._compute = ThreadPoolExecutor(1, "compute")
@@ -202,6 +204,7 @@ class Interpreter:
         """What it holds and has done."""
         return {
             "model": self.lm.identity.name,
+            "model_type": self._model_type,
             "steering": self.config.steering,
             "device": self.device,
             "saes": self.shelf.ids,

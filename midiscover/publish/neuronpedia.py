@@ -63,7 +63,9 @@ class NeuronpediaExport:
         called = neuronpedia_names(record, model.name, names)
         self.model, self.set, self.source = called
         self.folder = called.folder
-        self.hook = transformer_lens_hook(record["output_hook"], model.model_type) or record["output_hook"]
+        # Of an unknown family it is not known what TransformerLens' hooks read.
+        named = transformer_lens_hook(record["output_hook"], model.model_type) if model.model_type else None
+        self.hook = named or record["output_hook"]
         self.created = record["created"][:19]
 
     def files(self, records: FeatureRecords) -> Iterator[tuple[str, bytes]]:
