@@ -1,6 +1,6 @@
 """promoted.json: which SAEs of a store a deployment serves. Read here; `publish/promote.py` changes it.
 
-{"v": 1, "saes": [{"id", "hook", "sweep", "promoted", "by", "metrics"}], "updated"}
+{"v": 1, "saes": [{"id", "hook", "output_hook", "sweep", "promoted", "by", "metrics"}], "updated"}
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which SAEs of a store a deployment serves: promoted.json, changed by comparison with what stood there.
 
-    {"v": 1, "saes": [{"id", "hook", "sweep", "promoted", "by", "metrics"}], "updated"}
+    {"v": 1, "saes": [{"id", "hook", "output_hook", "sweep", "promoted", "by", "metrics"}], "updated"}
 
 Two people who promote at once both succeed: whoever comes second reads again and adds to what the first wrote.
 """
@@ -90,13 +90,13 @@ def promote(storage: Storage, target: Target, limits: Limits) -> Decision:
         entry = {
             "id": sae_id,
             "hook": record["hook"],
+            "output_hook": record.get("output_hook") or record["hook"],
             "sweep": target.sweep_id,
             "promoted": lineage.now(),
             "by": lineage.owner(),
             "metrics": {name: metrics.get(name) for name in KEPT},
         }
-        here = record["hook"], record.get("output_hook") or record["hook"]
-        fits.setdefault(here, []).append((metrics["fvu"], sae_id, entry))
+        fits.setdefault(_place(entry), []).append((metrics["fvu"], sae_id, entry))
     chosen = []
     for candidates in fits.values():
         best = min(candidates, key=lambda candidate: candidate[:2])
@@ -135,9 +135,14 @@ def withdraw(storage: Storage, name: str) -> list[str]:
 
 def _with(entries: list[Entry], chosen: list[Entry]) -> list[Entry]:
     ids = {entry["id"] for entry in chosen}
-    places = {(entry["sweep"], entry["hook"]) for entry in chosen if entry["sweep"]}
-    kept = [entry for entry in entries if entry["id"] not in ids and (entry["sweep"], entry["hook"]) not in places]
+    places = {(entry["sweep"], *_place(entry)) for entry in chosen if entry["sweep"]}
+    kept = [entry for entry in entries if entry["id"] not in ids and (entry["sweep"], *_place(entry)) not in places]
     return [*kept, *chosen]
+
+
+def _place(entry: Entry) -> tuple[str, str]:
+    """The hooks that are read and written, of which one SAE of a sweep is served; entries once had the first alone."""
+    return entry["hook"], entry.get("output_hook") or entry["hook"]
 
 
 def _metrics(storage: Storage, target: Target, record: Mapping[str, Any]) -> Mapping[str, Any]:

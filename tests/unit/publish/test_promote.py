@@ -30,13 +30,19 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
 
 
 def put(
-    storage: LocalStorage, name: str, hook: str = "model.layers.1.mlp", *, control: str = "none", **metrics: Any
+    storage: LocalStorage,
+    name: str,
+    hook: str = "model.layers.1.mlp",
+    output_hook: str | None = None,
+    *,
+    control: str = "none",
+    **metrics: Any,
 ) -> None:
     """As much of a record as promotion reads."""
     record = {
         "id": name,
         "hook": hook,
-        "output_hook": hook,
+        "output_hook": output_hook or hook,
         "sae": {"control": control},
         "evaluation_id": "e.1",
         "metrics": GOOD | metrics,
@@ -137,6 +143,19 @@ def test_promoting_again_replaces_and_withdrawing_removes(storage: LocalStorage)
     assert withdraw(storage, "a") == ["a"]
     assert withdraw(storage, "tiny") == ["b", "c"]
     assert promoted(storage) == []
+
+
+@pytest.mark.usefixtures("verified")
+def test_a_transcoder_stands_beside_the_sae_that_reads_its_hook(storage: LocalStorage) -> None:
+    for name, output_hook in (("sae", "mlp:in"), ("first", "mlp"), ("second", "mlp")):
+        put(storage, name, "mlp:in", output_hook)
+    promote(storage, of("sae"), LIMITS)
+    document = json.loads(storage.read(layout.PROMOTED))
+    del document["saes"][0]["output_hook"]  # as it was before entries had one
+    storage.write(layout.PROMOTED, json.dumps(document).encode())
+    for name in ("first", "second"):
+        promote(storage, of(name), LIMITS)
+        assert [entry["id"] for entry in promoted(storage)] == sorted([name, "sae"])
 
 
 @pytest.mark.usefixtures("verified")
