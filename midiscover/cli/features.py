@@ -12,6 +12,7 @@ from typing import Any
 
 from midiscover import featureview, tables
 from midiscover.errors import ConfigError, CorpusError, NotFoundError
+from midiscover.features.modules import text_lines
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.launch import Parser, parse_target, run_job
 from midiscover.store.storage import Storage, open_store
@@ -145,12 +146,7 @@ def _interpret(argv: Sequence[str]) -> None:
 
 def read_texts(path: Path) -> list[str]:
     """Lines of a text file that hold something. CorpusError where there is no file, or nothing in it."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CorpusError(f"The texts in '{path}' can't be read: {reason}.") from None
-    texts = [line for line in lines if line]
+    texts = text_lines(path)
     if not texts:
         raise CorpusError(f"'{path}' holds no text; give a file with one text a line.")
     return texts

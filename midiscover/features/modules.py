@@ -59,13 +59,17 @@ def read_module(name: str) -> Concept:
 def read_own(texts: Path, controls: Path | None) -> Concept:
     """A user's texts. Without controls, they stand against those of all modules that are closest to them in length."""
     mine = _require_enough(texts, _lines(texts))
-    name = f"{texts.stem}-{hashlib.sha256(chr(10).join(mine).encode()).hexdigest()[:8]}"
     if controls is not None:
         others = _require_enough(controls, _lines(controls))
-        source = f"the texts of {controls.name}"
+        name, source = _own_name(texts, [*mine, "", *others]), f"the texts of {controls.name}"
         return Concept(name=name, texts=mine, controls=others, paired=False, source=source)
-    source = "controls of all modules, alike in length but not in topic"
+    name, source = _own_name(texts, mine), "controls of all modules, alike in length but not in topic"
     return Concept(name=name, texts=mine, controls=_as_long(mine), paired=False, source=source)
+
+
+def _own_name(file: Path, lines: Sequence[str]) -> str:
+    """The same for the same lines alone: what is judged of them is kept under it."""
+    return f"{file.stem}-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}"
 
 
 def _as_long(texts: Sequence[str]) -> tuple[str, ...]:
@@ -80,14 +84,19 @@ def _as_long(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _lines(path: Path) -> tuple[str, ...]:
+def text_lines(path: Path) -> list[str]:
+    """Lines of a text file that hold something. CorpusError where it can't be read."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 and others that stand within a text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CorpusError(f"The texts in '{path}' can't be read: {reason}.") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _lines(path: Path) -> tuple[str, ...]:
     # One that stands twice would be ranked by and judged on.
-    return tuple(dict.fromkeys(line for line in lines if line))
+    return tuple(dict.fromkeys(text_lines(path)))
 
 
 def _require_enough(path: Path, lines: tuple[str, ...]) -> tuple[str, ...]:

@@ -135,6 +135,8 @@ def test_texts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n  two  \r\n", encoding="utf-8")
     assert read_texts(path) == ["one", "two"]
+    path.write_bytes("\ufeffa\u2028b\r\nc\x0bd\x85e\n".encode())
+    assert read_texts(path) == ["a\u2028b", "c\x0bd\x85e"]
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(CorpusError, match="not UTF-8"):
         read_texts(path)

@@ -68,6 +68,12 @@ def test_own_texts(tmp_path: Path) -> None:
     assert (len(concept.texts), len(concept.controls), concept.paired) == (9, 11, False)
     assert concept.name.startswith("cats-")
     pooled = read_own(mine, None)
+    fewer = tmp_path / "fewer.txt"
+    fewer.write_text("\n".join(concept.controls[:-1]))
+    names = [read_own(mine, controls).name for controls in (others, fewer, None)]
+    assert len({*names, concept.name}) == 3, "what is judged against other controls is kept beside"
+    mine.write_bytes("\n".join(f"{line}\u2028and on" for line in concept.texts).encode("utf-8-sig"))
+    assert read_own(mine, None).texts == tuple(f"{line}\u2028and on" for line in concept.texts)
     lengths = [len(line.split()) for name in module_names() for line in read_module(name).controls]
     nearest = sorted(abs(length - 8) for length in lengths)[:9]
     assert [abs(len(line.split()) - 8) for line in pooled.controls] == nearest
