@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midiscover.features.modules import DIRECTIONS, LENGTH, NEURONS, SAE, UNTRAINED
 from midiscover.ids import recorded_seed, recorded_settings
-from midiscover.interpret import encode_texts, hook_of
+from midiscover.interpret import ENCODED_TOKENS, batches, encode_texts, hook_of
 from midiscover.lm import LanguageModel
 from midiscover.sae.base import Sae
 from midiscover.sae.registry import make_sae
@@ -28,7 +28,6 @@ LATER = (
     *("auxk_coefficient", "k_aux", "threshold_decay", "prefixes"),
 )
 """Settings that change nothing before the first step, the width's own apart."""
-_TEXTS_AT_ONCE = 64
 
 
 class Scores(NamedTuple):
@@ -106,9 +105,9 @@ class Began(NamedTuple):
     def scores(self, texts: Sequence[Tensor], *, activated: bool) -> Scores:
         """Of texts [tokens, d_in] each: of its features, or of the directions of its encoder alone."""
         found = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            part = texts[start : start + _TEXTS_AT_ONCE]
-            x = self.scale * (torch.cat(list(part)) - self.mean)
+        for places in batches([len(rows) for rows in texts], ENCODED_TOKENS):
+            part = [texts[place] for place in places]
+            x = self.scale * (torch.cat(part) - self.mean)
             with torch.no_grad():
                 codes = self.sae.encode(x) if activated else x @ self.sae.W_enc
             found += [_of_text(code) for code in codes.split([len(rows) for rows in part])]

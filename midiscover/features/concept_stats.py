@@ -123,12 +123,18 @@ def resampled_auroc(scores: Tensor, positive: Tensor, *, paired: bool, resamples
     The draws depend on the labels, `paired` and `seed` alone, so that two systems scored on the same texts are drawn
     alike and can be subtracted. paired: as in `family_wise`; pairs are drawn as a whole.
     """
-    a, b = scores[positive].double(), scores[~positive].double()
-    wins = (a[:, None] > b).double() + (a[:, None] == b).double() / 2
+    a, b = scores[positive].T.contiguous(), scores[~positive].T.contiguous()
+    n1, n2 = a.shape[1], b.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    of_a = _draws(len(a), resamples, generator)
-    of_b = of_a if paired else _draws(len(b), resamples, generator)
-    return torch.einsum("ri,ijf,rj->rf", of_a, wins, of_b) / (len(a) * len(b))
+    of_a = _draws(n1, resamples, generator)
+    of_b = of_a if paired else _draws(n2, resamples, generator)
+    found = []
+    for mine, others in zip(a, b, strict=True):  # one feature, whose pairs of texts would be too many to hold
+        ordered, order = others.sort()
+        drawn = torch.nn.functional.pad(of_b[:, order].cumsum(1), (1, 0))
+        below, up_to = (drawn[:, torch.searchsorted(ordered, mine, right=right)] for right in (False, True))
+        found.append((of_a * (below + up_to)).sum(1) / (2 * n1 * n2))
+    return torch.stack(found, dim=1)
 
 
 def _draws(texts: int, resamples: int, generator: torch.Generator) -> Tensor:

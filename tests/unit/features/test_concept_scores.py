@@ -16,7 +16,7 @@ from midiscover.configio import to_tree
 from midiscover.features import concept_scores
 from midiscover.features.concept_scores import as_it_began, score_texts
 from midiscover.ids import recorded_settings
-from midiscover.interpret import encode_texts
+from midiscover.interpret import ENCODED_TOKENS, encode_texts
 from midiscover.lm import LanguageModel
 from midiscover.member import Member, Slot
 from midiscover.sae.base import Normalisation
@@ -102,6 +102,22 @@ def test_an_untrained_sae_is_that_of_the_control(config: SaeConfig) -> None:
     bare = began.scores([rows[:7]], activated=False)
     want = scale * (rows[:7] - norm.mean) @ slot.sae.W_enc
     torch.testing.assert_close(bare.mean[0], want.mean(0).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_texts_of_any_length_are_encoded_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [200, 1, 300, 30, 700, 2, 2, 64] + [9] * 80
+    texts = [torch.randn(length, 24, generator=torch.Generator().manual_seed(length)) for length in lengths]
+    began = as_it_began(sae(StandardConfig()), torch.cat(texts), seed=3)
+    alone = [began.scores([text], activated=True) for text in texts]
+    seen: list[int] = []
+    encode = began.sae.encode
+    monkeypatch.setattr(began.sae, "encode", lambda x: seen.append(len(x)) or encode(x))
+    together = began.scores(texts, activated=True)
+    assert sum(seen) == sum(lengths)
+    assert max(seen) == 700, "one text is at least one part"
+    assert sorted(seen)[-2] <= ENCODED_TOKENS
+    torch.testing.assert_close(together.max, torch.cat([scores.max for scores in alone]))
+    torch.testing.assert_close(together.mean, torch.cat([scores.mean for scores in alone]))
 
 
 def test_saes_that_began_alike_share_their_baselines(model: LanguageModel) -> None:

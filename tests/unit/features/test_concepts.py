@@ -120,6 +120,18 @@ def test_resampled_auroc_is_that_of_drawn_texts() -> None:
         assert float(pairs[r, 0]) == pytest.approx(area(a, b), rel=1e-12)
 
 
+def test_resampled_auroc_holds_no_pairs_of_texts() -> None:
+    """All pairs of these would take 80 GB as booleans alone, and half of them are ties."""
+    count = 100_000
+    x = torch.arange(4 * count).remainder(2)[:, None].repeat(1, 2).float()
+    x[:, 1] = 1 - x[:, 1]
+    positive = torch.arange(4 * count) >= 2 * count
+    x[positive, 0] += 1
+    drawn = resampled_auroc(x, positive, paired=False, resamples=2, seed=0)
+    assert drawn[:, 0].tolist() == pytest.approx([0.875] * 2, abs=0.01)
+    assert drawn[:, 1].tolist() == pytest.approx([0.5] * 2, abs=0.01)
+
+
 def concept(texts: int = TEXTS, controls: int | None = None, *, paired: bool = True) -> Concept:
     words, others = (tuple(f"{name} {i}" for i in range(n)) for name, n in (("a", texts), ("b", controls or texts)))
     return Concept(name="c", texts=words, controls=others, paired=paired, source="made up")
