@@ -36,7 +36,7 @@ class Query:
     rank_at: tuple[int, ...] = ()
     """Rank the text's features by the sum over these tokens instead of by the maximum."""
     skip_first: bool = False
-    """Count the first row, BOS, as 0 everywhere."""
+    """Count the first row as 0 everywhere where it is BOS."""
     hook: str = ""
     vector: tuple[float, ...] = ()
     """A direction at `hook`, whose dot products with the activations are the only feature."""
@@ -71,6 +71,8 @@ class TextAnswer(NamedTuple):
     token_ids: list[int]
     tokens: list[str]
     special: list[bool]
+    has_bos: bool
+    """Whether the first token is BOS; it is not where `front` is "bos" and the tokenizer has none."""
     found: list[Found]
 
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, Literal, TypeVar
 
@@ -275,7 +275,12 @@ class Interpreter:
 
     def _answer(self, item: _Item, found: list[Found]) -> TextAnswer:
         ids = item.ids[item.front :]
-        return TextAnswer(ids, self.strings(ids), [token in self._specials for token in ids], found)
+        special = [token in self._specials for token in ids]
+        return TextAnswer(ids, self.strings(ids), special, self._begins(ids), found)
+
+    def _begins(self, ids: Sequence[int]) -> bool:
+        """Whether with BOS."""
+        return list(ids[:1]) == [self._bos()]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -327,16 +332,18 @@ class Interpreter:
         answers: list[list[Found] | Exception] = []
         for item, found in zip(items, rows, strict=True):
             try:
-                answers.append([self._found(*asked, found, item.front) for asked in item.asked])
+                answers.append([self._found(*asked, found, item) for asked in item.asked])
             except Exception as error:  # whatever it is, it is this item's own
                 answers.append(error)
         return answers
 
-    def _found(self, query: Query, sae: LoadedSae | None, hook: str, rows: dict[str, Tensor], front: int) -> Found:
+    def _found(self, query: Query, sae: LoadedSae | None, hook: str, rows: dict[str, Tensor], item: _Item) -> Found:
         x = rows[hook]
+        if query.skip_first and not self._begins(item.ids):
+            query = replace(query, skip_first=False)
         if sae is not None:
             require_width(self.lm, query.sae, sae, hook, x.shape[-1])
-        found = answer_query(query, sae, x[front:])
+        found = answer_query(query, sae, x[item.front :])
         self._refuse_large(found.value.size)
         return found
 

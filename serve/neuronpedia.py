@@ -103,7 +103,9 @@ async def by_token(request: TopkByToken, prompts: Sequence[str], context: Contex
     sae = source(context, request.model, request.source)
     query = Query(sae=sae.id, k=request.top_k, per_text=False)
     answers = await context.read(sae, prompts, [query], "bos")
-    return await aside(lambda: [_by_token(answer, 1 if request.ignore_bos else 0) for answer in answers])
+    return await aside(
+        lambda: [_by_token(answer, 1 if request.ignore_bos and answer.has_bos else 0) for answer in answers]
+    )
 
 
 def _by_token(answer: TextAnswer, first: int) -> dict[str, Any]:
@@ -138,10 +140,11 @@ async def single(sae: Hosted, query: Query, prompts: Sequence[str], context: Con
     """For each text its tokens and the values of a query's one feature, but for the BOS in front; others count as 0."""
     results = []
     for answer in await context.read(sae, prompts, [query], "bos"):
-        bos, *ids = answer.token_ids
-        found = answer.found[0].values[0].tolist()[1:]
-        values = [0.0 if token == bos else value for token, value in zip(ids, found, strict=True)]
-        results.append({"values": values, "tokens": answer.tokens[1:], "special": answer.special[1:]})
+        values, first = answer.found[0].values[0].tolist(), 0
+        if answer.has_bos:
+            bos, first = answer.token_ids[0], 1
+            values = [0.0 if token == bos else value for token, value in zip(answer.token_ids, values, strict=True)]
+        results.append({"values": values[first:], "tokens": answer.tokens[first:], "special": answer.special[first:]})
     return results
 
 

@@ -230,6 +230,22 @@ def test_bos_within_a_text_counts_as_0_and_a_special_beginning_may_be_left_out(a
     assert (shorter["tokens"], shorter["values"]) == (new["tokens"][1:], new["values"][1:])
 
 
+def test_nothing_is_left_out_where_the_tokenizer_has_no_bos(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = api.context.catalog.find(api.saes[2])
+    of, text = {"model": sae.neuronpedia_model, "source": sae.source}, "The river ran to The river"
+    monkeypatch.setattr(type(api.interpreter), "_bos", lambda _self: None)
+    ids = api.post("/v1/tokenize", {"model": of["model"], "text": text}).json()["tokens"]
+    assert ids == api.interpreter.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    every = api.post("/v1/activation/source", {**of, "prompts": [text]}).json()["results"][0]["activeFeatures"]
+    index, entries = next((name, dict(entries)) for name, entries in every.items() if 0 in dict(entries))
+    single = api.post("/v1/activation/single", {**of, "prompt": text, "index": index}).json()
+    assert single["activation"]["values"] == pytest.approx([entries.get(place, 0.0) for place in range(len(ids))])
+    tokens = api.post("/v1/activation/topk-by-token", {**of, "prompt": text}).json()["results"]
+    assert [row["tokenPosition"] for row in tokens] == list(range(len(ids)))
+    new = {"feature": {"modelId": of["model"], "source": of["source"], "index": index}, "customText": text}
+    assert api.post("/api/activation/new", new).json()["values"] == single["activation"]["values"]
+
+
 def test_features_that_fire_too_often_are_left_out_where_it_is_known_how_often(api: Served) -> None:
     sae = api.context.catalog.find(api.saes[2])
     rates = [row["firing_rate"] for row in api.context.catalog.rows(sae.id)]
