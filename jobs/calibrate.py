@@ -67,6 +67,7 @@ def _measure(place: ModelPlace, resolved: Any, storage: Storage, starts: dict[st
         storage,
         shape=Shape(first.d_in, first.d_sae),
         settings=first.point.train,
+        model_dtype=place.dtype,
         load_seconds=loaded,
         starts=starts,
     )

@@ -22,18 +22,15 @@ from midiscover.cores import compute_on
 from midiscover.corpus import Corpus
 from midiscover.errors import UserError
 from midiscover.live import LivePools, LiveSource
-from midiscover.memory import fit_together
+from midiscover.memory import MODEL_BYTES, USABLE
 from midiscover.reading import Reader
-from midiscover.resolve import Crew, Pack, PlannedSae, pool_tokens
+from midiscover.resolve import Crew, Pack, PlannedSae, cut_crew, halves, pool_tokens
 from midiscover.saes import STREAMED, has_ended, write_trained
 from midiscover.source import open_source
 from midiscover.store import layout
 from midiscover.store.documents import dump
 from midiscover.tracking.sweepfiles import retired_reason
 from midiscover.train import Diverged, Member, Retired, Source, Trained, train_in_turns
-
-MODEL_BYTES = 2
-"""Of a language model's parameter, bfloat16, beside which SAEs must find room on a card."""
 
 
 class _Failed(Exception):
@@ -177,7 +174,7 @@ def run_crew_tries(job: PackJob, crew: Crew) -> None:
             whole = False
         # Outside the handler, so that what the error's traceback held is free by now.
         torch.cuda.empty_cache()
-        parts.extendleft(reversed(_halves(part)))
+        parts.extendleft(reversed(halves(part)))
         count = sum(len(pack.saes) for pack in part)
         job.board.post("retry", part[0].id, f"{count} SAEs are too many for this card; half of them at a time")
     for pack in crew if not whole else ():
@@ -190,25 +187,9 @@ def _parts(job: PackJob, crew: Crew) -> list[Crew]:
     if not job.slots.gpus:
         return [crew]
     free, total = torch.cuda.mem_get_info()
-    limit = int(0.95 * min(free, total * min(1.0, job.slots.gpus)))
-    return _cut(crew, limit - (MODEL_BYTES * job.resolved.table.parameters if job.streams else 0))
-
-
-def _cut(crew: Crew, limit: int) -> list[Crew]:
-    parts = fit_together([planned.sizes for pack in crew for planned in pack.saes], limit)
-    if len(parts) < 2:
-        return [crew]
-    if len(crew) == 1:
-        return [(crew[0].part([crew[0].saes[i] for i in part]),) for part in parts]
-    return [part for half in _halves(crew) for part in _cut(half, limit)]
-
-
-def _halves(crew: Crew) -> tuple[Crew, Crew]:
-    """Two crews that need about half of its memory each."""
-    if len(crew) == 1:
-        first, second = crew[0].halves()
-        return (first,), (second,)
-    return crew[: len(crew) // 2], crew[len(crew) // 2 :]
+    limit = int(USABLE * min(free, total * min(1.0, job.slots.gpus)))
+    model = MODEL_BYTES[job.resolved.config.model.dtype] * job.resolved.table.parameters
+    return cut_crew(crew, limit - (model if job.streams else 0))
 
 
 def _try(job: PackJob, crew: Crew) -> None:

@@ -180,8 +180,6 @@ class SweepRun:
             crews = make_crews(packs, count, list(self.resolved.table.hooks))
             self.recorder.expect_reading(corpus.windows["train"] * corpus.context_size * len(crews))
         slots = pack_slots(cluster, resources, len(crews))
-        shared = bool(cluster.gpus) or resources.workers > 1
-        trainer = resources.trainer if resources.trainer != "auto" else ("ray_train" if shared else "inline")
         for sae in missing:
             self.recorder.track(lambda tracker, sae=sae: tracker.sae_status(sae.id, "training"))
         leases = Leases(resources.stall_seconds, self.recorder.say_of)
@@ -201,7 +199,7 @@ class SweepRun:
                     storage=self.storage,
                     board=board,
                     slots=slots,
-                    trainer=trainer,
+                    trainer=resources.trainer_on(gpus=bool(cluster.gpus)),
                     prepend_bos=corpus.bos_id is not None,
                 )
             )

@@ -53,7 +53,7 @@ def _quicker(
 ) -> str:
     if why_not_streamed(resolved, rows) or not any(missing_spans(p, corpus, storage) for p in resolved.parts()):
         return STORE
-    rates = _rates(storage, cluster)
+    rates = _rates(resolved, storage, cluster)
     if rates is None:
         say("activations are stored: nothing is known of this device's rates; `midiscover calibrate` measures them")
         return STORE
@@ -65,14 +65,16 @@ def _quicker(
         + ", ".join(f"{way} would take {duration(plan.seconds)}" for way, plan in ways.items())
         + f"; {best} it is"
     )
+    for note in ways[best].notes:
+        say(note)
     return best
 
 
-def _rates(storage: Storage, cluster: Cluster) -> Rates | None:
+def _rates(resolved: Resolved, storage: Storage, cluster: Cluster) -> Rates | None:
     """Of the cluster's GPUs, or of this machine's CPU."""
     for device in accelerators() if cluster.gpus else ["cpu"]:
         try:
-            return known_rates(storage, device)
+            return known_rates(storage, device, *resolved.dtypes)
         except (NotFoundError, ConfigError):
             continue
     return None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from midiscover import lineage
 from midiscover.config import CorpusConfig, TrainConfig
+from midiscover.cores import SMALL_BELOW
 from midiscover.corpus import build_corpus
 from midiscover.evaluate import divergence_, log_probabilities, reconstruction_metrics
 from midiscover.lm import LanguageModel
@@ -30,7 +31,7 @@ from midiscover.reading import CPU_BATCH_TOKENS
 from midiscover.sae.base import Normalisation
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import SAE_KINDS, PenaltyConfig, SaeConfig, StandardConfig, TopKConfig
-from midiscover.sidebyside import MOST_STEPS, SMALL_BELOW
+from midiscover.sidebyside import MOST_STEPS
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage
@@ -69,13 +70,14 @@ def measure(
     *,
     shape: Shape,
     settings: TrainConfig,
+    model_dtype: str,
     load_seconds: float,
     starts: Mapping[str, float],
 ) -> Rates:
     """Rates of the device that `lm` is on.
 
-    hook: to which the model is run; settings: whose precision the steps have; load_seconds: what loading `lm` took;
-    starts: see `Rates`.
+    hook: to which the model is run, where that takes any time; settings: whose precision the steps have; model_dtype:
+    that of `lm`; load_seconds: what loading it took; starts: see `Rates`.
     """
     device = lm.device
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -85,6 +87,8 @@ def measure(
         device=name,
         measured=lineage.now(),
         threads=torch.get_num_threads(),
+        model_dtype=model_dtype,
+        train_dtype=settings.dtype,
         model_flops=model_flops,
         logits_flops=logits_flops,
         load_bytes=2 * table.parameters / load_seconds,
@@ -114,6 +118,8 @@ def _settle(device: torch.device) -> None:
 
 def _passes(lm: LanguageModel, table: HookTable, hook: str) -> tuple[float, float]:
     """FLOP/s of a pass to `hook`, and of one to the end with cross-entropy and KL."""
+    if not table.require(hook).flops_per_token:  # before the first product: embeddings, and the norm after them
+        hook = [path for path, one in table.hooks.items() if one.recommended][-1]
     vocabulary = min(table.vocab_size, 10_000)
     ids = torch.randint(vocabulary, (CPU_BATCH_TOKENS // 128, 128), generator=torch.Generator().manual_seed(0))
     lm.activations(ids[:4], [hook])

@@ -320,6 +320,12 @@ class ResourcesConfig:
         _require(self.max_failures >= 0, "resources.max_failures must be 0 or above")
         _require(self.stall_seconds > 0, "resources.stall_seconds must be above 0")
 
+    def trainer_on(self, *, gpus: bool) -> Literal["inline", "ray_train"]:
+        """What `trainer` comes to where there are GPUs, or none."""
+        if self.trainer != "auto":
+            return self.trainer
+        return "ray_train" if gpus or self.workers > 1 else "inline"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:

@@ -8,6 +8,8 @@ import os
 
 SCALING = 0.9
 """Threads are taken to speed a pack up by their number to this power."""
+SMALL_BELOW = 2**32
+"""Multiply-adds of x @ W_enc below which a step is taken by one core. By measurement: tests/bench/RESULTS.md."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25  # more than 32 MiB glibc does not allow for the second

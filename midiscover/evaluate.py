@@ -17,15 +17,13 @@ from torch.nn.functional import log_softmax
 from midiscover.corpus import Corpus
 from midiscover.errors import ModelError
 from midiscover.lm import LanguageModel
+from midiscover.memory import SPLICED_WINDOWS
 from midiscover.prefix import Prefix
 from midiscover.reading import position_mask, row_mask
 from midiscover.sae.base import Sae
 from midiscover.sae.metrics import MetricSums, recovered, recovered_error
 from midiscover.store.blocks import Mask
 from midiscover.train import Pair
-
-CE_BATCH_WINDOWS = 8
-"""Windows per spliced forward pass; bounds the [tokens, vocabulary] tables of logits and of log-probabilities."""
 
 
 def reconstruction_metrics(
@@ -115,8 +113,8 @@ def splice_metrics(
     places = [first + held_out * i // count for i in range(count)]
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
     prefix = Prefix(model.model, {hook, output_hook or hook})
-    for start in range(0, count, CE_BATCH_WINDOWS):
-        parts = [corpus.windows(place, place + 1) for place in places[start : start + CE_BATCH_WINDOWS]]
+    for start in range(0, count, SPLICED_WINDOWS):
+        parts = [corpus.windows(place, place + 1) for place in places[start : start + SPLICED_WINDOWS]]
         ids, doc = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
         codes = position_mask(ids, doc, special, mask_first=mask_first)
         splice = _Splice(hook, output_hook or hook, codes, outlier_norm)

@@ -13,6 +13,12 @@ ROW_TENSORS = 8
 """[tokens, d] float32 tensors that it holds of inputs, outputs and residuals."""
 FIXED_BYTES = 1 << 30
 """CUDA's context and workspaces."""
+MODEL_BYTES = {"bfloat16": 2, "float32": 4}
+"""Of a language model's parameter, by `model.dtype`."""
+USABLE = 0.95
+"""Of a card's memory, or of what is free of it: the rest goes to what is not reckoned here."""
+SPLICED_WINDOWS = 8
+"""Windows per spliced forward pass; bounds the [tokens, vocabulary] tables of logits and of log-probabilities."""
 
 
 class Sizes(NamedTuple):
@@ -22,11 +28,13 @@ class Sizes(NamedTuple):
     d_sae: int
     d_out: int
     batch_size: int
+    skip: int = 0
+    """Parameters of a linear skip connection."""
 
     @property
     def kept_bytes(self) -> int:
         """What stays allocated between its steps."""
-        return PARAMETER_BYTES * self.d_sae * (self.d_in + self.d_out + 2)
+        return PARAMETER_BYTES * (self.d_sae * (self.d_in + self.d_out + 2) + self.skip)
 
     @property
     def step_bytes(self) -> int:

@@ -3,67 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
-from midiscover.plan import Plan
+from midiscover.plan import Plan, Stage
 from midiscover.rates import Rates
 from midiscover.summary import fixed, percent
-from midiscover.tables import empty
+from midiscover.tables import Fitted, empty
 
 SETTING = "resources.activations"
-BAR = 30
+BAR = 24
 """Columns of the stages over time."""
+SPARED = ("report", "start", "longest")
+"""Columns of several numbers of GPUs that a narrow terminal does without, in this order."""
 SHAPE = (576, 4608, 4096, 60)
 """d_in, d_sae, tokens and L0 at which step times are printed."""
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """The stages one after another, with what bounds each."""
-    table = empty("stage", ">time", ">share", "", ">TFLOP", ">GB stored", "most of it goes to")
+    """The stages one after another, with what bounds each and what it takes: two tables where one is too wide."""
+    wide = partial(_stages, plan, times=True, amounts=True)
+    narrow = Group(_stages(plan, times=True), "", _stages(plan, amounts=True))
+    return Group(Fitted(wide, lambda: narrow), *(Text(f"Note: {note}.", style="yellow") for note in plan.notes))
+
+
+def _stages(plan: Plan, *, times: bool = False, amounts: bool = False) -> Table:
+    titles = [*([">time", ">share", ""] if times else []), *(_amount_titles(plan) if amounts else [])]
+    table = empty("stage", *titles, *(["most of it goes to"] if times else []))
     at = 0.0
     for stage in plan.stages:
-        table.add_row(
-            stage.name,
-            duration(stage.seconds),
-            percent(stage.seconds / plan.seconds),
-            _bar(at, at + stage.seconds, plan.seconds),
-            fixed(stage.flops / 1e12, 1) if stage.flops else "",
-            fixed(stage.bytes / 1e9, 2) if stage.bytes else "",
-            stage.bound,
-        )
+        bar = _bar(at, at + stage.seconds, plan.seconds)
+        spent = [duration(stage.seconds), percent(stage.seconds / plan.seconds), bar] if times else []
+        taken = _amounts(plan, stage) if amounts else []
+        table.add_row(stage.name, *spent, *taken, *([stage.bound] if times else []))
         at += stage.seconds
     table.add_section()
-    total = [sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "bytes")]
-    table.add_row("in all", duration(plan.seconds), "", "", fixed(total[0] / 1e12, 1), fixed(total[1] / 1e9, 2), "")
-    return Group(table, *(Text(note, style="yellow") for note in plan.notes))
+    whole = [duration(plan.seconds), "", ""] if times else []
+    table.add_row("in all", *whole, *(_amounts(plan, totals(plan)) if amounts else []))
+    return table
 
 
-def ways(plans: Mapping[str, Plan], chosen: str) -> list[str]:
-    """What the other way to have activations would take, where there is one."""
-    others = [f"{duration(plan.seconds)} with {SETTING} {way}" for way, plan in plans.items() if way != chosen]
-    return [f"Activations: {chosen}, by {SETTING}; the same would take {other}." for other in others]
+def totals(plan: Plan) -> Stage:
+    """All stages as one: sums, and of memory the most."""
+    flops, written, read = (sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "written", "read"))
+    card, host = (max(getattr(stage, name) for stage in plan.stages) for name in ("card", "host"))
+    return Stage("in all", plan.seconds, flops, written, read, card, host, plan.bottleneck.name)
 
 
-def scaling_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
-    """The same sweep on more and more GPUs."""
-    names = list(dict.fromkeys(stage.name for stage in plans[0].stages))
-    money = [">US$"] if price is not None else []
-    table = empty(">GPUs", *(f">{name}" for name in names), ">in all", ">GPU hours", *money, ">of ideal", "longest")
-    fewest = min(plans, key=lambda plan: plan.gpus)
-    ideal = fewest.seconds * max(1, fewest.gpus)
-    for plan in plans:
-        hours = max(1, plan.gpus) * plan.seconds / 3600
+def _amount_titles(plan: Plan) -> list[str]:
+    return [">TFLOP", ">GB stored", ">GB read", *([">GB of\u00a0a\u00a0card"] if plan.gpus else []), ">GB of RAM"]
+
+
+def _amounts(plan: Plan, stage: Stage) -> list[str]:
+    sizes = [stage.written, stage.read, *([stage.card] if plan.gpus else []), stage.host]
+    flops = fixed(stage.flops / 1e12, 1) if stage.flops else ""
+    return [flops, *(fixed(size / 1e9, 2) if size else "" for size in sizes)]
+
+
+def ways_table(plans: Mapping[str, Plan], chosen: str, price: float | None) -> RenderableType:
+    """The same sweep with activations stored and streamed; the way that is taken is marked."""
+    first = plans[chosen]
+    table = empty("way", "", ">time", *_amount_titles(first), *_cost_titles(first, price))
+    for way, plan in plans.items():
+        mark = Text("taken" if way == chosen else "", style="bold cyan")
+        table.add_row(way, mark, duration(plan.seconds), *_amounts(plan, totals(plan)), *_costs(plan, price))
+    return table
+
+
+def _cost_titles(plan: Plan, price: float | None) -> list[str]:
+    return [*([">GPU hours"] if plan.gpus else []), *([">US$"] if price is not None else [])]
+
+
+def _costs(plan: Plan, price: float | None) -> list[str]:
+    hours = [fixed(plan.gpu_hours, 2)] if plan.gpus else []
+    return [*hours, *([] if price is None else [fixed(plan.gpu_hours * price, 2)])]
+
+
+def scaling_table(plans: Mapping[int, tuple[str, Plan]], price: float | None) -> RenderableType:
+    """The same sweep on more and more GPUs, each with its way to have activations."""
+    return Fitted(*(partial(_scaling_table, plans, price, SPARED[:less]) for less in range(len(SPARED) + 1)))
+
+
+def _scaling_table(plans: Mapping[int, tuple[str, Plan]], price: float | None, spared: Sequence[str]) -> Table:
+    ways = [way for way, _ in plans.values()]
+    names = list(dict.fromkeys(stage.name for _, plan in plans.values() for stage in plan.stages))
+    names = [name for name in names if name not in spared]
+    _, fewest = plans[min(plans)]
+    way_title = ["activations"] if len(set(ways)) > 1 else []
+    longest = ["longest"] if "longest" not in spared else []
+    stages = (f">{name}" for name in names)
+    table = empty(">GPUs", *way_title, *stages, ">in all", *_cost_titles(fewest, price), ">of ideal", *longest)
+    for count, (way, plan) in plans.items():
         times = [sum(stage.seconds for stage in plan.stages if stage.name == name) for name in names]
         table.add_row(
-            str(plan.gpus),
-            *(duration(seconds) for seconds in times),
+            str(count),
+            *([way] if way_title else []),
+            *(duration(seconds) if seconds else "" for seconds in times),
             duration(plan.seconds),
-            fixed(hours, 2),
-            *([] if price is None else [fixed(hours * price, 2)]),
-            percent(ideal / (max(1, plan.gpus) * plan.seconds)),
-            plan.bottleneck.name,
+            *_costs(plan, price),
+            percent(fewest.gpu_hours / plan.gpu_hours),
+            *([plan.bottleneck.name] if longest else []),
         )
     return table
 
@@ -75,7 +117,8 @@ def inputs(plan: Plan) -> str:
     source = f"measured {rates.measured[:10]}" if rates.measured else "reckoned from its data sheet, not measured"
     return (
         f"{plan.saes} SAEs in {plan.packs} packs, {about}{work.train:,} training and {work.held_out:,} held-out "
-        f"tokens; rates of {rates.device}, {source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s, store "
+        f"tokens; rates of {rates.device}, {source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s in "
+        f"{rates.model_dtype}, SAEs' steps in {rates.train_dtype}, store "
         f"{rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read by a worker."
     )
 
@@ -84,13 +127,14 @@ def rates_table(rates: Rates) -> RenderableType:
     """Measured rates."""
     d_in, d_sae, tokens, l0 = SHAPE
     table = empty("what", ">rate", "")
-    table.add_row("language model, to the hook", fixed(rates.model_flops / 1e9, 1), "GFLOP/s")
+    table.add_row("language model, to the hook", fixed(rates.model_flops / 1e9, 1), f"GFLOP/s in {rates.model_dtype}")
     table.add_row("language model, spliced, with cross-entropy", fixed(rates.logits_flops / 1e9, 1), "GFLOP/s")
     table.add_row("loading its weights", fixed(rates.load_bytes / 1e6, 0), "MB/s")
     table.add_row("making a corpus", fixed(rates.tokenise, 0), "tokens/s")
     for kind, cost in rates.steps.items():
         seconds = cost.seconds(rows=2 * d_in, d_sae=d_sae, tokens=tokens, l0=l0)
-        table.add_row(f"step of {kind}", fixed(1000 * seconds, 1), f"ms ({tokens:,} x {d_in} -> {d_sae:,}, L0 {l0})")
+        shape = f"{rates.train_dtype}, {tokens:,} x {d_in} -> {d_sae:,}, L0 {l0}"
+        table.add_row(f"step of {kind}", fixed(1000 * seconds, 1), f"ms ({shape})")
     table.add_row("to the store", fixed(rates.write / 1e6, 0), "MB/s")
     table.add_row("from the store", fixed(rates.read / 1e6, 0), "MB/s")
     for name, seconds in rates.starts.items():

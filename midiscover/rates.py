@@ -17,7 +17,7 @@ from midiscover.store import layout
 from midiscover.store.documents import dump
 from midiscover.store.storage import Storage
 
-VERSION = 1
+VERSION = 2
 
 
 class StepCost(NamedTuple):
@@ -44,6 +44,10 @@ class Rates:
     measured: str | None
     """When; None: reckoned from a data sheet, with shares that are stated where they are used."""
     threads: int = 1
+    model_dtype: str
+    """`model.dtype` with which the language model's rates hold."""
+    train_dtype: str
+    """`train.dtype` with which those of steps hold. SAEs are evaluated in float32 whatever it is."""
     model_flops: float
     """FLOP/s of a language model's forward pass, as a harvest runs it."""
     logits_flops: float
@@ -84,18 +88,20 @@ class Sheet(NamedTuple):
     name: str
     flops: float
     """bfloat16, dense, per second."""
+    plain: float
+    """float32 without tensor cores, per second: as PyTorch multiplies unless it is told otherwise."""
     bandwidth: float
     """Bytes/s of its memory."""
     memory: float
 
 
 SHEETS = {
-    "h200": Sheet("NVIDIA H200", 989e12, 4.8e12, 141e9),
-    "h100": Sheet("NVIDIA H100 SXM", 989e12, 3.35e12, 80e9),
-    "a100": Sheet("NVIDIA A100 80GB SXM", 312e12, 2.04e12, 80e9),
-    "l40s": Sheet("NVIDIA L40S", 362e12, 0.864e12, 48e9),
-    "l4": Sheet("NVIDIA L4", 121e12, 0.3e12, 24e9),
-    "a10": Sheet("NVIDIA A10", 125e12, 0.6e12, 24e9),
+    "h200": Sheet("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9),
+    "h100": Sheet("NVIDIA H100 SXM", 989e12, 67e12, 3.35e12, 80e9),
+    "a100": Sheet("NVIDIA A100 80GB SXM", 312e12, 19.5e12, 2.04e12, 80e9),
+    "l40s": Sheet("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9),
+    "l4": Sheet("NVIDIA L4", 121e12, 30.3e12, 0.3e12, 24e9),
+    "a10": Sheet("NVIDIA A10", 125e12, 31.2e12, 0.6e12, 24e9),
 }
 MODEL_SHARE, STEP_SHARE = 0.45, 0.65
 """Of a sheet's FLOP/s: what a harvest and the products of an SAE's step are taken to reach. An H200 reached 0.40, or
@@ -103,7 +109,7 @@ MODEL_SHARE, STEP_SHARE = 0.45, 0.65
 BANDWIDTH_SHARE = 0.9
 STEP_BYTES = 33
 """Of memory traffic for each weight and step: Adam with its moments, the gradient and the copy in bfloat16."""
-CODE_BYTES = 20
+CODE_BYTES = {"bfloat16": 20, "float32": 40}
 """Of memory traffic for each feature and token."""
 ROW = 2048
 """d_in + d_out by which a code's traffic is shared out over the weights; smaller ones wait longer than is reckoned."""
@@ -113,23 +119,27 @@ STARTS = {"driver": 8.0, "ray": 2.0, "worker": 10.0, "trial": 12.0, "figures": 5
 """Seconds; those of a cluster that stands."""
 
 
-def of_sheet(name: str) -> Rates:
-    """Rates reckoned from a data sheet. ConfigError for an unknown GPU."""
-    if name not in SHEETS:
+def of_sheet(name: str, model_dtype: str, train_dtype: str) -> Rates:
+    """Rates reckoned from a data sheet, for a run's `model.dtype` and `train.dtype`. ConfigError for an unknown GPU."""
+    sheet = SHEETS.get(slug(name))
+    if sheet is None:
         raise ConfigError(f"--gpu {name} is not known; known are {', '.join(SHEETS)}, and what the store has rates of.")
-    sheet = SHEETS[name]
-    bandwidth, flops = BANDWIDTH_SHARE * sheet.bandwidth, STEP_SHARE * sheet.flops
+    peaks = {"bfloat16": sheet.flops, "float32": sheet.plain}
+    bandwidth, model_flops = BANDWIDTH_SHARE * sheet.bandwidth, MODEL_SHARE * peaks[model_dtype]
     # A step makes five products of 2 FLOPs for each of the weights of one matrix: 5 for each weight of both.
-    step = StepCost(weight=STEP_BYTES / bandwidth, token=5 / flops + CODE_BYTES / ROW / bandwidth)
+    token = 5 / (STEP_SHARE * peaks[train_dtype]) + CODE_BYTES[train_dtype] / ROW / bandwidth
+    step = StepCost(weight=STEP_BYTES / bandwidth, token=token)
     return Rates(
         device=sheet.name,
         measured=None,
-        model_flops=MODEL_SHARE * sheet.flops,
-        logits_flops=MODEL_SHARE * sheet.flops,
+        model_dtype=model_dtype,
+        train_dtype=train_dtype,
+        model_flops=model_flops,
+        logits_flops=model_flops,
         load_bytes=SINK,
         tokenise=400_000,
         steps=dict.fromkeys(SAE_KINDS, step),
-        encode=2 / flops,
+        encode=2 / (STEP_SHARE * sheet.plain),
         write=SINK,
         read=SINK,
         starts=STARTS,
@@ -145,11 +155,20 @@ def write_rates(storage: Storage, rates: Rates) -> str:
 
 
 def read_rates(storage: Storage, device: str) -> Rates:
-    """Measured rates of the one device whose name is, or holds, `device`. NotFoundError where there are none."""
+    """Measured rates of the one device that is called `device`, or whose name has its words: `h200` is NVIDIA H200.
+
+    NotFoundError where there are none, ConfigError where several devices are called so.
+    """
     known = {key.rpartition("/")[2].removesuffix(".json"): key for key in storage.list(layout.RATES)}
     wanted = slug(device)
-    fits = [wanted] if wanted in known else [name for name in known if wanted in name]
-    if len(fits) != 1:
+    # Whole words: a10 is no a100, and l4 no l40s.
+    fits = [wanted] if wanted in known else sorted(name for name in known if f"-{wanted}-" in f"-{name}-")
+    if len(fits) > 1:
+        raise ConfigError(
+            f"The store {storage.uri} has rates of several devices called {device}: {', '.join(fits)}; name one of "
+            "them with --gpu."
+        )
+    if not fits:
         have = f"it has those of {', '.join(sorted(known))}" if known else "it has none"
         raise NotFoundError(
             f"The store {storage.uri} has no rates of {device}; {have}. `midiscover calibrate` "
@@ -158,14 +177,17 @@ def read_rates(storage: Storage, device: str) -> Rates:
     return _from_tree(json.loads(storage.read(known[fits[0]])), known[fits[0]])
 
 
-def known_rates(storage: Storage | None, device: str) -> Rates:
-    """Those of a device that the store has, else those of its data sheet. ConfigError where there is none either."""
+def known_rates(storage: Storage | None, device: str, model_dtype: str, train_dtype: str) -> Rates:
+    """Those of a device that the store has, in whatever precision they were measured, else those of its data sheet.
+
+    ConfigError where there is none either, or where `device` is the name of several.
+    """
     if storage is not None:
         try:
             return read_rates(storage, device)
         except NotFoundError:
             pass
-    return of_sheet(device)
+    return of_sheet(device, model_dtype, train_dtype)
 
 
 def _from_tree(tree: dict[str, Any], key: str) -> Rates:

@@ -15,9 +15,16 @@ from midiscover import ids
 from midiscover.config import RunConfig, SaePoint
 from midiscover.configio import expand_grid
 from midiscover.errors import ConfigError
-from midiscover.memory import Sizes
+from midiscover.memory import Sizes, fit_together
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
-from midiscover.saeconfig import SHARES_NO_BATCH, UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig, TranscoderConfig
+from midiscover.saeconfig import (
+    SHARES_NO_BATCH,
+    UNSTEPPED_CONTROLS,
+    PenaltyConfig,
+    SkipTranscoderConfig,
+    TopKConfig,
+    TranscoderConfig,
+)
 from midiscover.texts import SourceIdentity, resolve_foreign, resolve_source
 
 
@@ -39,7 +46,8 @@ class PlannedSae:
     @property
     def sizes(self) -> Sizes:
         """By which its training's memory is reckoned."""
-        return Sizes(self.d_in, self.d_sae, self.d_out, self.point.train.batch_size)
+        skip = self.d_in * self.d_out if isinstance(self.point.sae, SkipTranscoderConfig) else 0
+        return Sizes(self.d_in, self.d_sae, self.d_out, self.point.train.batch_size, skip)
 
     def row(self) -> dict[str, object]:
         """The plain-table entries that need no training."""
@@ -96,6 +104,11 @@ class Resolved:
     hooks: dict[str, int]
     """Hook path -> width, of all that is harvested: the hooks of the run and those that its transcoders predict."""
     saes: tuple[PlannedSae, ...]
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """`model.dtype`, and the `train.dtype` of the first SAE."""
+        return self.config.model.dtype, self.saes[0].point.train.dtype
 
     def parts(self) -> tuple[Resolved, ...]:
         """The run by language model, each with a harvest of its own: this one, and that with shuffled weights."""
@@ -273,6 +286,24 @@ def make_crews(packs: Sequence[Pack], count: int, hooks: Sequence[str]) -> list[
         ends = [len(members) * i // parts for i in range(parts + 1)]
         crews += [tuple(members[start:stop]) for start, stop in pairwise(ends)]
     return crews
+
+
+def cut_crew(crew: Crew, limit: int) -> list[Crew]:
+    """The crew, or parts of it whose SAEs fit `limit` bytes of a card; an SAE that is too large stands alone."""
+    parts = fit_together([planned.sizes for pack in crew for planned in pack.saes], limit)
+    if len(parts) < 2:
+        return [crew]
+    if len(crew) == 1:
+        return [(crew[0].part([crew[0].saes[i] for i in part]),) for part in parts]
+    return [part for half in halves(crew) for part in cut_crew(half, limit)]
+
+
+def halves(crew: Crew) -> tuple[Crew, Crew]:
+    """Two crews that need about half of its memory each."""
+    if len(crew) == 1:
+        first, second = crew[0].halves()
+        return (first,), (second,)
+    return crew[: len(crew) // 2], crew[len(crew) // 2 :]
 
 
 def _output_hook(point: SaePoint) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from midiscover.errors import CorruptError
 from midiscover.ids import variants
+from midiscover.neighbours import MOST_PAIRS, chosen, neighbours
 from midiscover.resolve import PlannedSae
 from midiscover.saes import SPARSITY, load_trained
-from midiscover.stability import agreement, chosen, neighbours, pair_row
+from midiscover.stability import agreement, pair_row
 from midiscover.store import layout
 from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
@@ -28,12 +29,10 @@ FOREIGN_METRICS = ("fvu_foreign", "l0_foreign")
 """Measures that an evaluation has only where it was given a second corpus."""
 DESCRIBED = ("hook", "output_hook", "layer", "kind", "control", "d_sae", "seed", "variant")
 """What curves and densities say of their SAE."""
-STABILITY_PAIRS = 100
-"""SAEs compared with one another in a sweep at most. A pair is 2 n_a n_b d FLOPs: 24 GFLOP at the demo's width, 2.1
-TFLOP at 20,480 features of d 2,560, where two CPU cores take half a minute and a GPU a fraction of a second."""
+CURVES = ("step", "tokens", "loss", "mse", "l0", "fvu")
+
 DECODERS_HELD = 8
 """Decoders in memory at once: 210 MB each at 20,480 features of d 2,560."""
-CURVES = ("step", "tokens", "loss", "mse", "l0", "fvu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +87,12 @@ def _results(storage: Storage, planned: Sequence[Row], evaluation_id: str) -> Re
 
 
 def sae_stability(
-    storage: Storage, rows: Sequence[Row], *, device: str = "cpu", most: int = STABILITY_PAIRS
+    storage: Storage, rows: Sequence[Row], *, device: str = "cpu", most: int = MOST_PAIRS
 ) -> list[dict[str, Any]]:
     """Feature stability of a sweep: one plain row per pair of neighbours on its grid, as `stability.pair_row` has it.
 
     rows: those of `sae_results`. Only features that fired on held-out tokens count. Of more than `most` pairs, seeds go
-    first; see `stability.chosen`.
+    first; see `neighbours.chosen`.
     """
 
     @lru_cache(maxsize=DECODERS_HELD)

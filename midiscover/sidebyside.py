@@ -14,11 +14,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from midiscover.cores import cores
+from midiscover.cores import SMALL_BELOW, cores
 from midiscover.stacked import Stepper
 
-SMALL_BELOW = 2**32
-"""Multiply-adds of x @ W_enc below which a step is taken by one core. By measurement: tests/bench/RESULTS.md."""
 MOST_STEPS = 8
 """Batches that are looked ahead, so that cores need not wait for each other at every step."""
 LARGE_FROM = 2**23

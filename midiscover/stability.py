@@ -1,4 +1,4 @@
-"""How much of what one SAE found another one finds too: matched decoder directions, and which pairs are worth asking.
+"""How much of what one SAE found another one finds too: matched decoder directions.
 
 Pure torch on weights and plain rows; `results.sae_stability` loads the SAEs. Paulo and Belrose (2025, arXiv 2501.16615)
 give two SAEs' features to one another with the Hungarian algorithm. Here each feature takes its best partner, which
@@ -7,24 +7,19 @@ costs one matrix product; the share of matched features is the same unless sever
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from midiscover.frontier import is_control, place
-from midiscover.summary import Row, strength
+from midiscover.frontier import is_control
+from midiscover.neighbours import Pair
 
 MATCH = 0.7
 """Cosine from which two directions count as one feature."""
 BLOCK_ELEMENTS = 1 << 24
 """Cosines held at a time, 64 MB: all of 20,480 x 20,480 would be 1.7 GB."""
-BASELINES = ("untrained", "frozen_decoder")
-"""Controls that a trained SAE is compared with: how much would match without learning any direction."""
-AXES = ("seed", "sparsity", "control", "kind", "width")
-"""In which settings a pair may differ, the most telling first."""
 
 
 class Agreement(NamedTuple):
@@ -46,15 +41,6 @@ class Agreement(NamedTuple):
     def cosine(self) -> float | None:
         """Mean of both directions."""
         return None if self.cosine_a is None or self.cosine_b is None else (self.cosine_a + self.cosine_b) / 2
-
-
-class Pair(NamedTuple):
-    """Two SAEs of one hook that differ in one setting."""
-
-    axis: str
-    """One of AXES."""
-    a: Row
-    b: Row
 
 
 def agreement(a: Tensor, b: Tensor, live_a: Tensor | None = None, live_b: Tensor | None = None) -> Agreement:
@@ -84,80 +70,6 @@ def best_cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         best_a[start : start + rows] = cosines.amax(1)
         best_b = torch.maximum(best_b, cosines.amax(0))
     return best_a, best_b
-
-
-def neighbours(rows: Sequence[Row]) -> list[Pair]:
-    """Pairs of SAEs of one hook that differ in exactly one setting, in the order of AXES.
-
-    - `seed`: every two seeds of the same settings.
-    - `sparsity`: an l1, k or target and the next higher one of the same architecture, width and seed.
-    - `width`: a width and the next larger one.
-    - `kind`: every two architectures with the same sparsity setting; l1 of one and k of another are not the same.
-    - `control`: a trained SAE and one that learned no directions, untrained or with a frozen decoder.
-
-    Both of a pair have the same `variant`. Otherwise controls are not compared. SAEs that differ in what a row does not
-    hold count once, the first of them.
-    """
-    unique: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        unique.setdefault(tuple(_settings(row).values()), row)
-    learned = [row for row in unique.values() if not is_control(row)]
-    baselines = [row for row in unique.values() if row.get("control") in BASELINES]
-    return [
-        *_along("seed", learned, every=True),
-        *_along("sparsity", learned, every=False),
-        *(pair for pair in _along("control", [*learned, *baselines], every=True) if not is_control(pair.a)),
-        *_along("kind", learned, every=True),
-        *_along("width", learned, every=False),
-    ]
-
-
-def chosen(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """At most `most` pairs of a huge sweep: those of seeds first, then the other axes in turns.
-
-    Of more than there is room for, evenly spaced ones are kept, so that no hook and no setting is left out alone.
-    """
-    by_axis = {axis: [pair for pair in pairs if pair.axis == axis] for axis in AXES}
-    shares = dict.fromkeys(AXES, 0) | {"seed": min(most, len(by_axis["seed"]))}
-    turns = itertools.cycle(axis for axis in AXES if axis != "seed")
-    for _ in range(min(most, len(pairs)) - shares["seed"]):
-        shares[next(axis for axis in turns if shares[axis] < len(by_axis[axis]))] += 1
-    return [pair for axis in AXES for pair in _spread(by_axis[axis], shares[axis])]
-
-
-def _spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    if len(pairs) <= most:
-        return list(pairs)
-    return [pairs[int((i + 0.5) * len(pairs) / most)] for i in range(most)]
-
-
-def _settings(row: Row) -> dict[str, Any]:
-    """By axis, with what is no axis under names of its own."""
-    name, value = strength(row)
-    return {
-        "place": place(row),
-        "seed": row.get("seed"),
-        "sparsity by": name,
-        "sparsity": value,
-        # A trained SAE comes before its controls.
-        "control": row["control"] if is_control(row) else "",
-        "kind": row["kind"],
-        "width": row["d_sae"],
-        "variant": row.get("variant"),
-    }
-
-
-def _along(axis: str, rows: Sequence[Row], *, every: bool) -> Iterator[Pair]:
-    """Pairs of rows that are equal but for one axis: all of them, or only neighbours in its order."""
-    groups: dict[tuple[Any, ...], list[tuple[Any, Row]]] = {}
-    for row in rows:
-        settings = _settings(row)
-        value = settings.pop(axis)
-        groups.setdefault(tuple(settings.values()), []).append((value, row))
-    for members in groups.values():
-        ordered = [row for _, row in sorted(members, key=lambda member: member[0])]
-        pairs = itertools.combinations(ordered, 2) if every else itertools.pairwise(ordered)
-        yield from (Pair(axis, a, b) for a, b in pairs)
 
 
 def pair_row(pair: Pair, found: Agreement, live: tuple[int, int]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ AXES = {
     "kind": "another architecture",
     "width": "the next width",
 }
-"""What two compared SAEs differ in, by the axis names of `stability`."""
+"""What two compared SAEs differ in, by the axis names of `neighbours`."""
 
 
 def show(renderable: RenderableType, file: TextIO | None = None) -> None:

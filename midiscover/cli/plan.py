@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +29,9 @@ def plan_parser() -> Parser:
     """The arguments of `midiscover plan`."""
     parser = Parser(
         prog="midiscover plan",
-        description="What a sweep will take, stage by stage: time, FLOPs, bytes, and what bounds it. Runs nothing.",
+        description=(
+            "What a sweep will take, stage by stage: time, FLOPs, bytes, memory, and what bounds it. Runs nothing."
+        ),
         epilog=(
             "The rates of this machine are those that `midiscover calibrate` measured. GPUs that were not measured are "
             f"reckoned from their data sheets: {', '.join(SHEETS)}. Any setting is a flag by its path."
@@ -37,8 +39,9 @@ def plan_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships")
-    parser.add_argument("--gpus", type=_counts, metavar="N[,N...]", help="on so many GPUs; several: beside each other")
-    parser.add_argument(
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument("--gpus", type=_counts, metavar="N[,N...]", help="on so many GPUs; several: beside each other")
+    count.add_argument(
         "--simulate", dest="gpus", action="store_const", const=(8, 64, 512), help="the same as --gpus 8,64,512"
     )
     parser.add_argument("--gpu", metavar="NAME", help="which; a name of calibrated rates, or of a data sheet")
@@ -62,21 +65,20 @@ def _plan(argv: Sequence[str]) -> None:
     _check(known)
     resolved = resolve(load_config(find_config(known.config), parse_overrides(rest)), known.store)
     storage = _store(known.store, on_gpus=bool(known.gpus))
-    rates, work = _rates(storage, known.gpu, bool(known.gpus)), work_of(resolved, storage)
+    rates, work = _rates(resolved, storage, known.gpu, bool(known.gpus)), work_of(resolved, storage)
     bandwidth = None if known.bandwidth is None else 1e9 * known.bandwidth
-    ways = [
-        plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth) for count in known.gpus or (0,)
-    ]
-    chosen = chosen_way(resolved, ways[0])
-    plans = [plans_of[chosen] for plans_of in ways]
+    ways = {
+        count: plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth)
+        for count in known.gpus or (0,)
+    }
+    chosen = {count: chosen_way(resolved, plans) for count, plans in ways.items()}
+    first = next(iter(ways))
     if known.out is not None:
-        _draw(resolved, plans[0], known.out)
+        _draw(resolved, ways[first][chosen[first]], known.out)
     if known.json:
-        print(json.dumps([_tree(plan) for plan in plans], indent=1))
+        print(json.dumps([_tree(plans, chosen[count], known.price) for count, plans in ways.items()], indent=1))
     else:
-        _print(resolved, plans, known.price)
-        for sentence in plantables.ways(ways[0], chosen):
-            print(sentence)
+        _print(resolved, ways, chosen, known.price)
 
 
 def _check(known: argparse.Namespace) -> None:
@@ -102,7 +104,7 @@ def _store(uri: str | None, *, on_gpus: bool) -> Storage | None:
     return open_store(uri, create=False)
 
 
-def _rates(storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
+def _rates(resolved: Resolved, storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
     if not on_gpus:
         if storage is None:
             raise NotFoundError(
@@ -110,29 +112,46 @@ def _rates(storage: Storage | None, gpu: str | None, on_gpus: bool) -> Rates:
                 "them in about a minute."
             )
         return read_rates(storage, "cpu")
-    return known_rates(storage, gpu or "h200")
+    return known_rates(storage, gpu or "h200", *resolved.dtypes)
 
 
-def _tree(plan: Plan) -> dict[str, object]:
-    """For JSON: named tuples by their names."""
+def _tree(plans: Mapping[str, Plan], chosen: str, price: float | None) -> dict[str, object]:
+    """For JSON: named tuples by their names; of each way to have activations what it takes in all."""
+    plan = plans[chosen]
     return asdict(plan) | {
+        "activations": chosen,
         "seconds": plan.seconds,
+        **_costs(plan, price),
         "rates": plan.rates.tree(),
         "work": plan.work._asdict(),
         "stages": [stage._asdict() for stage in plan.stages],
         "spans": [span._asdict() for span in plan.spans],
+        "ways": {way: plantables.totals(one)._asdict() | _costs(one, price) for way, one in plans.items()},
     }
 
 
-def _print(resolved: Resolved, plans: Sequence[Plan], price: float | None) -> None:
-    first = plans[0]
-    print(f"{resolved.sweep_id}: {plantables.inputs(first)}\n")
-    tables.show(plantables.plan_table(first))
+def _costs(plan: Plan, price: float | None) -> dict[str, float | None]:
+    """None where nothing is known of it."""
+    money = None if price is None else price * plan.gpu_hours
+    return {"gpu_hours": plan.gpu_hours if plan.gpus else None, "money": money}
+
+
+def _print(
+    resolved: Resolved, ways: Mapping[int, Mapping[str, Plan]], chosen: Mapping[int, str], price: float | None
+) -> None:
+    plans = {count: (chosen[count], plans[chosen[count]]) for count, plans in ways.items()}
+    first, (way, plan) = next(iter(plans.items()))
+    print(f"{resolved.sweep_id}: {plantables.inputs(plan)}\n")
+    tables.show(plantables.plan_table(plan))
     if len(plans) > 1 or price is not None:
-        print(f"\nOn {', '.join(str(plan.gpus) for plan in plans)} GPUs:")
+        print(f"\nOn {', '.join(map(str, plans))} GPUs:")
         tables.show(plantables.scaling_table(plans, price))
-    longest = first.bottleneck
+    longest = plan.bottleneck
     print(f"\nLongest: {longest.name} ({longest.bound}).")
+    if len(ways[first]) > 1:
+        where = f" on {first} GPU{'s' if first > 1 else ''}" if len(plans) > 1 else ""
+        print(f"Activations stored or streamed{where}, by {plantables.SETTING}:")
+        tables.show(plantables.ways_table(ways[first], way, price))
 
 
 def _draw(resolved: Resolved, plan: Plan, out: Path) -> None:

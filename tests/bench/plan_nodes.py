@@ -38,7 +38,7 @@ def written(folder: Path, tokens: int) -> str:
         "grid": {"sae.l1_coefficient": [1, 2, 4]},
         "train": {"batch_size": 1024, "dtype": "auto"},
         "evaluate": {"ce_tokens": 2048},
-        "resources": {"threads": 1, "pack_size": 3},
+        "resources": {"threads": 1, "pack_size": 3, "trainer": "inline"},  # as where there are no GPUs
     }
     path = folder / "nodes.yaml"
     path.write_text(yaml.safe_dump(config))

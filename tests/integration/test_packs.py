@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,3 +132,9 @@ def test_parts_are_reckoned_before_anything_runs_out(config: Path, monkeypatch: 
         prepend_bos=False,
     )
     assert [len(part.saes) for (part,) in jobs.crews._parts(job, (pack,))] == [3, 1]
+    beside = 4 * prepared.resolved.table.parameters  # the language model, in float32
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room + int(beside / 0.95), 10 * room))
+    streams = dataclasses.replace(job, streams=True)
+    assert [len(part.saes) for (part,) in jobs.crews._parts(streams, (pack,))] == [3, 1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room + int(beside / 2 / 0.95), 10 * room))
+    assert [len(part.saes) for (part,) in jobs.crews._parts(streams, (pack,))] == [2, 2]

@@ -111,7 +111,8 @@ def _density(row: dict[str, Any]) -> Rows:
 
 def stability_rows(rows: Rows) -> Rows:
     """Made-up agreement of every pair of neighbours."""
-    from midiscover.stability import Agreement, neighbours, pair_row
+    from midiscover.neighbours import neighbours
+    from midiscover.stability import Agreement, pair_row
 
     base = {"seed": 0.62, "sparsity": 0.48, "control": 0.01, "kind": 0.35, "width": 0.4}
     found = []

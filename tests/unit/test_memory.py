@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
+from midiscover.configio import load_config
 from midiscover.memory import FIXED_BYTES, Sizes, fit_together, training_bytes
+from midiscover.resolve import resolve
+from tests.runs import write_run
 
 
 def test_the_reckoning_written_out() -> None:
@@ -17,6 +21,15 @@ def test_the_reckoning_written_out() -> None:
     assert training_bytes([sae]) == FIXED_BYTES + kept + step
     assert training_bytes([sae] * 5) == FIXED_BYTES + 5 * kept + step
     assert training_bytes([]) == FIXED_BYTES
+
+
+def test_a_skip_connection_counts(tmp_path: Path) -> None:
+    """W_skip, [d_out, d_in]: 24 x 24 numbers of the tiny model."""
+    hook = {"hooks": ["model.layers.0.mlp:in"]}
+    kinds = {"sae.kind": ["transcoder", "skip_transcoder"]}
+    plain, skip = resolve(load_config(write_run(tmp_path, harvest=hook, grid=kinds))).saes
+    assert skip.d_in == skip.d_out == 24
+    assert skip.sizes.kept_bytes - plain.sizes.kept_bytes == 4 * 4 * 24 * 24
 
 
 @pytest.mark.parametrize("widths", [(64,), (64, 64, 64), (64, 512, 64, 64), (512, 512), (64, 128, 256, 512, 1024)])

@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from midiscover import stability
-from midiscover.stability import MATCH, agreement, best_cosines, chosen, neighbours, pair_row
+from midiscover.neighbours import chosen, neighbours
+from midiscover.stability import MATCH, agreement, best_cosines, pair_row
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:

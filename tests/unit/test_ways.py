@@ -29,9 +29,10 @@ class Silent:
 
 def rates(write: float) -> Rates:
     return Rates(
-        device="CPU", measured="2026-11-26T00:00:00+00:00", model_flops=1e9, logits_flops=1e9, load_bytes=1e9,
-        tokenise=1e6, steps=dict.fromkeys(SAE_KINDS, StepCost(1e-9, 1e-11, 1e-10)), encode=1e-11, write=write,
-        read=write, starts=dict.fromkeys(("driver", "ray", "worker", "trial", "figures"), 0.0),
+        device="CPU", measured="2026-11-26T00:00:00+00:00", model_dtype="float32", train_dtype="float32",
+        model_flops=1e9, logits_flops=1e9, load_bytes=1e9, tokenise=1e6, encode=1e-11, write=write, read=write,
+        steps=dict.fromkeys(SAE_KINDS, StepCost(1e-9, 1e-11, 1e-10)),
+        starts=dict.fromkeys(("driver", "ray", "worker", "trial", "figures"), 0.0),
     )  # fmt: skip
 
 

@@ -1,0 +1,302 @@
+"""What the pieces of a sweep take on a device: how many run at once, how long, how much memory. Loads no torch.
+
+`plan` lays them one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from midiscover.cores import SCALING, SMALL_BELOW, packs_at_once, places_on
+from midiscover.ids import first_block
+from midiscover.memory import FIXED_BYTES, MODEL_BYTES, SPLICED_WINDOWS, USABLE, training_bytes
+from midiscover.rates import Rates
+from midiscover.resolve import (
+    Crew,
+    Pack,
+    PlannedSae,
+    Resolved,
+    auto_pack_size,
+    cut_crew,
+    make_crews,
+    make_packs,
+    pool_tokens,
+)
+from midiscover.saeconfig import UNSTEPPED_CONTROLS, PenaltyConfig, TopKConfig
+from midiscover.work import Work
+
+AGAIN_SECONDS = 0.5
+"""From one pack to the next in a slot whose process goes on."""
+ROW_BYTES = 2
+"""Of a number in a block: bfloat16."""
+DENSE_SHARE = 0.1
+"""Of the features, on the mean over training, where a kind says nothing of its beginning."""
+WEIGHT_BYTES = 4
+"""Of a parameter of an SAE that is evaluated."""
+LOGIT_TABLES = 2
+"""Float32 tables [tokens, vocabulary] that a spliced pass holds: log-probabilities, clean and not."""
+
+
+class Places(NamedTuple):
+    """Where the pieces of a stage run."""
+
+    at_once: int
+    """How many."""
+    slower: float
+    """How many times slower each is than one alone on what the rates were measured on."""
+    threads: int = 1
+    """Of each, where there are no cards."""
+    sharing: int = 1
+    """How many share a card, or the machine where there are none."""
+
+
+class Held(NamedTuple):
+    """Memory in bytes."""
+
+    card: float
+    """Of a card; 0 where there are none."""
+    host: float
+    """Main memory for rows, weights and tables, for each card, or for the machine where there are none."""
+
+
+NOTHING = Held(0.0, 0.0)
+
+
+class Costs:
+    """Of the pieces of a run on `gpus` cards of `rates`, or on the cores of a machine where there are none."""
+
+    def __init__(self, resolved: Resolved, work: Work, rates: Rates, gpus: int, cores: int) -> None:
+        self.resolved, self.work, self.rates, self.gpus, self.cores = resolved, work, rates, gpus, cores
+        self.resources = resolved.config.resources
+
+    # How many at once
+
+    def models(self, pieces: int | None = None) -> Places:
+        """Language models, where there are so many pieces of work for them; see `jobs.runtime.model_slots`."""
+        resources = self.resources
+        if self.gpus:
+            share = resources.gpus_per_model if resources.gpus_per_model > 1 else resources.gpus_per_actor
+            count = resources.harvest_actors or max(1, places_on(self.gpus, share))
+            sharing = min(count, pieces or count, max(1, places_on(1, share)))
+            return Places(min(count, pieces or count), float(sharing), sharing=sharing)
+        count = resources.harvest_actors or 1
+        threads = resources.threads or max(1, self.cores // count)
+        used = min(count, pieces or count)
+        cores = min(threads, self.cores / used)  # more threads than cores take turns
+        return Places(used, (self.rates.threads / cores) ** SCALING, threads, used)
+
+    def slots(self, packs: int) -> Places:
+        """Packs; see `jobs.runtime.pack_slots`."""
+        resources, workers = self.resources, self.resources.workers
+        if self.gpus:
+            share = resources.gpus_per_pack
+            count = max(1, min(packs, places_on(self.gpus, share) // workers))
+            sharing = min(count * workers, max(1, places_on(1, share)))
+            return Places(count, float(sharing), sharing=sharing)
+        if workers > 1:
+            threads = resources.threads or max(1, self.cores // workers)
+            cores = min(threads, self.cores / workers)
+            return Places(1, (self.rates.threads / cores) ** SCALING, threads, workers)
+        most = max(1, self.cores // (resources.threads or 1))
+        count = packs_at_once(packs, cores=self.cores, most=most, threads=resources.threads)
+        threads = resources.threads or max(1, self.cores // count)
+        return Places(min(count, packs), (self.rates.threads / threads) ** SCALING, threads, min(count, packs))
+
+    def packs(self) -> list[Pack]:
+        """As a sweep makes them."""
+        saes = self.resolved.saes
+        slots = max(1, places_on(self.gpus, self.resources.gpus_per_pack) // self.resources.workers)
+        return make_packs(saes, self.resources.pack_size or auto_pack_size(saes, slots), {sae.id for sae in saes})
+
+    def crews(self, packs: Sequence[Pack]) -> int:
+        """About how many crews share packs where activations are streamed: one for each card, or for the machine."""
+        return self.slots(len(packs)).at_once if self.gpus else 1
+
+    def parts(self, crew: Crew, *, streamed: bool) -> list[Crew]:
+        """The crew, or parts of it that fit a card; packs of several workers are not cut. See `jobs.crews`."""
+        limit = self.room(streamed=streamed)
+        return [crew] if limit is None or self.resources.workers > 1 else cut_crew(crew, limit)
+
+    def room(self, *, streamed: bool) -> int | None:
+        """Bytes of a card for the SAEs of one process; None where there is no card, or nothing is known of it."""
+        if not self.gpus or not self.rates.memory:
+            return None
+        whole = int(USABLE * self.rates.memory * min(1.0, self.resources.gpus_per_pack))
+        return whole - (self.model_bytes if streamed else 0)
+
+    # Seconds and FLOPs
+
+    def again(self) -> float:
+        """Seconds from one crew to the next in a slot: a TorchTrainer starts a process for each."""
+        inline = self.resources.trainer_on(gpus=bool(self.gpus)) == "inline"
+        return AGAIN_SECONDS if inline else self.rates.starts["trial"]
+
+    def load(self) -> float:
+        """Seconds in which a language model is loaded."""
+        return ROW_BYTES * self.resolved.table.parameters / self.rates.load_bytes
+
+    def to_hook(self, sae: PlannedSae) -> float:
+        """FLOPs of the language model for a token, until it has what an SAE needs."""
+        return max(self.resolved.table.require(hook).flops_per_token for hook in (sae.point.hook, sae.output_hook))
+
+    def before(self, sae: PlannedSae) -> float:
+        """FLOPs of the language model for a token in the blocks before the first that an SAE's hooks lie in."""
+        block = first_block((sae.point.hook, sae.output_hook))
+        before = None if block is None else self.resolved.table.hooks.get(f"{block[0]}.{block[1] - 1}")
+        return before.flops_per_token if before else 0.0
+
+    def rows(self, saes: Sequence[PlannedSae]) -> int:
+        """Rows of each hook that a process reads for SAEs: all in each epoch, or a pool where none takes a step."""
+        counts = [self.work.train * sae.point.train.epochs for sae in saes if _is_stepped(sae)]
+        return max(counts, default=min(self.work.train, pool_tokens(saes[0])))
+
+    def passed(self, saes: Sequence[PlannedSae]) -> int:
+        """Rows for which a process runs the language model once, of all epochs."""
+        return min(self.work.train, self.rows(saes))
+
+    def steps(self, sae: PlannedSae) -> int:
+        """How many an SAE takes."""
+        train = sae.point.train
+        return train.epochs * self.work.train // train.batch_size if _is_stepped(sae) else 0
+
+    def training(self, pack: Pack, places: Places) -> float:
+        """Seconds of the steps of a pack. Small SAEs have a core each, so that few of them leave cores idle."""
+        small = [sae for sae in pack.saes if not self.gpus and _is_stepped(sae) and _is_small(sae)]
+        cores = min(places.threads, len(small))
+        seconds = 0.0
+        for sae in pack.saes:
+            slower = (self.rates.threads / cores) ** SCALING if sae in small else places.slower
+            tokens = sae.point.train.batch_size // self.resources.workers
+            cost, rows = self.rates.step(sae.point.sae.kind), sae.d_in + sae.d_out
+            step = cost.seconds(rows=rows, d_sae=sae.d_sae, tokens=tokens, l0=active(sae))
+            seconds += slower * self.steps(sae) * step
+        return seconds
+
+    def training_flops(self, saes: Iterable[PlannedSae]) -> float:
+        """Of dense steps: five products of W_enc's or W_dec's size for each token."""
+        return sum(
+            5.0 * (sae.d_in + sae.d_out) * sae.d_sae * self.steps(sae) * sae.point.train.batch_size for sae in saes
+        )
+
+    # Memory
+
+    @property
+    def model_bytes(self) -> int:
+        """Of a language model's weights."""
+        return MODEL_BYTES[self.resolved.config.model.dtype] * self.resolved.table.parameters
+
+    def harvesting(self, part: Resolved, places: Places) -> Held:
+        """Memory of language models and of the blocks that they fill."""
+        block = ROW_BYTES * part.config.harvest.block_tokens * sum(part.hooks.values())
+        if self.gpus:
+            return Held(places.sharing * self._model_on_card(), places.sharing * block)
+        return Held(0.0, places.sharing * (self.model_bytes + block))
+
+    def pools(self, crew: Crew) -> int:
+        """Bytes of the rows that a process shuffles: two pools of each hook, or one that is everything."""
+        widths: dict[tuple[str, str], int] = {}
+        for sae in (pack.saes[0] for pack in crew):
+            widths |= {(sae.harvest_id, sae.output_hook): sae.d_out, (sae.harvest_id, sae.point.hook): sae.d_in}
+        return ROW_BYTES * min(self.work.train, 2 * pool_tokens(crew[0].saes[0])) * sum(widths.values())
+
+    def holding(self, crew: Crew, places: Places, *, streamed: bool) -> Held:
+        """Memory of processes that train such a crew, which may have a language model beside it."""
+        saes = training_bytes([sae.sizes for pack in crew for sae in pack.saes])
+        device = saes + (self.model_bytes if streamed else 0)
+        if self.gpus:
+            return Held(places.sharing * device, places.sharing * self.pools(crew))
+        return Held(0.0, places.sharing * (device - FIXED_BYTES + self.pools(crew)))
+
+    def evaluating(self, saes: Sequence[PlannedSae], places: Places, *, model: bool, spliced: bool) -> Held:
+        """Memory of processes that measure the SAEs of such a site."""
+        table, window = self.resolved.table, self.resolved.config.corpus.context_size
+        device = WEIGHT_BYTES * sum(sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
+        device += 4 * LOGIT_TABLES * SPLICED_WINDOWS * window * table.vocab_size if spliced else 0
+        if self.gpus:
+            return Held(places.sharing * (device + (self._model_on_card() if model else FIXED_BYTES)), 0.0)
+        return Held(0.0, places.sharing * (device + (self.model_bytes if model else 0)))
+
+    def _model_on_card(self) -> float:
+        return FIXED_BYTES + self.model_bytes / self.resources.gpus_per_model
+
+    # What is said
+
+    def notes(self, packs: Sequence[Pack], *, streamed: bool) -> list[str]:
+        """Sentences about what the rates do not tell of this run, and about what a card does not hold."""
+        return [*self._other_precision(), *self._cut(packs, streamed=streamed), *self._too_large(streamed=streamed)]
+
+    def _other_precision(self) -> list[str]:
+        rates, config = self.rates, self.resolved.config
+        trained = {sae.point.train.dtype for sae in self.resolved.saes}
+        measure = ": `midiscover calibrate` with its settings measures that" if rates.measured else ""
+        return [
+            f"these rates are those of {name} {known}, and the run has {dtype}, which may be several times as slow or "
+            f"as quick{measure}"
+            for name, known, dtypes in (
+                ("model.dtype", rates.model_dtype, {config.model.dtype}),
+                ("train.dtype", rates.train_dtype, trained),
+            )
+            for dtype in sorted(dtypes - {known})
+        ]
+
+    def _too_large(self, *, streamed: bool) -> list[str]:
+        """What no card of these holds, however it is cut."""
+        notes: list[str] = []
+        room = self.room(streamed=streamed)
+        if room is None or self.rates.memory is None:
+            return notes
+        card = self.rates.memory * (1.0 if self.resources.gpus_per_model > 1 else self.resources.gpus_per_actor)
+        if self._model_on_card() > card:
+            needs = f"the language model needs {_gb(self._model_on_card())} of a card, and there are {_gb(card)}"
+            notes.append(f"{needs}; resources.gpus_per_model spreads it over several cards")
+        largest = max(self.resolved.saes, key=lambda sae: training_bytes([sae.sizes]))
+        needed = training_bytes([largest.sizes])
+        if needed > room:
+            beside = " beside the language model" if streamed else ""
+            notes.append(
+                f"an SAE of {largest.d_sae:,} features on {largest.point.hook} needs {_gb(needed)} of a card in "
+                f"training, and there are {_gb(max(0, room))}{beside}"
+            )
+        return notes
+
+    def _cut(self, packs: Sequence[Pack], *, streamed: bool) -> list[str]:
+        """What is more than a card holds at once."""
+        room = self.room(streamed=streamed)
+        if room is None:
+            return []
+        crews: Sequence[Crew] = [(pack,) for pack in packs]
+        if streamed:
+            crews = make_crews(packs, self.crews(packs), list(self.resolved.table.hooks))
+        cut = [(len(parts), crew) for crew in crews if len(parts := cut_crew(crew, room)) > 1]
+        if not cut:
+            return []
+        parts, crew = max(cut, key=lambda one: one[0])
+        where = crew[0].hook if len(crew) == 1 else f"{len(crew)} hooks"
+        told = f"{sum(len(pack.saes) for pack in crew)} SAEs of {where} are {parts} times what a card holds"
+        if self.resources.workers > 1:
+            told += ", and with resources.workers above 1 they are not trained in parts: give resources.pack_size"
+        elif streamed:
+            told += ", and for each part the language model reads the text anew"
+        return [told + (f"; so it is with {len(cut) - 1} more" if len(cut) > 1 else "")]
+
+
+def _is_stepped(sae: PlannedSae) -> bool:
+    return sae.point.sae.control not in UNSTEPPED_CONTROLS
+
+
+def _is_small(sae: PlannedSae) -> bool:
+    return sae.point.train.batch_size * sae.d_in * sae.d_sae < SMALL_BELOW
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def active(sae: PlannedSae) -> float:
+    """Features per token, on the mean over training."""
+    config = sae.point.sae
+    if isinstance(config, TopKConfig):
+        return float(config.k)
+    density = config.initial_density if isinstance(config, PenaltyConfig) else None
+    return (DENSE_SHARE if density is None else density) * sae.d_sae

@@ -1,0 +1,77 @@
+"""Rates of a device: of a sheet against sums by hand, kept and found by name, measured where a hook is free."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.harvest import model_place
+from jobs.runtime import Slots
+from midiscover.calibrate import _passes
+from midiscover.configio import load_config
+from midiscover.errors import ConfigError, NotFoundError
+from midiscover.rates import known_rates, of_sheet, read_rates, write_rates
+from midiscover.resolve import resolve
+from midiscover.store.local import LocalStorage
+from tests.runs import write_run
+from tests.unit.test_plan import RATES
+
+HALF = ("bfloat16", "bfloat16")
+
+
+def test_rates_come_back_as_they_were_kept(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    gpu = replace(RATES, device="NVIDIA H200", memory=1e11)
+    assert write_rates(storage, RATES) == "rates/cpu.json"
+    write_rates(storage, gpu)
+    assert read_rates(storage, "cpu") == RATES
+    assert read_rates(storage, "h200") == gpu
+
+
+def test_a_sheet_tells_bfloat16_from_float32() -> None:
+    """An H200: 989 TFLOP/s in bfloat16, 67 in float32 without tensor cores, 4.8 TB/s."""
+    half, plain = of_sheet("h200", *HALF), of_sheet("H200", "float32", "float32")
+    traffic = 1 / (2048 * 0.9 * 4.8e12)
+    assert half.steps["topk"].token == pytest.approx(5 / (0.65 * 989e12) + 20 * traffic)
+    assert plain.steps["topk"].token == pytest.approx(5 / (0.65 * 67e12) + 40 * traffic)
+    assert (half.model_flops, plain.model_flops) == pytest.approx((0.45 * 989e12, 0.45 * 67e12))
+    assert half.encode == plain.encode == pytest.approx(2 / (0.65 * 67e12)), "SAEs are evaluated in float32"
+    assert (plain.model_dtype, plain.train_dtype) == ("float32", "float32")
+
+
+def test_a_name_is_made_of_whole_words(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    for device in ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3"):
+        write_rates(storage, replace(RATES, device=device))
+    assert known_rates(storage, "a100", *HALF).device == "NVIDIA A100-SXM4-80GB"
+    assert known_rates(storage, "L40S", *HALF).device == "NVIDIA L40S"
+    assert known_rates(storage, "h100-pcie", *HALF).device == "NVIDIA H100 PCIe"
+    for other in ("a10", "l4"):
+        assert known_rates(storage, other, *HALF).measured is None
+    with pytest.raises(NotFoundError, match="has no rates of a10; it has those of nvidia-a100-sxm4-80gb, "):
+        read_rates(storage, "a10")
+    with pytest.raises(ConfigError, match="several devices called h100: nvidia-h100-80gb-hbm3, nvidia-h100-pcie;"):
+        known_rates(storage, "h100", *HALF)
+
+
+def test_rates_of_an_older_midiscover_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="know no sae.kind gated"):
+        replace(of_sheet("h100", *HALF), steps={}).step("gated")
+    storage = LocalStorage(tmp_path)
+    key = write_rates(storage, RATES)
+    tree = json.loads(storage.read(key)) | {"v": 1}
+    del tree["model_dtype"], tree["train_dtype"]
+    storage.write(key, json.dumps(tree).encode())
+    with pytest.raises(ConfigError, match=r"rates/cpu.json is of another version .* measures it anew"):
+        read_rates(storage, "cpu")
+
+
+def test_a_hook_before_the_first_product_leaves_no_rate_of_nothing(tmp_path: Path) -> None:
+    resolved = resolve(load_config(write_run(tmp_path, harvest={"hooks": "model.embed_tokens"})))
+    (hook,) = resolved.hooks
+    assert resolved.table.require(hook).flops_per_token == 0
+    lm = model_place(resolved, Slots(count=1, cpus=1, gpus=0, threads=1)).load()
+    assert all(flops > 1e6 for flops in _passes(lm, resolved.table, hook))
