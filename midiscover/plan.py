@@ -46,7 +46,7 @@ class Stage(NamedTuple):
     """Bytes of the fullest card; 0 where there are none."""
     host: float
     """Bytes of main memory for rows, weights and tables, for each card, or for the machine where there are none; beside
-    some 2 GB of Ray and Python themselves."""
+    2 to 3 GB of Ray and Python themselves."""
     bound: str
     """What most of its time goes to."""
 

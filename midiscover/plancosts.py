@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from midiscover.cores import SCALING, SMALL_BELOW, packs_at_once, places_on
 from midiscover.ids import first_block
-from midiscover.memory import FIXED_BYTES, MODEL_BYTES, SPLICED_WINDOWS, USABLE, training_bytes
+from midiscover.memory import FIXED_BYTES, MODEL_BYTES, SPLICED_WINDOWS, USABLE, Sizes, fit_together, training_bytes
 from midiscover.rates import Rates
 from midiscover.resolve import (
     Crew,
@@ -162,16 +162,20 @@ class Costs:
 
     def training(self, pack: Pack, places: Places) -> float:
         """Seconds of the steps of a pack. Small SAEs have a core each, so that few of them leave cores idle."""
-        small = [sae for sae in pack.saes if not self.gpus and _is_stepped(sae) and _is_small(sae)]
-        cores = min(places.threads, len(small))
+        cores = self._cores(pack, places)
         seconds = 0.0
         for sae in pack.saes:
-            slower = (self.rates.threads / cores) ** SCALING if sae in small else places.slower
+            slower = (self.rates.threads / cores) ** SCALING if cores and _is_small(sae) else places.slower
             tokens = sae.point.train.batch_size // self.resources.workers
             cost, rows = self.rates.step(sae.point.sae.kind), sae.d_in + sae.d_out
             step = cost.seconds(rows=rows, d_sae=sae.d_sae, tokens=tokens, l0=active(sae))
             seconds += slower * self.steps(sae) * step
         return seconds
+
+    def _cores(self, pack: Pack, places: Places) -> int:
+        """Cores that take steps of small SAEs of a pack side by side; 0 where there are none."""
+        small = [sae for sae in pack.saes if _is_stepped(sae) and _is_small(sae)]
+        return 0 if self.gpus else min(places.threads, len(small))
 
     def training_flops(self, saes: Iterable[PlannedSae]) -> float:
         """Of dense steps: five products of W_enc's or W_dec's size for each token."""
@@ -202,11 +206,12 @@ class Costs:
 
     def holding(self, crew: Crew, places: Places, *, streamed: bool) -> Held:
         """Memory of processes that train such a crew, which may have a language model beside it."""
-        saes = training_bytes([sae.sizes for pack in crew for sae in pack.saes])
+        saes = training_bytes([self._sizes(sae) for pack in crew for sae in pack.saes])
         device = saes + (self.model_bytes if streamed else 0)
         if self.gpus:
             return Held(places.sharing * device, places.sharing * self.pools(crew))
-        return Held(0.0, places.sharing * (device - FIXED_BYTES + self.pools(crew)))
+        beside = max(max(0, self._cores(pack, places) - 1) * max(map(_step_bytes, pack.saes)) for pack in crew)
+        return Held(0.0, places.sharing * (device - FIXED_BYTES + beside + self.pools(crew)))
 
     def evaluating(self, saes: Sequence[PlannedSae], places: Places, *, model: bool, spliced: bool) -> Held:
         """Memory of processes that measure the SAEs of such a site."""
@@ -216,6 +221,10 @@ class Costs:
         if self.gpus:
             return Held(places.sharing * (device + (self._model_on_card() if model else FIXED_BYTES)), 0.0)
         return Held(0.0, places.sharing * (device + (self.model_bytes if model else 0)))
+
+    def _sizes(self, sae: PlannedSae) -> Sizes:
+        """Of one process of those that share its batches."""
+        return sae.sizes._replace(batch_size=sae.point.train.batch_size // self.resources.workers)
 
     def _model_on_card(self) -> float:
         return FIXED_BYTES + self.model_bytes / self.resources.gpus_per_model
@@ -250,8 +259,8 @@ class Costs:
         if self._model_on_card() > card:
             needs = f"the language model needs {_gb(self._model_on_card())} of a card, and there are {_gb(card)}"
             notes.append(f"{needs}; resources.gpus_per_model spreads it over several cards")
-        largest = max(self.resolved.saes, key=lambda sae: training_bytes([sae.sizes]))
-        needed = training_bytes([largest.sizes])
+        largest = max(self.resolved.saes, key=lambda sae: training_bytes([self._sizes(sae)]))
+        needed = training_bytes([self._sizes(largest)])
         if needed > room:
             beside = " beside the language model" if streamed else ""
             notes.append(
@@ -268,17 +277,23 @@ class Costs:
         crews: Sequence[Crew] = [(pack,) for pack in packs]
         if streamed:
             crews = make_crews(packs, self.crews(packs), list(self.resolved.table.hooks))
-        cut = [(len(parts), crew) for crew in crews if len(parts := cut_crew(crew, room)) > 1]
+        shared = self.resources.workers > 1
+        parts = [
+            len(fit_together([self._sizes(sae) for sae in crew[0].saes], room) if shared else cut_crew(crew, room))
+            for crew in crews
+        ]
+        cut = sum(number > 1 for number in parts)
         if not cut:
             return []
-        parts, crew = max(cut, key=lambda one: one[0])
+        most = parts.index(max(parts))
+        crew = crews[most]
         where = crew[0].hook if len(crew) == 1 else f"{len(crew)} hooks"
-        told = f"{sum(len(pack.saes) for pack in crew)} SAEs of {where} are {parts} times what a card holds"
-        if self.resources.workers > 1:
+        told = f"{sum(len(pack.saes) for pack in crew)} SAEs of {where} are {parts[most]} times what a card holds"
+        if shared:
             told += ", and with resources.workers above 1 they are not trained in parts: give resources.pack_size"
         elif streamed:
             told += ", and for each part the language model reads the text anew"
-        return [told + (f"; so it is with {len(cut) - 1} more" if len(cut) > 1 else "")]
+        return [told + (f"; so it is with {cut - 1} more" if cut > 1 else "")]
 
 
 def _is_stepped(sae: PlannedSae) -> bool:
@@ -287,6 +302,10 @@ def _is_stepped(sae: PlannedSae) -> bool:
 
 def _is_small(sae: PlannedSae) -> bool:
     return sae.point.train.batch_size * sae.d_in * sae.d_sae < SMALL_BELOW
+
+
+def _step_bytes(sae: PlannedSae) -> int:
+    return sae.sizes.step_bytes
 
 
 def _gb(size: float) -> str:

@@ -141,8 +141,12 @@ def test_parts_of_a_stored_pack_read_its_rows_each(tmp_path: Path) -> None:
     tight = replace(GPU, memory=(training_bytes([sizes] * 2) + 1e6) / 0.95)
     assert stage(plan_sweep(run, WORK, tight, gpus=1), "train").read == 2 * 2 * 2 * 20_000 * 2 * 24
     shared = replace(run, config=replace(run.config, resources=replace(run.config.resources, workers=2)))
-    (note,) = plan_sweep(shared, WORK, tight, gpus=2).notes
+    half = sizes._replace(batch_size=64)  # each of two workers has half of a batch
+    narrow = replace(GPU, memory=(training_bytes([half] * 2) + 1e6) / 0.95)
+    (note,) = plan_sweep(shared, WORK, narrow, gpus=2).notes
     assert "they are not trained in parts: give resources.pack_size; so it is with 1 more" in note
+    wide = replace(GPU, memory=(training_bytes([half] * 3) + 1e4) / 0.95)
+    assert plan_sweep(shared, WORK, wide, gpus=2).notes == ()
 
 
 def test_what_no_card_holds_is_said(tmp_path: Path) -> None:
@@ -179,6 +183,12 @@ def test_what_takes_no_step_reads_one_pool_and_needs_no_model(tmp_path: Path) ->
     control = {"sae.control": ["untrained"]}
     run = resolved(tmp_path, grid=control, train={"epochs": 2, "batch_size": 128, "shuffle_tokens": 5_000})
     assert stage(plan_sweep(run, WORK, RATES), "train").read == 2 * 5_000 * 2 * 24
+    live = plan_ways(resolved(tmp_path, grid=control, train=ONE_EPOCH | {"shuffle_tokens": 5_000}), WORK, RATES)[
+        "stream"
+    ]
+    (passed,) = (span.end - span.begin for span in live.spans if span.what == "language model")
+    to_hook = run.table.require("model.layers.1.mlp.down_proj").flops_per_token
+    assert passed == pytest.approx(5_000 * to_hook / 1e9)
     bare = resolved(tmp_path, evaluate={"ce_tokens": 0})
     evaluate = stage(plan_sweep(bare, WORK, RATES), "evaluate")
     assert evaluate.seconds == pytest.approx(3 + 2 * 4_000 * 2 * 48 * 96 * 1e-10), "a worker starts, and loads no model"
@@ -195,6 +205,12 @@ def test_memory_of_each_stage(tmp_path: Path) -> None:
     assert [one.host for one in stored.stages] == [0, model + block, kept + step + rows, measured, 0]
     assert stage(streamed, "train").host == model + 2 * kept + step + 2 * rows
     assert all(one.card == 0 for one in stored.stages)
+    aside = resolved(tmp_path, train=ONE_EPOCH | {"shuffle_tokens": 4_000}, resources={})
+    both = stage(plan_sweep(aside, WORK, replace(RATES, threads=2), cores=2), "train")
+    assert both.host == 2 * (kept + step + rows), "two packs of a thread each"
+    one = resolved(tmp_path, train=ONE_EPOCH, resources={}, harvest={"hooks": "model.layers.1.mlp.down_proj"})
+    alone = stage(plan_sweep(one, WORK, replace(RATES, threads=2), cores=2), "train")
+    assert alone.host == kept + 2 * step + 2 * 20_000 * 24, "two SAEs are stepped side by side"
     shared = resolved(tmp_path, train=ONE_EPOCH, resources={"gpus_per_pack": 0.5, "gpus_per_actor": 0.5})
     cards = [one.card for one in plan_sweep(shared, WORK, GPU, gpus=1).stages]
     assert cards == pytest.approx([0, *(2 * (FIXED_BYTES + size) for size in (model, kept + step, measured)), 0])

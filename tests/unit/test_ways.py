@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def test_what_was_found_quicker_first_stays(tmp_path: Path) -> None:
     write_rates(prepared.storage, rates(write=1e12))
     assert streams(prepared, corpus, told)
     assert len(told) == 1
+
+
+def test_rates_of_another_precision_are_said_to_be_so(tmp_path: Path) -> None:
+    prepared, corpus = run(tmp_path, "auto")
+    told: list[str] = []
+    write_rates(prepared.storage, dataclasses.replace(rates(write=1e3), train_dtype="bfloat16"))
+    assert streams(prepared, corpus, told)
+    assert told[1].startswith("these rates are those of train.dtype bfloat16, and the run has float32")
 
 
 def test_without_rates_activations_are_stored_and_it_is_said(tmp_path: Path) -> None:
