@@ -26,6 +26,7 @@ from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_met
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.live import held_out_windows, usable_rows
 from midiscover.lm import LanguageModel, load_tokenizer
+from midiscover.memory import MEASURED_ROWS
 from midiscover.packing import Windows
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
@@ -41,7 +42,6 @@ from midiscover.store.storage import Storage
 from midiscover.texts import foreign_config
 from midiscover.train import Pair
 
-ROWS_PER_BATCH = 4096
 NO_SPLICE = (
     "ce_tokens",
     "ce_clean",
@@ -101,9 +101,9 @@ def _stored(
     if inputs is None or outputs is None:
         return None
     if site.hook == site.output_hook:
-        rows = iterate_rows(storage, inputs, "held_out", ROWS_PER_BATCH, limit)
+        rows = iterate_rows(storage, inputs, "held_out", MEASURED_ROWS, limit)
     else:
-        rows = iterate_pairs(storage, inputs, outputs, "held_out", ROWS_PER_BATCH, limit)
+        rows = iterate_pairs(storage, inputs, outputs, "held_out", MEASURED_ROWS, limit)
     return reconstruction_metrics(saes, _seen(rows, site, board), torch.tensor(outputs.mean))
 
 
@@ -113,7 +113,7 @@ def _held_out(
     """From the held-out rows that the language model gives now."""
     windows = held_out_windows(Corpus.open(storage, resolved.corpus_id), resolved.config.harvest.block_tokens)
     limit = resolved.config.evaluate.max_tokens
-    rows = usable_rows(reader, windows, (site.hook, site.output_hook), ROWS_PER_BATCH, limit)
+    rows = usable_rows(reader, windows, (site.hook, site.output_hook), MEASURED_ROWS, limit)
     return reconstruction_metrics(saes, _seen(rows, site, board), _training_mean(storage, next(iter(saes))))
 
 
@@ -143,7 +143,7 @@ def _foreign(
     reader: Reader, site: Site, saes: Mapping[str, Sae], windows: Windows, board: Board
 ) -> dict[str, MetricSums]:
     """On the foreign text; one pass of the language model for all SAEs."""
-    rows = foreign_rows(reader, windows, (site.hook, site.output_hook), ROWS_PER_BATCH)
+    rows = foreign_rows(reader, windows, (site.hook, site.output_hook), MEASURED_ROWS)
     d_out = reader.hooks[site.output_hook]
     return reconstruction_metrics(saes, _seen(rows, site, board), torch.zeros(d_out))
 

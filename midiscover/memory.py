@@ -17,6 +17,8 @@ MODEL_BYTES = {"bfloat16": 2, "float32": 4}
 """Of a language model's parameter, by `model.dtype`."""
 USABLE = 0.95
 """Of a card's memory, or of what is free of it: the rest goes to what is not reckoned here."""
+MEASURED_ROWS = 4096
+"""Held-out rows that SAEs are measured on at a time; bounds the table [rows, d_sae] of their features."""
 SPLICED_WINDOWS = 8
 """Windows per spliced forward pass; bounds the [tokens, vocabulary] tables of logits and of log-probabilities."""
 

@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 from midiscover.cores import SCALING, SMALL_BELOW, packs_at_once, places_on
 from midiscover.ids import first_block
-from midiscover.memory import FIXED_BYTES, MODEL_BYTES, SPLICED_WINDOWS, USABLE, Sizes, fit_together, training_bytes
+from midiscover.memory import (
+    FIXED_BYTES,
+    MEASURED_ROWS,
+    MODEL_BYTES,
+    SPLICED_WINDOWS,
+    USABLE,
+    Sizes,
+    fit_together,
+    training_bytes,
+)
 from midiscover.rates import Rates
 from midiscover.resolve import (
     Crew,
@@ -217,6 +226,7 @@ class Costs:
         """Memory of processes that measure the SAEs of such a site."""
         table, window = self.resolved.table, self.resolved.config.corpus.context_size
         device = WEIGHT_BYTES * sum(sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
+        device += 4 * MEASURED_ROWS * max(sae.d_sae for sae in saes)
         device += 4 * LOGIT_TABLES * SPLICED_WINDOWS * window * table.vocab_size if spliced else 0
         if self.gpus:
             return Held(places.sharing * (device + (self._model_on_card() if model else FIXED_BYTES)), 0.0)

@@ -192,7 +192,7 @@ def test_what_takes_no_step_reads_one_pool_and_needs_no_model(tmp_path: Path) ->
     bare = resolved(tmp_path, evaluate={"ce_tokens": 0})
     evaluate = stage(plan_sweep(bare, WORK, RATES), "evaluate")
     assert evaluate.seconds == pytest.approx(3 + 2 * 4_000 * 2 * 48 * 96 * 1e-10), "a worker starts, and loads no model"
-    assert evaluate.host == 2 * 48 * 96 * 4
+    assert evaluate.host == 2 * 48 * 96 * 4 + 4_096 * 96 * 4
 
 
 def test_memory_of_each_stage(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_memory_of_each_stage(tmp_path: Path) -> None:
     step, logits = 4 * 128 * (6 * 96 + 8 * 48), 2 * 4 * 8 * 32 * run.table.vocab_size
     stored, streamed = (plan_ways(run, WORK, RATES)[way] for way in ("store", "stream"))
     block = 2 * run.config.harvest.block_tokens * 2 * 24
-    measured = model + 2 * 48 * 96 * 4 + logits
+    measured = model + 2 * 48 * 96 * 4 + 4_096 * 96 * 4 + logits
     assert [one.host for one in stored.stages] == [0, model + block, kept + step + rows, measured, 0]
     assert stage(streamed, "train").host == model + 2 * kept + step + 2 * rows
     assert all(one.card == 0 for one in stored.stages)
