@@ -30,9 +30,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import ray
 import requests
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs import NICENESS
 from jobs.progress import PLAIN, Bars, replay
@@ -54,6 +55,8 @@ START_SECONDS = 120.0
 """How long the head of a cluster may take until it can start drivers."""
 AWAY_SECONDS = 300.0
 """How long a cluster that was followed may stay away before we give up following."""
+BROKEN = (RuntimeError, TimeoutError, requests.RequestException, aiohttp.ClientError)
+"""What Ray's client raises where the cluster refuses, or the connection to it breaks."""
 _OURS = re.compile(r"[a-z]+(-.+)?-\d{8}-\d{6}-[0-9a-f]{6}")
 
 
@@ -63,14 +66,18 @@ def main(argv: list[str]) -> int:
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they set it themselves, each for itself
     client = connect(args.cluster)
-    match args.action:
-        case "list":
-            return show_jobs(client, as_json=args.json)
-        case "logs":
-            return show_log(client, args.job, follow=args.follow)
-        case "stop":
-            return stop(client, args.job)
-    return run(client, args)
+    if args.action == "run":
+        return run(client, args)
+    try:
+        match args.action:
+            case "list":
+                return show_jobs(client, as_json=args.json)
+            case "logs":
+                return show_log(client, args.job, follow=args.follow)
+            case _:
+                return stop(client, args.job)
+    except BROKEN as error:
+        raise StageError(f"The cluster at {args.cluster} no longer answers: {_in_a_line(error)}") from None
 
 
 def connect(cluster: str) -> JobSubmissionClient:
@@ -146,7 +153,7 @@ def _submitted(client: JobSubmissionClient, **job: Any) -> None:
             return
         except (RuntimeError, requests.RequestException) as error:
             if "No available agent" not in str(error) or time.monotonic() > ends:
-                raise StageError(f"The cluster did not take the job: {' '.join(str(error).split())}") from None
+                raise StageError(f"The cluster did not take the job: {_in_a_line(error)}") from None
             time.sleep(2)
 
 
@@ -203,25 +210,22 @@ def follow_job(client: JobSubmissionClient, job: str) -> int:
     """Show a job's log until it ends; the exit code is its own. Ctrl-C asks whether it goes on without us."""
     with Bars("job") as bars:
         try:
-            _tail(client, job, bars)
-            status = _ended(client, job)
+            info = _followed(client, job, bars)
         except KeyboardInterrupt:
             bars.pause()
             if _wants_stop(job):
-                client.stop_job(job)
-                print(f"{job} is asked to stop.", file=sys.stderr)
+                _ask_to_stop(client, job)
             else:
                 print(f"{job} goes on; `midiscover jobs logs -f {job}` follows it again.", file=sys.stderr)
             return 130
-    return exit_code(client, job, status)
+    return exit_code(job, info)
 
 
-def exit_code(client: JobSubmissionClient, job: str, status: JobStatus) -> int:
+def exit_code(job: str, info: JobDetails) -> int:
     """That of a job that has ended: its driver's, 143 where it was stopped."""
-    if status == JobStatus.SUCCEEDED:
+    if info.status == JobStatus.SUCCEEDED:
         return 0
-    info = client.get_job_info(job)
-    if status == JobStatus.STOPPED:
+    if info.status == JobStatus.STOPPED:
         print(f"{job} was stopped.", file=sys.stderr)
         return 143
     code = info.driver_exit_code
@@ -231,9 +235,13 @@ def exit_code(client: JobSubmissionClient, job: str, status: JobStatus) -> int:
     return code if code > 0 else 128 - code
 
 
-def _tail(client: JobSubmissionClient, job: str, bars: Bars) -> None:
-    """Print a log as it grows. Where the connection breaks, what is there is read again and what was shown left out."""
-    shown, rest, away = 0, "", None
+def _followed(client: JobSubmissionClient, job: str, bars: Bars) -> JobDetails:
+    """Print a log as it grows until its job has ended; what the cluster says of the job then.
+
+    Where the connection breaks, what is there is read again and what was shown left out. StageError where the cluster
+    stays away, or has forgotten the job.
+    """
+    shown, rest, away, is_whole = 0, "", None, False
 
     async def lines() -> None:
         nonlocal shown, rest, away
@@ -249,24 +257,42 @@ def _tail(client: JobSubmissionClient, job: str, bars: Bars) -> None:
 
     while True:
         try:
+            # Asked first: to a log of a job that it does not know the cluster answers without saying so.
+            info = client.get_job_info(job)
+            if is_whole and info.status.is_terminal():
+                if rest:
+                    replay(rest, bars)
+                return info
+            if is_whole:  # the log came to its end before its job did, as where a node is lost
+                time.sleep(0.5)
+            is_whole = False
             asyncio.run(lines())
-            if rest:
-                replay(rest, bars)
-            return
-        except (TimeoutError, RuntimeError, OSError, requests.RequestException) as error:
-            away = away or time.monotonic()
+            is_whole = True
+        except BROKEN as error:
+            if f"Job {job} does not exist" in str(error):
+                raise StageError(
+                    f"The cluster does not know {job} any more: its head has been started anew. Submit the same "
+                    "command again; it continues."
+                ) from None
+            away = time.monotonic() if away is None else away
             if time.monotonic() - away > AWAY_SECONDS:
                 raise StageError(
-                    f"The cluster has not answered for {AWAY_SECONDS / 60:.0f} minutes ({error}); the job may go on: "
-                    f"`midiscover jobs logs -f {job}`."
+                    f"The cluster has not answered for {AWAY_SECONDS / 60:.0f} minutes ({_in_a_line(error)}); the job "
+                    f"may go on: `midiscover jobs logs -f {job}`."
                 ) from None
             time.sleep(2)
 
 
-def _ended(client: JobSubmissionClient, job: str) -> JobStatus:
-    while not (status := client.get_job_status(job)).is_terminal():
-        time.sleep(0.5)
-    return status
+def _ask_to_stop(client: JobSubmissionClient, job: str) -> None:
+    try:
+        client.stop_job(job)
+        print(f"{job} is asked to stop.", file=sys.stderr)
+    except BROKEN as error:
+        print(f"{job} may go on ({_in_a_line(error)}); `midiscover jobs stop {job}` stops it.", file=sys.stderr)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _wants_stop(job: str) -> bool:
@@ -328,7 +354,9 @@ def stop(client: JobSubmissionClient, name: str) -> int:
     if not client.stop_job(job):
         print(f"{job} had ended already.")
         return 0
-    print(f"{job}: {str(_ended(client, job).value).lower()}")
+    while not (status := client.get_job_status(job)).is_terminal():
+        time.sleep(0.5)
+    print(f"{job}: {str(status.value).lower()}")
     return 0
 
 

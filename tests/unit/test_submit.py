@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.job_submission import JobStatus
+import requests
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import NICENESS, submit
 from jobs.progress import Bars, replay
@@ -141,11 +144,8 @@ class FakeClient:
                 raise RuntimeError("closed")
             yield part
 
-    def get_job_status(self, job: str) -> JobStatus:
-        return self.status
-
     def get_job_info(self, job: str) -> Any:
-        return SimpleNamespace(driver_exit_code=self.code, message="it fell over")
+        return SimpleNamespace(status=self.status, driver_exit_code=self.code, message="it fell over")
 
     def list_jobs(self) -> list[Any]:
         return [SimpleNamespace(submission_id=name) for name in ("sweep-a-1", "sweep-a-2", "sweep-b-1")]
@@ -160,6 +160,108 @@ def test_a_log_that_breaks_off_is_read_again_without_showing_a_line_twice(
     assert submit.follow_job(client, "job") == 0
     assert capsys.readouterr().out == lines
     assert client.asked == 3
+
+
+class BehindTunnel(FakeClient):
+    """Its log is read by Ray's client, from a port that answers the first time as it is told."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__([["one\n"]])
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self._address = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        self._cookies, self._headers, self._ssl_context, self._server_ray_version = None, {}, False, "2.60"
+        self.thread = threading.Thread(target=self._answer, args=(answer,))
+        self.thread.start()
+
+    def _answer(self, answer: bytes) -> None:
+        with self.listening, self.listening.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        lines = super().tail_job_logs(job)
+        if self.asked == 0:
+            self.asked = 1
+            lines = JobSubmissionClient.tail_job_logs(self, job)  # type: ignore[arg-type]  # what it needs of itself
+        async for text in lines:
+            yield text
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"])
+def test_a_tunnel_that_closes_or_has_nothing_behind_it_is_tried_again(
+    answer: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    client: Any = BehindTunnel(answer)
+    assert submit.follow_job(client, "job") == 0
+    client.thread.join(10)
+    assert not client.thread.is_alive(), "it was asked"
+    assert client.asked == 2
+    assert capsys.readouterr().out == "one\n"
+
+
+def test_a_job_is_followed_to_its_end_though_its_log_and_the_cluster_break_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log ends while the job runs, as where a node is lost; then nothing answers for a while."""
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    running = SimpleNamespace(status=JobStatus.RUNNING)
+    told = [running, running, requests.ConnectionError("the tunnel is gone"), running]
+    client: Any = FakeClient([["one\n"], ["one\ntwo\n"]], JobStatus.FAILED, 3)
+    ended = client.get_job_info
+
+    def get_job_info(job: str) -> Any:
+        answer = told.pop(0) if told else ended(job)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    client.get_job_info = get_job_info
+    assert submit.follow_job(client, "job") == 3
+    assert told == []
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_job_that_the_cluster_has_forgotten_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: pytest.fail("it was waited for"))
+    client: Any = FakeClient([[]])
+
+    def get_job_info(job: str) -> Any:
+        raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+
+    client.get_job_info = get_job_info
+    with pytest.raises(StageError, match="The cluster does not know job any more"):
+        submit.follow_job(client, "job")
+
+
+def test_a_cluster_that_breaks_off_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    client: Any = FakeClient([[]])
+
+    def broken(*_: Any) -> Any:
+        raise requests.ConnectionError("the tunnel is gone")
+
+    client.stop_job = client.list_jobs = broken
+    monkeypatch.setattr(submit, "connect", lambda _: client)
+    for line in (["list"], ["stop", "a"], ["logs", "a"]):
+        with pytest.raises(StageError, match=f"The cluster at {URL} no longer answers: the tunnel is gone"):
+            submit.main([*line, "--cluster", URL])
+
+
+def test_ctrl_c_without_a_cluster_leaves_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client: Any = FakeClient([[]])
+
+    def interrupted(_job: str) -> Any:
+        raise KeyboardInterrupt
+
+    def gone(_job: str) -> Any:
+        raise requests.ConnectionError("the tunnel is gone")
+
+    client.get_job_info, client.stop_job = interrupted, gone
+    monkeypatch.setattr(submit, "_wants_stop", lambda _: True)
+    assert submit.follow_job(client, "job") == 130
+    assert "job may go on (the tunnel is gone); `midiscover jobs stop job` stops it." in capsys.readouterr().err
 
 
 def test_a_cluster_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +284,7 @@ def test_a_cluster_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_exit_codes(status: JobStatus, code: int | None, expected: int) -> None:
     client: Any = FakeClient([[]], status, code)
-    assert submit.exit_code(client, "job", status) == expected
+    assert submit.follow_job(client, "job") == expected
 
 
 def test_jobs_are_found_by_the_beginning_of_their_ids() -> None:
