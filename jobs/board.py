@@ -22,13 +22,16 @@ from midiscover.errors import StageError
 
 POLL_SECONDS = 0.3
 JOIN_SECONDS = 10.0
+MAX_DEATHS = 10
+"""Deaths of a process in a row, none of them further than one before, after which its work counts as failed."""
 
 
 class Event(NamedTuple):
     """One thing that happened in a worker."""
 
     kind: str
-    """`tokens`, `started`, `left`, `resumed`, `pack`, `read`, `retry`, `trained`, `retired`, `failed` or `measured`."""
+    """`tokens`, `started`, `left`, `resumed`, `pack`, `read`, `committed`, `retry`, `trained`, `retired`, `failed`,
+    `loaded`, `measured` or `spliced`."""
     key: str
     """The pack, SAE or hook it is about."""
     data: Any
@@ -44,6 +47,8 @@ class BoardActor:
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
         self.memory: dict[str, Any] = {}
+        self.starts: dict[str, int] = {}
+        self.furthest: dict[str, int] = {}
 
     def post(self, events: list[Event]) -> None:
         """Add events; called by workers, who do not wait."""
@@ -65,6 +70,20 @@ class BoardActor:
         """What is remembered under `key`, or None."""
         return self.memory.get(key)
 
+    def start(self, work: str) -> int:
+        """Count a start of `work`; returns how many there were since it last came further."""
+        self.starts[work] = self.starts.get(work, 0) + 1
+        return self.starts[work]
+
+    def reach(self, work: str, part: str, step: int) -> None:
+        """A part of `work` stands at `step`, from which it goes on wherever it is started again.
+
+        Where an earlier try has come so far, that is no progress: it is what this one made again.
+        """
+        if step > self.furthest.get(part, -1):
+            self.furthest[part] = step
+            self.starts.pop(work, None)
+
 
 class Board:
     """A worker's handle on the board. Pickles."""
@@ -83,6 +102,15 @@ class Board:
     def recall(self, key: str) -> Any:
         """The word that stands there; waits."""
         return ray.get(self.actor.recall.remote(key))
+
+    def start(self, work: str) -> int:
+        """Count a start of `work`; returns how many there were since it last came further. Waits."""
+        return ray.get(self.actor.start.remote(work))
+
+    def reach(self, work: str, part: str, step: int) -> None:
+        """Say that a part of `work` stands at `step` for good, without waiting; if no try came so far before, the
+        starts of `work` are counted anew."""
+        self.actor.reach.remote(work, part, step)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _turns(
     if group is not None:
         todo = group.from_first(todo)
     worker = PackWorker(job, pack, group)
-    job.board.post("started", pack.id, here(0 if group is None else group.rank, [pack.id, *pack.parents][-1]))
+    job.board.post("started", pack.id, here(0 if group is None else group.rank, pack.whole))
     try:
         if todo:
             members = [Member(id=s.id, config=s.point.sae, train=s.point.train, d_sae=s.d_sae) for s in todo]
@@ -100,6 +100,9 @@ def _turns(
             for planned, result in zip(todo, results, strict=True):
                 if worker.leads:
                     _commit(job, planned, result)
+                    job.board.post("committed", pack.id)
+                    if not isinstance(result, Diverged):
+                        job.board.reach(pack.whole, planned.id, 0)
         worker.finish()
     finally:
         job.board.post("left", pack.id)

@@ -60,14 +60,14 @@ class Leases:
         self.hangs: dict[str, int] = {}
 
     def on_event(self, event: Event) -> None:
-        """`started` takes a lease, progress of the pack or of its language model renews it, `left` gives it back."""
+        """`started` takes a lease, a step forward of the pack or its language model renews it, `left` gives it back."""
         if event.kind == "started":
             lease = self.leases.setdefault(event.key, _Lease())
             lease.places[event.data.rank] = event.data
             lease.seen = self.clock()
         elif event.kind == "left":
             self.leases.pop(event.key, None)
-        elif event.kind in ("pack", "read") and event.key in self.leases:
+        elif event.kind in ("pack", "read", "committed") and event.key in self.leases:
             self.leases[event.key].seen = self.clock()
 
     def expired(self) -> list[str]:

@@ -15,16 +15,15 @@ from ray import train as ray_train
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
+from jobs.board import MAX_DEATHS
 from jobs.crews import fail, is_wrong_input, run_crew, run_crew_tries, why
 from jobs.group import TorchGroup
 from jobs.leases import hangs_key
-from jobs.packworker import PackJob, PackWorker
+from jobs.packworker import PackJob
 from jobs.runtime import last_line
 from midiscover.errors import StageError
 from midiscover.resolve import Crew, Pack
 
-MAX_DEATHS = 10
-"""Deaths of a pack's process in a row, without a newer checkpoint, after which the pack counts as failed."""
 RETRY_FAILURES = -1
 """Tune and Train start what is lost again without limit: a lost node is nobody's mistake. Deaths, hangs and a pack's
 own errors are counted where it is started, and a stage without progress is ended by the watchdog."""
@@ -62,11 +61,9 @@ def _why_not(job: PackJob, pack: Pack) -> str | None:
     hangs = job.board.recall(hangs_key(pack.id)) or 0
     if hangs > job.resolved.config.resources.max_failures:
         return f"it hung {hangs} times; resources.stall_seconds sets how long a pack may stand still"
-    newest = PackWorker(job, pack).newest()
-    before = job.board.exchange(f"starts {pack.id}", None) or {"step": -1, "starts": 0}
-    starts = before["starts"] + 1 if before["step"] == newest else 1
-    job.board.exchange(f"starts {pack.id}", {"step": newest, "starts": starts})
-    return None if starts <= MAX_DEATHS else f"its process died {MAX_DEATHS} times without a new checkpoint"
+    if job.board.start(pack.id) > MAX_DEATHS:
+        return f"its process died {MAX_DEATHS} times without a new checkpoint"
+    return None
 
 
 def _memory_key(pack: Pack) -> str:

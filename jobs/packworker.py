@@ -11,6 +11,7 @@ from ray.train.torch import get_device
 from jobs.board import Board
 from jobs.group import TorchGroup
 from jobs.runtime import Slots
+from midiscover import ids
 from midiscover.progress import Progress
 from midiscover.resolve import Crew, Pack, Resolved
 from midiscover.store import layout
@@ -46,22 +47,17 @@ class PackWorker:
         self.writing: Future[None] | None = None
 
     def load_checkpoint(self) -> bytes | None:
-        """The newest checkpoint of this pack in the store, or of the pack it is a part of; of a group the first's."""
+        """The newest checkpoint in the store from which this pack can go on; of a group the first's."""
         found = self._newest() if self.leads else None
         return found if self.group is None else self.group.from_first(found)
 
     def _newest(self) -> bytes | None:
-        for pack in (self.pack.id, *self.pack.parents):
-            keys = self._checkpoints(pack)
-            if keys:
-                self.job.board.post("resumed", self.pack.id, _step_of(keys[-1]))
-                return self.job.storage.read(keys[-1])
-        return None
-
-    def newest(self) -> int:
-        """The step of the newest checkpoint; 0 where there is none."""
-        keys = self._checkpoints(self.pack.id)
-        return _step_of(keys[-1]) if keys else 0
+        keys = [key for pack in dict.fromkeys((*self._own(), *self.pack.parents)) for key in self._checkpoints(pack)]
+        if not keys:
+            return None
+        newest = max(keys, key=_step_of)
+        self.job.board.post("resumed", self.pack.id, _step_of(newest))
+        return self.job.storage.read(newest)
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Written by a background thread, one at a time; older ones go once the new one stands."""
@@ -83,8 +79,9 @@ class PackWorker:
     def finish(self) -> None:
         """The pack's SAEs stand, so its checkpoints go."""
         self.close()
-        for key in self._checkpoints(self.pack.id) if self.leads else ():
-            self.job.storage.delete(key)
+        for pack in set(self._own()) if self.leads else ():
+            for key in self._checkpoints(pack):
+                self.job.storage.delete(key)
 
     def close(self) -> None:
         """Wait for the writer."""
@@ -93,12 +90,17 @@ class PackWorker:
     def _write(self, step: int, data: bytes) -> None:
         old = [key for key in self._checkpoints(self.pack.id) if _step_of(key) < step]
         self.job.storage.write(layout.pack_checkpoint(self.job.resolved.sweep_id, self.pack.id, step), data)
+        self.job.board.reach(self.pack.whole, self.pack.id, step)
         for key in old:
             self.job.storage.delete(key)
 
+    def _own(self) -> tuple[str, str]:
+        """Under which ids its checkpoints may lie: a driver that starts again gives what is left of a pack the pack's
+        id, and the one before may have trained the same SAEs as a part of it."""
+        return self.pack.id, ids.pack_id([sae.id for sae in self.pack.saes])
+
     def _checkpoints(self, pack: str) -> list[str]:
-        keys = self.job.storage.list(layout.pack_folder(self.job.resolved.sweep_id, pack))
-        return sorted(keys, key=_step_of)
+        return self.job.storage.list(layout.pack_folder(self.job.resolved.sweep_id, pack))
 
 
 def _step_of(key: str) -> int:

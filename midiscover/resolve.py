@@ -138,6 +138,11 @@ class Pack:
     parents: tuple[str, ...] = ()
     """Ids of the packs that it is a part of, the nearest first; it may go on from a checkpoint of theirs."""
 
+    @property
+    def whole(self) -> str:
+        """Id of the pack that all of this was cut from; its own where it was not."""
+        return [self.id, *self.parents][-1]
+
     def part(self, saes: Sequence[PlannedSae]) -> Pack:
         """Some of its SAEs by themselves, which changes nothing for them."""
         return Pack(

@@ -19,19 +19,12 @@ from midiscover.launch import Prepared
 from midiscover.memory import Sizes, training_bytes
 from midiscover.resolve import make_packs
 from midiscover.store import layout
+from tests.boards import LocalBoard
 from tests.jobs_cli import midiscover
 from tests.runs import prepared_sweep, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 GRID = {"grid": {"sae.l1_coefficient": [0.5, 1, 2, 4]}, "harvest": {"hooks": "model.layers.1.mlp.down_proj"}}
-
-
-class Board:
-    def __init__(self) -> None:
-        self.told: list[tuple[str, str, Any]] = []
-
-    def post(self, kind: str, key: str, data: Any = None) -> None:
-        self.told.append((kind, key, data))
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +37,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
-def trained(config: Path, store: str) -> tuple[Prepared, Board]:
+def trained(config: Path, store: str) -> tuple[Prepared, LocalBoard]:
     """Train the config's one pack on a store that has its activations."""
-    prepared, board = prepared_sweep(config, config.parent / store), Board()
+    prepared, board = prepared_sweep(config, config.parent / store), LocalBoard()
     saes = prepared.resolved.saes
     (pack,) = make_packs(saes, None, {sae.id for sae in saes})
     job: Any = PackJob(
         resolved=prepared.resolved,
         crews=((pack,),),
         storage=prepared.storage,
-        board=board,  # type: ignore[arg-type]
+        board=board,
         slots=Slots(count=1, cpus=1, gpus=0, threads=1),
         trainer="inline",
         prepend_bos=False,
@@ -105,12 +98,13 @@ def test_halves_go_on_from_the_checkpoint_of_the_whole(
     monkeypatch.setattr(PackWorker, "is_saving", lambda _: False)  # waits for each write, however slow the disk
     prepared, board = trained(config, "halves")
     assert small.sizes == [4, 2, 2]
-    retries = [data for kind, _, data in board.told if kind == "retry"]
-    assert retries == ["4 SAEs are too many for this card; half of them at a time"]
-    resumed = [data for kind, _, data in board.told if kind == "resumed"]
+    assert board.data("retry") == ["4 SAEs are too many for this card; half of them at a time"]
+    resumed = board.data("resumed")
     assert len(resumed) == 2
     assert min(resumed) >= 10, "both halves went on where the whole was"
     assert weights(prepared) == whole
+    assert len(board.data("committed")) == 4, "a sign of life after each"
+    assert {sae.id for sae in prepared.resolved.saes} <= board.actor.furthest.keys()
     assert not prepared.storage.list(layout.sweep_file(prepared.resolved.sweep_id, "packs"))
 
 
@@ -126,7 +120,7 @@ def test_parts_are_reckoned_before_anything_runs_out(config: Path, monkeypatch: 
         resolved=prepared.resolved,
         crews=((pack,),),
         storage=prepared.storage,
-        board=Board(),  # type: ignore[arg-type]
+        board=LocalBoard(),
         slots=Slots(count=1, cpus=1, gpus=1, threads=1),
         trainer="inline",
         prepend_bos=False,

@@ -18,7 +18,7 @@ from midiscover.corpus import find_corpus
 from midiscover.live import LiveSource
 from midiscover.resolve import Crew, make_crews, make_packs
 from midiscover.store import layout
-from tests.integration.test_packs import Board
+from tests.boards import LocalBoard
 from tests.jobs_cli import midiscover
 from tests.runs import prepared_sweep, write_run
 
@@ -84,9 +84,9 @@ def test_features_harvest_once_for_all_hooks(streamed: Path) -> None:
     assert midiscover("verify", sae, "--store", str(streamed)).code == 0
 
 
-def crew_of(config: Path, store: str) -> tuple[PackJob, Crew, Board]:
+def crew_of(config: Path, store: str) -> tuple[PackJob, Crew, LocalBoard]:
     """All packs of the config as one crew, on a store that has a corpus only."""
-    prepared, board = prepared_sweep(config, config.parent / store, *STREAM), Board()
+    prepared, board = prepared_sweep(config, config.parent / store, *STREAM), LocalBoard()
     resolved = prepared.resolved
     packs = make_packs(resolved.saes, None, {sae.id for sae in resolved.saes})
     (crew,) = make_crews(packs, 1, list(resolved.table.hooks))
@@ -94,7 +94,7 @@ def crew_of(config: Path, store: str) -> tuple[PackJob, Crew, Board]:
         resolved=resolved,
         crews=(crew,),
         storage=prepared.storage,
-        board=board,  # type: ignore[arg-type]
+        board=board,
         slots=Slots(count=1, cpus=1, gpus=0, threads=1),
         trainer="inline",
         prepend_bos=False,

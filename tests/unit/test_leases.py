@@ -65,6 +65,20 @@ def test_a_hanging_part_counts_against_its_pack_and_one_that_left_is_not_killed(
     assert [place.pid for place in killed] == [1, 4]
 
 
+def test_a_pack_that_commits_its_saes_one_after_another_lives(killed: list[Place]) -> None:
+    now, board = [0.0], Board()
+    kept = Leases(10, lambda *_: None, lambda: now[0])
+    kept.on_event(Event("started", "pack", Place(0, "node", 1, "pack")))
+    for _ in range(5):
+        now[0] += 6
+        kept.on_event(Event("committed", "pack", None))
+        assert not kept.reap(board)
+    now[0] += 11
+    assert kept.reap(board)
+    kept.on_event(Event("committed", "pack", None))
+    assert kept.expired() == [], "a word that comes late takes no lease"
+
+
 def test_only_a_worker_of_ray_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         kill_worker(other.pid)

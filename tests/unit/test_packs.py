@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,32 +12,14 @@ import torch
 
 from jobs import crews, packs
 from jobs.leases import hangs_key
+from jobs.packworker import PackWorker
 from midiscover.resolve import Pack
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
+from tests.boards import LocalBoard
 
 PACK = Pack(id="p.0", hook="h", saes=(SimpleNamespace(id="sae"),))  # type: ignore[arg-type]
 OTHER = Pack(id="p.1", hook="h", saes=(SimpleNamespace(id="other"),))  # type: ignore[arg-type]
-
-
-class Board:
-    """In this process."""
-
-    def __init__(self) -> None:
-        self.memory: dict[str, Any] = {}
-        self.failed: dict[str, str] = {}
-
-    def exchange(self, key: str, value: Any) -> Any:
-        before = self.memory.get(key)
-        self.memory[key] = value
-        return before
-
-    def recall(self, key: str) -> Any:
-        return self.memory.get(key)
-
-    def post(self, kind: str, key: str, data: Any = None) -> None:
-        if kind == "failed":
-            self.failed[key] = data
 
 
 class Group:
@@ -65,13 +48,25 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 def job(tmp_path: Path, trainer: str, workers: int) -> Any:
     config = SimpleNamespace(resources=SimpleNamespace(max_failures=3))
     return SimpleNamespace(
-        board=Board(),
+        board=LocalBoard(),
         trainer=trainer,
         crews=((PACK, OTHER),),
         slots=SimpleNamespace(workers=workers, gpus=0),
         storage=LocalStorage(tmp_path),
         resolved=SimpleNamespace(config=config, sweep_id="s.0"),
     )
+
+
+def write_checkpoint(job: Any, pack: Pack, step: int) -> None:
+    """As the process of a pack does."""
+    worker = PackWorker(job, pack)
+    worker.save_checkpoint(step, str(step).encode())
+    worker.close()
+
+
+def failed(job: Any) -> dict[str, str]:
+    """SAE id -> why it was given up."""
+    return {key: data for kind, key, data in job.board.told if kind == "failed"}
 
 
 WAYS = pytest.mark.parametrize(("trainer", "workers"), [("inline", 1), ("ray_train", 1), ("ray_train", 2)])
@@ -86,9 +81,7 @@ def test_a_pack_that_hung_too_often_is_given_up(
         given.board.exchange(hangs_key(PACK.id), hangs)
         packs.pack_trial({"crew": 0}, given)
     assert started == [(PACK.id, OTHER.id)] * 4 + [(OTHER.id,)]
-    assert given.board.failed == {
-        "sae": "it hung 4 times; resources.stall_seconds sets how long a pack may stand still"
-    }
+    assert failed(given) == {"sae": "it hung 4 times; resources.stall_seconds sets how long a pack may stand still"}
 
 
 @WAYS
@@ -98,10 +91,53 @@ def test_a_pack_that_dies_at_one_place_is_given_up(
     """Ten starts without a newer checkpoint; one that makes them may die as often as it likes."""
     given = job(tmp_path, trainer, workers)
     for start in range(packs.MAX_DEATHS + 1):
-        given.storage.write(layout.pack_checkpoint("s.0", OTHER.id, start), b"x")
         packs.pack_trial({"crew": 0}, given)
-    assert started == [(PACK.id, OTHER.id)] * packs.MAX_DEATHS + [(OTHER.id,)]
-    assert given.board.failed == {"sae": "its process died 10 times without a new checkpoint"}
+        write_checkpoint(given, OTHER, start)
+        write_checkpoint(given, PACK, 0)
+    assert started == [(PACK.id, OTHER.id)] * (packs.MAX_DEATHS + 1)
+    packs.pack_trial({"crew": 0}, given)
+    assert started[-1] == (OTHER.id,), "the same checkpoint made again is no progress"
+    assert failed(given) == {"sae": "its process died 10 times without a new checkpoint"}
+
+
+def test_a_pack_in_parts_lives_as_long_as_one_of_them_comes_further(
+    tmp_path: Path, started: list[tuple[str, ...]]
+) -> None:
+    """By a checkpoint of a part, or by an SAE that stands. What is made again after every death keeps nothing alive,
+    as a part whose one SAE diverges, so that it never ends."""
+    wide = Pack(id="p.2", hook="h", saes=tuple(SimpleNamespace(id=f"sae{i}") for i in range(4)))  # type: ignore[arg-type]
+    first, second = wide.halves()
+    given = job(tmp_path, "inline", 1)
+    given.crews = ((wide,),)
+    for start in range(3 * packs.MAX_DEATHS):
+        packs.pack_trial({"crew": 0}, given)
+        write_checkpoint(given, first, 100)
+        write_checkpoint(given, second, start // packs.MAX_DEATHS)
+    assert started == [(wide.id,)] * 3 * packs.MAX_DEATHS
+    given.board.reach(wide.id, second.saes[0].id, 0)
+    for _ in range(packs.MAX_DEATHS + 1):
+        packs.pack_trial({"crew": 0}, given)
+        write_checkpoint(given, first, 100)
+    assert started == [(wide.id,)] * 4 * packs.MAX_DEATHS + [()]
+    assert set(failed(given).values()) == {"its process died 10 times without a new checkpoint"}
+    assert set(failed(given)) == {sae.id for sae in wide.saes}
+
+
+def test_what_is_left_of_a_pack_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    """A driver that starts again gives it the id of the whole; as a part it had the id of its SAEs."""
+    whole = Pack(id="p.2", hook="h", saes=tuple(SimpleNamespace(id=f"sae{i}") for i in range(4)))  # type: ignore[arg-type]
+    _, part = whole.halves()
+    left = dataclasses.replace(whole, saes=part.saes)
+    given = job(tmp_path, "inline", 1)
+    for pack, step in ((whole, 100), (part, 200)):
+        write_checkpoint(given, pack, step)
+    assert PackWorker(given, left).load_checkpoint() == b"200"
+    write_checkpoint(given, left, 300)
+    for pack in (left, part):
+        assert PackWorker(given, pack).load_checkpoint() == b"300", "the newest, whoever wrote it"
+    assert given.board.data("resumed") == [200, 300, 300]
+    PackWorker(given, left).finish()
+    assert given.storage.list(layout.sweep_file("s.0", "packs")) == []
 
 
 def test_several_workers_do_not_try_for_ever_what_no_card_holds(
@@ -118,4 +154,4 @@ def test_several_workers_do_not_try_for_ever_what_no_card_holds(
     monkeypatch.setattr(packs, "run_crew", lambda _job, crew, _group: started.append(tuple(p.id for p in crew)))
     packs._train_worker({"job": given, "crew": (PACK,)})
     assert started == [()]
-    assert "1 SAEs are too many for a card" in given.board.failed["sae"]
+    assert "1 SAEs are too many for a card" in failed(given)["sae"]
