@@ -7,7 +7,8 @@ the records. What is measured already under the same settings is not measured ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import ray
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from jobs.board import Board, Event, watched
+from jobs.board import MAX_DEATHS, Board, Event, watched
+from jobs.halving import in_parts
 from jobs.harvest import ModelPlace, model_place
 from jobs.progress import Bars
 from jobs.runtime import Slots, last_line, own_error
@@ -60,7 +62,7 @@ Groups = Mapping[Site, Sequence[PlannedSae]]
 
 @ray.remote(max_retries=-1)
 def measure_site(
-    place: ModelPlace,
+    slots: Slots,
     resolved: Resolved,
     storage: Storage,
     site: Site,
@@ -68,27 +70,92 @@ def measure_site(
     foreign: Windows | None,
     board: Board,
 ) -> None:
-    """Measure SAEs of one site and write what was found; `resolved` is the part of the run that they belong to."""
+    """Measure SAEs of one site and write what was found; `resolved` is the part of the run that they belong to.
+
+    As many at once as fit a card by reckoning; where fewer fit, half of them. StageError where the process died again
+    and again: Ray starts it anew without limit, for a lost node is nobody's mistake.
+    """
+    work = " ".join(site)
+    starts = board.start(work)
+    if starts > MAX_DEATHS:
+        raise StageError(
+            f"The process that measures the SAEs of '{site.hook}' died {MAX_DEATHS} times before any more were "
+            "measured; its node may have too little memory."
+        )
+    if starts > 1:
+        board.post("retry", site.hook, f"its process died, and this is start {starts} of {MAX_DEATHS}")
+    place = model_place(resolved, slots)
     compute_on(place.threads)
-    evaluation = resolved.evaluation_id
-    saes = {p.id: load_trained(storage, p.id, device="cuda" if place.gpu else "cpu") for p in planned}
+    load = cache(place.load)  # once, for all parts
+
+    def measure_part(part: Sequence[PlannedSae]) -> None:
+        found = _measured(load, place, resolved, storage, site, part, foreign, board)
+        for sae, (sums, metrics) in found.items():
+            storage.create(layout.sae_file(sae, SPARSITY), save({"sparsity": sums.log_sparsity()}))
+            document = {"v": 1, "id": sae, "evaluation_id": resolved.evaluation_id, "metrics": metrics}
+            storage.create(layout.evaluation(sae, resolved.evaluation_id), dump(document))
+            board.reach(work, sae, 0)
+
+    def say(part: Sequence[PlannedSae]) -> None:
+        board.post("retry", site.hook, f"{len(part)} SAEs are too many for this card; half of them at a time")
+
+    todo = [p for p in planned if not storage.exists(layout.evaluation(p.id, resolved.evaluation_id))]
+    in_parts(_parts(todo, resolved, slots), measure_part, say)
+
+
+def _parts(planned: Sequence[PlannedSae], resolved: Resolved, slots: Slots) -> list[list[PlannedSae]]:
+    """SAEs, in their order, in as few parts as fit this card beside the language model by reckoning."""
+    if not slots.gpus:
+        return [[*planned]] if planned else []
+    free, total = torch.cuda.mem_get_info()
+    parameter = 4 if resolved.config.model.dtype == "float32" else 2
+    model = parameter * resolved.table.parameters // max(1, int(slots.gpus))
+    step = max((p.sizes._replace(batch_size=ROWS_PER_BATCH).step_bytes for p in planned), default=0)
+    limit = int(0.95 * min(free, total * min(1.0, slots.gpus))) - model - step
+    parts: list[list[PlannedSae]] = []
+    room = 0
+    for p in planned:
+        size = 4 * p.d_sae * (p.d_in + p.d_out)
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(p)
+        room -= size
+    return parts
+
+
+def _measured(
+    load: Callable[[], LanguageModel],
+    place: ModelPlace,
+    resolved: Resolved,
+    storage: Storage,
+    site: Site,
+    planned: Sequence[PlannedSae],
+    foreign: Windows | None,
+    board: Board,
+) -> dict[str, tuple[MetricSums, dict[str, Any]]]:
+    """Id -> what was summed up over the held-out rows, and all metrics, of SAEs that are in memory together."""
+    saes: dict[str, Sae] = {}
+    for p in planned:
+        saes[p.id] = load_trained(storage, p.id, device="cuda" if place.gpu else "cpu")
+        board.post("loaded", site.hook)  # a sign of life: a store may be slow, and they may be many
     spliced = {p.id: saes[p.id] for p in planned if is_spliced(p)} if resolved.config.evaluate.ce_tokens else {}
     sums = _stored(resolved, storage, site, saes, board)
     reader = None
     if spliced or foreign is not None or sums is None:
         config = resolved.config
-        reader = Reader(place.load(), resolved.hooks, config.harvest, config.corpus.context_size)
+        reader = Reader(load(), resolved.hooks, config.harvest, config.corpus.context_size)
         sums = sums or _held_out(reader, resolved, storage, site, saes, board)
     assert sums is not None, "from the store, or else from the reader"
     splice = _spliced(reader.model, resolved, storage, site, spliced, board) if reader and spliced else None
     abroad = _foreign(reader, site, saes, foreign, board) if reader and foreign is not None else {}
+    found: dict[str, tuple[MetricSums, dict[str, Any]]] = {}
     for p in planned:
         metrics = sums[p.id].result()
         metrics |= splice.metrics(p.id) if splice and p.id in spliced else dict.fromkeys(NO_SPLICE)
         metrics |= abroad[p.id].foreign() if p.id in abroad else dict.fromkeys(FOREIGN)
-        storage.create(layout.sae_file(p.id, SPARSITY), save({"sparsity": sums[p.id].log_sparsity()}))
-        document = {"v": 1, "id": p.id, "evaluation_id": evaluation, "metrics": metrics}
-        storage.create(layout.evaluation(p.id, evaluation), dump(document))
+        found[p.id] = sums[p.id], metrics
+    return found
 
 
 def _stored(
@@ -166,7 +233,7 @@ def evaluate_hooks(resolved: Resolved, storage: Storage, groups: Groups, slots: 
                 done, running = ray.wait(running, num_returns=1)
                 ray.get(done)
             part = resolved.part_of(planned[0])
-            running.append(task.remote(model_place(part, slots), part, storage, site, planned, foreign, board))
+            running.append(task.remote(slots, part, storage, site, planned, foreign, board))
         ray.get(running)
     except Exception as error:
         raise own_error(error) or StageError(f"The evaluation failed: {last_line(error)}") from error
@@ -190,7 +257,9 @@ def measure(resolved: Resolved, storage: Storage, groups: Groups, slots: Slots, 
         if event.kind == "spliced":
             done += event.data
             bars.update("evaluate", min(done, total), total, f"{done:,} tokens through the spliced model")
-        return done <= 2 * total
+        elif event.kind == "retry":
+            bars.say(f"evaluation of {event.key}: {event.data}")
+        return True  # what comes to nothing ends where tasks are started, which counts their deaths
 
     with watched("evaluation", on_event, stall_seconds=resolved.config.resources.stall_seconds) as board:
         evaluate_hooks(resolved, storage, groups, slots, board)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ray
 
 from jobs.board import Board, Event, watched
+from jobs.halving import in_parts
 from jobs.harvest import announce_reader, commit_manifests, ensure_corpus, harvest
 from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
@@ -41,6 +42,7 @@ from midiscover.source import harvested
 from midiscover.store import layout
 from midiscover.store.blocks import is_harvested
 from midiscover.store.documents import read_json
+from midiscover.store.manifest import BlockRow
 from midiscover.store.storage import Storage, open_store
 from midiscover.targets import Target, find_target
 from midiscover.tokens import TokenStrings
@@ -105,18 +107,25 @@ class FeatureActor:
             plan = self.run.plan(site)
             blocks = plan.chunks(count)[number]
             if missing:
-                saes = {sae: load_trained(self.run.storage, sae) for sae in missing}
-                parts = collect_chunk(
-                    self.run.storage,
-                    saes,
-                    plan,
-                    blocks,
-                    device=self.device,
-                    progress=lambda rows: self.board.post("tokens", "features", rows),
-                )
-                for sae, part in parts.items():
-                    self.run.storage.write(missing[sae], part.to_bytes())
+                self._collect(missing, plan, blocks)
             yield {"parts": [len(keys)], "rows": [sum(block.rows for block in blocks) if missing else 0]}
+
+    def _collect(self, missing: Mapping[str, str], plan: Plan, blocks: Sequence[BlockRow]) -> None:
+        """Write one chunk's parts: SAE id -> key. Where a card's memory ends, some of the SAEs after the others."""
+
+        def collect(some: Sequence[str]) -> None:
+            parts = collect_chunk(
+                self.run.storage,
+                {sae: load_trained(self.run.storage, sae) for sae in some},
+                plan,
+                blocks,
+                device=self.device,
+                progress=lambda rows: self.board.post("tokens", "features", rows * len(some) / len(missing)),
+            )
+            for sae, part in parts.items():
+                self.run.storage.write(missing[sae], part.to_bytes())
+
+        in_parts([[*missing]], collect)
 
 
 @ray.remote(max_retries=3)
@@ -305,7 +314,7 @@ class _Rows:
     """Rows that all actors have read, as one bar."""
 
     def __init__(self, bars: Bars, total: int) -> None:
-        self.bars, self.total, self.rows, self.began = bars, total, 0, time.monotonic()
+        self.bars, self.total, self.rows, self.began = bars, total, 0.0, time.monotonic()
         bars.update("features", 0, total, "starting")
 
     def on_event(self, event: Event) -> bool:
@@ -313,7 +322,7 @@ class _Rows:
             return True
         self.rows += event.data
         rate = self.rows / max(time.monotonic() - self.began, 1e-9)
-        self.bars.update("features", min(self.rows, self.total), self.total, f"{self.rows:,} tokens, {rate:,.0f}/s")
+        self.bars.update("features", min(self.rows, self.total), self.total, f"{self.rows:,.0f} tokens, {rate:,.0f}/s")
         return self.rows <= 2 * self.total
 
     def done(self, rows: int) -> None:

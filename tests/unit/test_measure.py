@@ -1,33 +1,40 @@
-"""What the task of one site writes, without a Ray: for a standard SAE, a transcoder and a random-model control."""
+"""What the tasks of one site write, without a Ray: metrics of a standard SAE, a transcoder and a random-model control,
+and the parts of feature records."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from jobs.evaluation import FOREIGN, NO_SPLICE, _foreign_text, measure_site, splice_passes
+from jobs import evaluation, features
+from jobs.board import MAX_DEATHS
+from jobs.evaluation import FOREIGN, NO_SPLICE, ROWS_PER_BATCH, _foreign_text, _parts, measure_site, splice_passes
 from jobs.harvest import ModelPlace, commit_manifests, missing_spans, model_place, plan_of
 from jobs.runtime import Slots
+from midiscover.config import FeaturesConfig
 from midiscover.configio import load_config
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus
-from midiscover.errors import CorpusError, CorruptError
+from midiscover.errors import CorpusError, CorruptError, StageError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
-from midiscover.saes import WEIGHTS, load_trained, write_trained
+from midiscover.saes import SPARSITY, WEIGHTS, load_trained, write_trained
 from midiscover.source import harvested, open_source
 from midiscover.store import layout
 from midiscover.store.blocks import read_block
 from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.train import Member, Trained, train
+from tests.boards import LocalBoard
 from tests.runs import write_run
 from tests.unit.test_train import MemoryWorker
 
@@ -37,12 +44,8 @@ EVALUATE = {"ce_tokens": 256, "foreign_source": "builtin-code", "foreign_tokens"
 SLOTS = Slots(count=1, cpus=1, gpus=0, threads=1)
 
 
-class SilentBoard:
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def post(self, kind: str, key: str, data: Any = None) -> None:
-        self.kinds.append(kind)
+class Killed(BaseException):
+    """The process died."""
 
 
 def harvest(part: Resolved, manifest: CorpusManifest, storage: Storage) -> None:
@@ -52,9 +55,9 @@ def harvest(part: Resolved, manifest: CorpusManifest, storage: Storage) -> None:
     commit_manifests(part, manifest, storage)
 
 
-def made(folder: Path, evaluate: dict[str, Any]) -> tuple[Resolved, Storage]:
-    """Corpus, activations of both language models, and trained SAEs."""
-    config = load_config(write_run(folder, harvest={"hooks": [HOOK]}, grid=GRID, evaluate=evaluate))
+def made(folder: Path, evaluate: dict[str, Any], grid: Any = GRID) -> tuple[Resolved, Storage]:
+    """Corpus, activations of the language models, and trained SAEs."""
+    config = load_config(write_run(folder, harvest={"hooks": [HOOK]}, grid=grid, evaluate=evaluate))
     resolved, storage = resolve(config), open_store(str(folder / "store"))
     tokenizer = load_tokenizer(resolved.model)
     manifest = build_corpus(config.corpus, resolved.source, tokenizer, storage, resolved.corpus_id, lineage={})
@@ -152,7 +155,7 @@ def measured(resolved: Resolved, storage: Storage, planned: PlannedSae) -> dict[
 
 def test_each_kind_of_sae_gets_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved, storage = made(tmp_path, EVALUATE)
-    groups, board = by_site(resolved.saes), SilentBoard()
+    groups, board = by_site(resolved.saes), LocalBoard()
     assert {site.output_hook for site in groups} == {HOOK, "model.layers.0.mlp"}
     assert len({site.harvest_id for site in groups}) == 2
     assert len(groups) == 3
@@ -169,15 +172,125 @@ def test_each_kind_of_sae_gets_its_metrics(tmp_path: Path, monkeypatch: pytest.M
     assert windows is not None
     for site, planned in groups.items():
         part = resolved.part_of(planned[0])
-        measure_site._function(model_place(part, SLOTS), part, storage, site, planned, windows, board)
+        measure_site._function(SLOTS, part, storage, site, planned, windows, board)
     assert sorted(loaded) == ["shuffled", "trained", "trained"]
-    assert {"spliced", "measured"} == set(board.kinds)
+    assert {"loaded", "spliced", "measured"} == {kind for kind, _, _ in board.told}
     for site, (planned,) in groups.items():
         metrics = measured(resolved, storage, planned)
         control = planned.point.sae.control == "random_model"
         assert [metrics[name] is None for name in NO_SPLICE] == [control] * len(NO_SPLICE)
         assert 0 < metrics["fvu"] < 1
         assert_foreign_metrics(resolved, storage, site, planned, metrics)
+
+
+def documents(resolved: Resolved, storage: Storage) -> dict[str, bytes]:
+    """What the evaluation wrote, as it stands."""
+    keys = [layout.evaluation(sae.id, resolved.evaluation_id) for sae in resolved.saes]
+    keys += [layout.sae_file(sae.id, SPARSITY) for sae in resolved.saes]
+    return {key: storage.read(key) for key in keys}
+
+
+def test_saes_that_a_card_does_not_hold_together_are_measured_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ends where four or two are measured together; then the process dies, and starts again."""
+    resolved, storage = made(tmp_path, EVALUATE, {"sae.l1_coefficient": [0.5, 1, 2, 4]})
+    ((site, planned),) = by_site(resolved.saes).items()
+    windows = _foreign_text(resolved, storage)
+    measure_site._function(SLOTS, resolved, storage, site, planned, windows, LocalBoard())
+    whole = documents(resolved, storage)
+    for key in whole:
+        storage.delete(key)
+    splice, load = evaluation.splice_metrics, ModelPlace.load
+    together: list[int] = []
+    loaded: list[ModelPlace] = []
+
+    def short(model: LanguageModel, corpus: Corpus, hook: str, saes: dict[str, Any], **how: Any) -> Any:
+        together.append(len(saes))
+        if len(saes) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if len(together) == 6:
+            raise Killed
+        return splice(model, corpus, hook, saes, **how)
+
+    monkeypatch.setattr(evaluation, "splice_metrics", short)
+    monkeypatch.setattr(ModelPlace, "load", lambda place: loaded.append(place) or load(place))
+    board = LocalBoard()
+    with pytest.raises(Killed):
+        measure_site._function(SLOTS, resolved, storage, site, planned, windows, board)
+    assert together == [4, 2, 1, 1, 2, 1]
+    assert len(loaded) == 1, "one language model for all parts"
+    assert board.data("retry") == [f"{n} SAEs are too many for this card; half of them at a time" for n in (4, 2, 2)]
+    together.clear()
+    measure_site._function(SLOTS, resolved, storage, site, planned, windows, board)
+    assert together == [2, 1, 1], "those that were measured are not measured again"
+    assert documents(resolved, storage) == whole
+
+
+def test_parts_that_fit_a_card_are_reckoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card, which is pretended here, that has room for three of four SAEs beside the language model."""
+    grid = {"sae.l1_coefficient": [0.5, 1, 2, 4]}
+    config = load_config(write_run(tmp_path, harvest={"hooks": [HOOK]}, grid=grid))
+    resolved = resolve(config)
+    sae = resolved.saes[0]
+    weights = 4 * (sae.d_sae * sae.d_in + sae.d_sae * sae.d_out)
+    beside = 4 * resolved.table.parameters + sae.sizes._replace(batch_size=ROWS_PER_BATCH).step_bytes
+    room = int((3 * weights + beside) / 0.95) + 1000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * room, 2 * room))
+    half = Slots(count=2, cpus=1, gpus=0.5, threads=1)
+    assert [len(part) for part in _parts(resolved.saes, resolved, half)] == [3, 1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (weights, 2 * room))
+    assert [len(part) for part in _parts(resolved.saes, resolved, half)] == [1, 1, 1, 1]
+    assert [len(part) for part in _parts(resolved.saes, resolved, SLOTS)] == [4]
+
+
+def test_an_evaluation_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the language model does not fit into the node's memory: after its stored rows, each time."""
+    resolved, storage = made(tmp_path, {"ce_tokens": 256}, {"sae.l1_coefficient": [0.5]})
+    ((site, planned),) = by_site(resolved.saes).items()
+    board = LocalBoard()
+
+    def killed(_place: ModelPlace) -> LanguageModel:
+        raise Killed
+
+    monkeypatch.setattr(ModelPlace, "load", killed)
+    for _ in range(MAX_DEATHS):
+        with pytest.raises(Killed):
+            measure_site._function(SLOTS, resolved, storage, site, planned, None, board)
+    with pytest.raises(StageError, match=f"measures the SAEs of '{HOOK}' died 10 times before any more were measured"):
+        measure_site._function(SLOTS, resolved, storage, site, planned, None, board)
+    assert board.data("measured"), "it had come so far"
+    assert board.data("retry")[-1] == "its process died, and this is start 10 of 10"
+
+
+def test_features_of_saes_that_a_card_does_not_hold_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved, storage = made(tmp_path, {"ce_tokens": 0}, {"sae.l1_coefficient": [0.5, 1, 2]})
+    run, site = (
+        features.Run(storage=storage, settings=FeaturesConfig()),
+        (resolved.harvest_id, resolved.corpus_id, HOOK),
+    )
+    item = {"site": site, "chunk": 0, "chunks": 1, "saes": [sae.id for sae in resolved.saes]}
+    keys = [run.part_key(sae.id, 0, 1) for sae in resolved.saes]
+    collect = features.collect_chunk
+    together: list[int] = []
+
+    def short(most: int, storage: Storage, saes: dict[str, Any], *rest: Any, **how: Any) -> Any:
+        together.append(len(saes))
+        if len(saes) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return collect(storage, saes, *rest, **how)
+
+    found = []
+    for most in (3, 1):
+        monkeypatch.setattr(features, "collect_chunk", partial(short, most))
+        board = LocalBoard()
+        (told,) = features.FeatureActor(run, 1, False, board)({"chunk": [json.dumps(item)]})
+        assert sum(board.data("tokens")) == pytest.approx(told["rows"][0]), "each row counted once"
+        found.append([storage.read(key) for key in keys])
+        for key in keys:
+            storage.delete(key)
+    assert together == [3, 3, 1, 2, 1, 1]
+    assert found[0] == found[1]
 
 
 def assert_foreign_metrics(
@@ -204,7 +317,7 @@ def test_without_a_foreign_text_its_metrics_are_unknown(tmp_path: Path, monkeypa
     assert _foreign_text(resolved, storage) is None
     monkeypatch.setattr(ModelPlace, "load", lambda place: pytest.fail("nothing asks for the language model"))
     site, (planned,) = next(iter(by_site(resolved.saes).items()))
-    measure_site._function(model_place(resolved, SLOTS), resolved, storage, site, [planned], None, SilentBoard())
+    measure_site._function(SLOTS, resolved, storage, site, [planned], None, LocalBoard())
     metrics = measured(resolved, storage, planned)
     assert {name for name, value in metrics.items() if value is None} == {*NO_SPLICE, *FOREIGN}
 
