@@ -219,7 +219,13 @@ class SweepRun:
         groups = by_site(self._unmeasured())
         if groups:
             slots = model_slots(cluster, self.resolved.config.resources)
-            measure(self.resolved, self.storage, groups, slots, self.bars)
+            try:
+                measure(self.resolved, self.storage, groups, slots, self.bars)
+            except MiDiscoverError as error:
+                # Another run of this sweep may have ended first, and removed the activations that this one reads.
+                if self._unmeasured():
+                    raise
+                self.bars.say(f"{error} Every SAE is measured all the same, by another run of this sweep.")
 
     def _commit(self) -> None:
         """Write the record of every SAE that is measured, and tell the tracker."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from jobs import stopwatch
+from jobs import stopwatch, sweeprun
 from jobs.stopwatch import Stopwatch
 from jobs.sweeprun import SweepRun
+from midiscover.errors import CorruptError
 from midiscover.launch import parse_job, prepare
 from midiscover.results import Results
 from midiscover.store import layout
@@ -70,6 +71,31 @@ def test_a_sweep_that_goes_on_takes_on_the_settings_of_its_new_run(tmp_path: Pat
     assert before["config"]["resources"].pop("keep_activations") == "always"
     assert after["config"]["resources"].pop("keep_activations") == "until_done"
     assert after == before
+
+
+def test_what_another_run_has_measured_is_no_failure_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one removes the activations in the middle of this one's evaluation: before it has measured all, and
+    when it has."""
+    run = started(write_run(tmp_path), tmp_path / "store")
+    for sae in run.resolved.saes:
+        run.storage.write(layout.training(sae.id), b"{}")
+    last = run.resolved.saes[-1]
+
+    def others(count: int) -> None:
+        for sae in run.resolved.saes[:count]:
+            run.storage.write(layout.evaluation(sae.id, run.resolved.evaluation_id), b"{}")
+        raise CorruptError("The block is gone.")
+
+    monkeypatch.setattr(sweeprun, "model_slots", lambda *_: None)
+    monkeypatch.setattr(sweeprun, "measure", lambda *_: others(len(run.resolved.saes) - 1))
+    with pytest.raises(CorruptError, match="The block is gone"):
+        run._evaluate(None)  # type: ignore[arg-type]
+    assert run._unmeasured() == [last]
+    monkeypatch.setattr(sweeprun, "measure", lambda *_: others(len(run.resolved.saes)))
+    run._evaluate(None)  # type: ignore[arg-type]
+    assert run._unmeasured() == []
 
 
 def test_force_leaves_what_people_said(tmp_path: Path) -> None:
