@@ -144,7 +144,8 @@ class Pack:
         return [self.id, *self.parents][-1]
 
     def part(self, saes: Sequence[PlannedSae]) -> Pack:
-        """Some of its SAEs by themselves, which changes nothing for them."""
+        """Some of its SAEs by themselves. That changes nothing for them, but that `train.retire_after` compares each
+        with those of its part alone."""
         return Pack(
             id=ids.pack_id([sae.id for sae in saes]),
             hook=self.hook,
