@@ -6,15 +6,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from jobs import evaluation, features
-from jobs.board import MAX_DEATHS
+from jobs.board import MAX_DEATHS, Event
 from jobs.evaluation import FOREIGN, NO_SPLICE, ROWS_PER_BATCH, _foreign_text, _parts, measure_site, splice_passes
 from jobs.harvest import ModelPlace, commit_manifests, missing_spans, model_place, plan_of
 from jobs.runtime import Slots
@@ -261,6 +264,25 @@ def test_an_evaluation_that_dies_again_and_again_is_given_up(tmp_path: Path, mon
         measure_site._function(SLOTS, resolved, storage, site, planned, None, board)
     assert board.data("measured"), "it had come so far"
     assert board.data("retry")[-1] == "its process died, and this is start 10 of 10"
+
+
+def test_what_is_measured_again_after_a_lost_node_is_movement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often: how often a process may die is counted where it starts."""
+    told, said = [], []
+
+    @contextmanager
+    def watched(_stage: str, on_event: Any, *, stall_seconds: float) -> Iterator[None]:
+        told.extend(on_event(Event("spliced", HOOK, 1000)) for _ in range(20))
+        assert on_event(Event("retry", HOOK, "its process died"))
+        yield
+
+    monkeypatch.setattr(evaluation, "watched", watched)
+    monkeypatch.setattr(evaluation, "evaluate_hooks", lambda *_: None)
+    config = SimpleNamespace(evaluate=SimpleNamespace(ce_tokens=1000), resources=SimpleNamespace(stall_seconds=1))
+    bars = SimpleNamespace(update=lambda *_: None, say=said.append)
+    evaluation.measure(SimpleNamespace(config=config), None, {}, None, bars)  # type: ignore[arg-type]
+    assert all(told)
+    assert said == [f"evaluation of {HOOK}: its process died"]
 
 
 def test_features_of_saes_that_a_card_does_not_hold_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
