@@ -13,7 +13,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,8 @@ from tests.runs import blocks, weights, write_run
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrange(10**6)))
+TRIAL = ("pack_trial", "ImplicitFunc")
+"""Titles of the process that trains a pack in a Tune trial."""
 ONE_PACK = ("--harvest.hooks", "[model.layers.1.mlp.down_proj]", "--resources.pack_size", "2")
 
 
@@ -95,8 +98,8 @@ def named_blocks(store: Path) -> dict[str, int]:
     return found
 
 
-def ray_worker(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
-    """The busiest Ray worker below the driver whose title names one of these."""
+def ray_workers(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> list[psutil.Process]:
+    """The Ray workers below the driver whose titles name one of these, the busiest last."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
@@ -105,7 +108,25 @@ def ray_worker(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psut
         except psutil.NoSuchProcess:
             continue
     assert found, f"no process called {' or '.join(titles)}"
-    return psutil.Process(max(found)[1])
+    return [psutil.Process(pid) for _, pid in sorted(found)]
+
+
+def ray_worker(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
+    """The busiest of them."""
+    return ray_workers(driver, titles)[-1]
+
+
+@contextmanager
+def frozen(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Processes that do nothing in the body, and go on after it where they are still there."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def kill_worker(driver: subprocess.Popen[bytes], *titles: str) -> None:
@@ -127,16 +148,12 @@ def kill_pack(driver: subprocess.Popen[bytes], store: Path, trainer: str, titles
     wait_for(lambda: bool(checkpoints(store)), driver, "a checkpoint")
     time.sleep(rest)
     # The trial around a TorchTrainer only waits; the worker trains.
-    training = ray_worker(driver, ("RayTrainWorker",) if trainer == "ray_train" else ("pack_trial", "ImplicitFunc"))
-    training.suspend()
-    try:
+    training = ray_worker(driver, ("RayTrainWorker",) if trainer == "ray_train" else TRIAL)
+    with frozen([training]):
         newest = newest_step(store)
         assert newest > 0, "the pack had a checkpoint"
         assert not list(store.glob("saes/*/training.json")), "the pack had not ended"
         kill(driver, ray_worker(driver, titles))
-    finally:
-        if training.is_running():
-            training.resume()
     return newest
 
 
@@ -166,7 +183,7 @@ def test_a_killed_language_model_actor_and_a_killed_pack(
     kill_worker(driver, "HarvestActor", "MapWorker")
     stamps = named_blocks(store)
     assert 0 < len(stamps) < 2 / 3 * len(blocks(str(undisturbed))), "blocks were left when the actor was killed"
-    newest = kill_pack(driver, store, "inline", ("pack_trial", "ImplicitFunc"), moment.uniform(0, 0.3))
+    newest = kill_pack(driver, store, "inline", TRIAL, moment.uniform(0, 0.3))
     finish(driver, store)
     assert stamps.items() <= named_blocks(store).items()
     made = blocks(str(store))
@@ -243,12 +260,13 @@ def test_a_sweep_that_is_interrupted_twice_continues(folder: Path, undisturbed: 
     for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         driver = start(folder, store)
         wait_for(lambda: newest_step(store) > newest, driver, "a newer checkpoint")  # noqa: B023 - awaited here
-        if how is signal.SIGINT:
-            os.killpg(driver.pid, how)  # as a terminal does
-        else:
-            os.kill(driver.pid, how)  # as a scheduler does
-        assert driver.wait(60) == code
-        newest = newest_step(store)
+        with frozen(ray_workers(driver, TRIAL)):  # no pack ends before the driver does, and takes its checkpoint away
+            newest = newest_step(store)
+            if how is signal.SIGINT:
+                os.killpg(driver.pid, how)  # as a terminal does
+            else:
+                os.kill(driver.pid, how)  # as a scheduler does
+            assert driver.wait(60) == code
     finish(start(folder, store), store)
     assert resumed_at(store) >= newest > 0
     assert weights(str(store)) == weights(str(undisturbed))
