@@ -15,7 +15,7 @@ from tests.runs import write_run
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a finished sweep of `SLOW`."""
+    """The store of a finished sweep of `SLOW`; beside it is `said`, what that run told."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "undisturbed"
     folder.mkdir(exist_ok=True)
@@ -24,5 +24,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config = write_run(folder, **SLOW)
             done = midiscover("sweep", str(config), "--store", str(folder / "store"), env={"MIDISCOVER_CLUSTER": ""})
             assert done.code == 0, done.err
+            (folder / "said").write_text(done.err)
             (folder / "done").touch()
     return folder / "store"
