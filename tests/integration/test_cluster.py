@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +126,7 @@ def test_the_doctor_looks_at_every_node(world: World) -> None:
 
 
 def test_a_job_is_stopped_and_goes_on_later(world: World) -> None:
-    slow = ("--name", "slow", "--train.epochs", "40", "--store", world.store)
+    slow = ("--name", "slow", "--train.epochs", "40", "--train.checkpoint_every", "0.2", "--store", world.store)
     done = midiscover("sweep", str(world.config), *slow, "--detach", env=world.mine)
     assert done.code == 0, done.err
     job = done.out.strip()
@@ -136,12 +137,25 @@ def test_a_job_is_stopped_and_goes_on_later(world: World) -> None:
     for line in following.stderr:
         if b"SAEs of" in line:
             break
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in world.server.environment.items():
+            patch.setenv(name, value)
+        storage = open_store(world.store)
+        ends = time.monotonic() + 240
+        while not any("/packs/" in key for key in storage.list("sweeps")):
+            assert time.monotonic() < ends, "no checkpoint within 240 s"
+            assert following.poll() is None, "the job ended before a checkpoint"
+            time.sleep(0.2)
     stopped = midiscover("jobs", "stop", job[:12], env=world.mine)
     assert stopped.code == 0, stopped.err
     assert f"{job}: stopped" in stopped.out
     following.communicate(timeout=60)
     assert following.returncode == 143
     assert {found["id"]: found["status"] for found in jobs(world)}[job] == "stopped"
+    again = midiscover("sweep", str(world.config), *slow, env=world.mine, timeout=600)
+    assert again.code == 0, again.err
+    assert "resumed at step" in again.err
+    assert "report.html" in again.out.splitlines()[-1]
 
 
 def test_a_job_that_fails_gives_its_code(world: World) -> None:
