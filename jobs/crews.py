@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from jobs.group import TorchGroup
+from jobs.halving import room_of_card
 from jobs.harvest import model_place
 from jobs.leases import here
 from jobs.packworker import PackJob, PackWorker
@@ -22,7 +23,7 @@ from midiscover.cores import compute_on
 from midiscover.corpus import Corpus
 from midiscover.errors import UserError
 from midiscover.live import LivePools, LiveSource
-from midiscover.memory import MODEL_BYTES, USABLE
+from midiscover.memory import MODEL_BYTES
 from midiscover.reading import Reader
 from midiscover.resolve import Crew, Pack, PlannedSae, cut_crew, halves, pool_tokens
 from midiscover.saes import STREAMED, has_ended, write_trained
@@ -186,13 +187,11 @@ def run_crew_tries(job: PackJob, crew: Crew) -> None:
 
 
 def _parts(job: PackJob, crew: Crew) -> list[Crew]:
-    """The crew, or parts of it that fit this card by reckoning: cards of one cluster may differ."""
+    """The crew, or parts of it that fit this card by reckoning."""
     if not job.slots.gpus:
         return [crew]
-    free, total = torch.cuda.mem_get_info()
-    limit = int(USABLE * min(free, total * min(1.0, job.slots.gpus)))
     model = MODEL_BYTES[job.resolved.config.model.dtype] * job.resolved.table.parameters
-    return cut_crew(crew, limit - (model if job.streams else 0))
+    return cut_crew(crew, room_of_card(job.slots.gpus) - (model if job.streams else 0))
 
 
 def _try(job: PackJob, crew: Crew) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from jobs.board import MAX_DEATHS, Board, Event, watched
-from jobs.halving import in_parts
+from jobs.halving import in_parts, room_of_card
 from jobs.harvest import ModelPlace, model_place
 from jobs.progress import Bars
 from jobs.runtime import Slots, last_line, own_error
@@ -28,7 +28,7 @@ from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_met
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.live import held_out_windows, usable_rows
 from midiscover.lm import LanguageModel, load_tokenizer
-from midiscover.memory import MEASURED_ROWS
+from midiscover.memory import MEASURED_ROWS, MODEL_BYTES
 from midiscover.packing import Windows
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
@@ -107,11 +107,9 @@ def _parts(planned: Sequence[PlannedSae], resolved: Resolved, slots: Slots) -> l
     """SAEs, in their order, in as few parts as fit this card beside the language model by reckoning."""
     if not slots.gpus:
         return [[*planned]] if planned else []
-    free, total = torch.cuda.mem_get_info()
-    parameter = 4 if resolved.config.model.dtype == "float32" else 2
-    model = parameter * resolved.table.parameters // max(1, int(slots.gpus))
-    step = max((p.sizes._replace(batch_size=ROWS_PER_BATCH).step_bytes for p in planned), default=0)
-    limit = int(0.95 * min(free, total * min(1.0, slots.gpus))) - model - step
+    model = MODEL_BYTES[resolved.config.model.dtype] * resolved.table.parameters // max(1, int(slots.gpus))
+    step = max((p.sizes._replace(batch_size=MEASURED_ROWS).step_bytes for p in planned), default=0)
+    limit = room_of_card(slots.gpus) - model - step
     parts: list[list[PlannedSae]] = []
     room = 0
     for p in planned:

@@ -1,4 +1,4 @@
-"""What a card's memory can't hold at once, done in halves."""
+"""What a card's memory can't hold at once, done in parts: those that fit by reckoning, then halves of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from midiscover.memory import USABLE
+
 Item = TypeVar("Item")
+
+
+def room_of_card(share: float) -> int:
+    """Bytes that a process with `share` of this card (or with whole ones) may use on it; cards of a cluster differ."""
+    free, total = torch.cuda.mem_get_info()
+    return int(USABLE * min(free, total * min(1.0, share)))
 
 
 def in_parts(

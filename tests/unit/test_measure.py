@@ -18,7 +18,7 @@ import torch
 
 from jobs import evaluation, features
 from jobs.board import MAX_DEATHS, Event
-from jobs.evaluation import FOREIGN, NO_SPLICE, ROWS_PER_BATCH, _foreign_text, _parts, measure_site, splice_passes
+from jobs.evaluation import FOREIGN, NO_SPLICE, _foreign_text, _parts, measure_site, splice_passes
 from jobs.harvest import ModelPlace, commit_manifests, missing_spans, model_place, plan_of
 from jobs.runtime import Slots
 from midiscover.config import FeaturesConfig
@@ -28,6 +28,7 @@ from midiscover.errors import CorpusError, CorruptError, StageError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
+from midiscover.memory import MEASURED_ROWS
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
 from midiscover.saes import SPARSITY, WEIGHTS, load_trained, write_trained
@@ -237,7 +238,7 @@ def test_parts_that_fit_a_card_are_reckoned(tmp_path: Path, monkeypatch: pytest.
     resolved = resolve(config)
     sae = resolved.saes[0]
     weights = 4 * (sae.d_sae * sae.d_in + sae.d_sae * sae.d_out)
-    beside = 4 * resolved.table.parameters + sae.sizes._replace(batch_size=ROWS_PER_BATCH).step_bytes
+    beside = 4 * resolved.table.parameters + sae.sizes._replace(batch_size=MEASURED_ROWS).step_bytes
     room = int((3 * weights + beside) / 0.95) + 1000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * room, 2 * room))
     half = Slots(count=2, cpus=1, gpus=0.5, threads=1)
