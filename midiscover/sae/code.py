@@ -264,7 +264,7 @@ def product(features: Tensor, decoder: Tensor) -> Tensor:
         return features @ decoder
     if features.numel() * decoder.shape[1] < SPARSE_FROM or torch.is_autocast_enabled("cpu"):
         return features @ decoder
-    flat = features.detach().flatten(0, -2)
+    flat = features.detach().reshape(-1, features.shape[-1])
     if _too_many(some_tokens(flat)):
         return features @ decoder
     places = places_of(flat != 0)

@@ -167,6 +167,7 @@ def test_a_product_without_gradient_is_that_of_the_dense_matrices(
     decoder = rows(4, D_OUT, D_SAE)
     assert torch.allclose(product(dense, decoder), dense @ decoder)
     assert torch.allclose(product(dense.view(5, 6, D_SAE), decoder), dense.view(5, 6, D_SAE) @ decoder)
+    assert torch.allclose(product(dense[0], decoder), dense[0] @ decoder)
     assert torch.equal(places_of(dense != 0), dense.flatten().nonzero()[:, 0])
     decoder.requires_grad_()
     product(dense, decoder).sum().backward()
