@@ -33,7 +33,7 @@ UNCOUNTED = ("report_every", "checkpoint_every", "retire_after")
 """Settings in `train` that change no SAE that is made."""
 TOLD_APART = ("kind", "control", "expansion_factor", "d_sae", "output_hook", "seed")
 """Settings in `sae` and `train` that tables and charts have names for, besides what sets the sparsity."""
-TRAINING_VERSIONS = {"topk": 2, "batchtopk": 2, "matryoshka_batchtopk": 2}
+TRAINING_VERSIONS = {"topk": 3, "batchtopk": 3, "matryoshka_batchtopk": 3}
 """Of kinds whose training changed its meaning since the first: how they begin, and the weight of AuxK."""
 
 

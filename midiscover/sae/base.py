@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from midiscover.sae.code import Code, PreActivations, product
 
 DENSE_INIT_NORM = 0.1
+LARGEST_MEAN = 0.4
+"""Norm of the inputs' mean over sqrt(d_in), the norm of what varies about it, up to which features see their whole
+share of it at first. Of a larger one b_dec would not come back. By measurement: tests/bench/RESULTS.md."""
 FOLDED_AT_ONCE = 512
 """Features whose weights are in float64 at a time: what a CPU's cache holds, and little beside a full card."""
 
@@ -93,7 +96,8 @@ class Sae(nn.Module, ABC):
     encoder_norm: ClassVar[float] = 1.0
     """Norm of the encoder's columns at initialisation, as a multiple of the decoder rows'."""
     initial_centring: ClassVar[float] = 1.0
-    """Share of the inputs' mean that is taken off at first, by b_dec; the rest of it the features see."""
+    """Share of the inputs' mean that is taken off at first, by b_dec, where the mean is not large; the rest of it the
+    features see."""
     resampled_norm: ClassVar[float] = 0.2
     """Norm of a resampled feature's encoder column over the mean of the living ones (Bricken et al. 2023)."""
     b_enc: nn.Parameter
@@ -149,9 +153,14 @@ class Sae(nn.Module, ABC):
 
     @torch.no_grad()
     def uncentre_(self, mean: Tensor) -> None:
-        """Let the features see a share of the inputs' mean [d_in] at first, from which x is measured."""
+        """Let the features see a share of the inputs' mean [d_in] at first, from which x is measured.
+
+        mean: in units of x, whose mean norm is sqrt(d_in). Of a large one they see no more than of LARGEST_MEAN.
+        """
         if self.initial_centring != 1:
-            self.b_dec.sub_((1 - self.initial_centring) * mean.to(self.b_dec))
+            bound = LARGEST_MEAN * math.sqrt(self.d_in)
+            seen = mean * (bound / mean.double().norm()).clamp(max=1)
+            self.b_dec.sub_((1 - self.initial_centring) * seen.to(self.b_dec))
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:

@@ -22,8 +22,8 @@ class TopKSae(Sae):
     cannot change which features are selected.
 
     It begins with an encoder of a tenth of the decoder's norm, which then turns quickly, and with three quarters of the
-    inputs' mean left in, so that some features can stay on and write what varies about it; both by measurement, see
-    tests/bench/RESULTS.md.
+    inputs' mean left in, or less of a large one, so that some features can stay on and write what varies about it; both
+    by measurement, see tests/bench/RESULTS.md.
     """
 
     kind = "topk"

@@ -36,7 +36,7 @@ def test_golden_ids() -> None:
     assert harvest(ModelConfig(), HarvestConfig()) == "h.226560a9d1"
     assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.82fe8e537d"
     topk = dataclasses.replace(POINT, sae=TopKConfig(k=64, d_sae=100))
-    assert sae(topk) == "l16.mlp-fc2.topk-100.k-64.6fb30b915a"
+    assert sae(topk) == "l16.mlp-fc2.topk-100.k-64.aecf105af5"
     assert ids.evaluation_id(EvaluateConfig()) == "e.4dd9f386f0"
     assert ids.sweep_id("demo", ["a", "b"], "e") == "demo.7643c66837"
     assert ids.pack_id(["a", "b"]) == "p.ed7a4e17ac"

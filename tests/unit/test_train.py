@@ -266,7 +266,7 @@ def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemoryS
     sae = make_sae(TopKConfig(k=1), D_IN, 64)
     sae.initialise_(0)
     with torch.no_grad():
-        sae.b_dec.sub_(0.75 * source.inputs.scale * source.inputs.mean)
+        sae.b_dec.sub_(0.75 * 0.4 * math.sqrt(D_IN) * source.inputs.mean / source.inputs.mean.norm())  # a large one
     last = torch.cat(
         [(raw.float() - source.inputs.mean) * source.inputs.scale for raw in source.batches(len(source) - 3)]
     )
@@ -288,13 +288,18 @@ def test_auxk_calls_a_feature_dead_after_a_thirtieth_of_the_training() -> None:
 
 
 @pytest.mark.parametrize("control", ["untrained", "neurons"])
-def test_topk_sees_three_quarters_of_the_mean_at_first(source: MemorySource, control: str) -> None:
-    """Of the folded SAE, b_dec is then a quarter of the mean; neurons stay centred."""
+@pytest.mark.parametrize("size", [0.0, 0.1, 0.4, 0.8, 20.0])
+def test_topk_sees_three_quarters_of_a_mean_of_moderate_size_at_first(
+    source: MemorySource, control: str, size: float
+) -> None:
+    """size: of the mean, over the mean distance to it; from 0.4 on, as much of it as there. Neurons stay centred."""
     config = TopKConfig(k=3, control=control)  # type: ignore[arg-type]
     member = Member(id="s", config=config, train=TRAIN, d_sae=2 * D_IN)
-    (made,) = trained(train([member], source, MemoryWorker()))
-    share = 0.25 if control == "untrained" else 1.0
-    assert torch.allclose(made.weights["b_dec"], share * source.inputs.mean, atol=1e-5)
+    centred = source.rows - source.inputs.mean
+    mean = source.inputs.mean / source.inputs.mean.norm() * size * centred.norm(dim=1).mean()
+    (made,) = trained(train([member], MemorySource(centred + mean), MemoryWorker()))
+    seen = 0.75 * 0.4 / max(size, 0.4) if control == "untrained" else 0.0
+    assert torch.allclose(made.weights["b_dec"], (1 - seen) * mean, atol=1e-4)
 
 
 def test_bfloat16_products_train_to_nearly_the_same_loss(source: MemorySource) -> None:
