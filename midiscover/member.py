@@ -71,7 +71,7 @@ class Trained:
     tokens: int
     seconds: float
     dead_in_window: float | None
-    """Share of features that did not fire in the last `dead_window` training tokens; None without training."""
+    """Share of features that did not fire in the last `dead_window` training tokens; None where there were fewer."""
     scale: float
     """The factor that gave centred rows the mean norm sqrt(d_in)."""
     output_scale: float
@@ -164,7 +164,7 @@ class Slot:
             first = round(train.l1_warmup * steps)
             kind = ThresholdControl if isinstance(config, JumpReluConfig) else CoefficientControl
             self.control = kind(sae.coefficient, config.target_l0, steps=steps, first=first, device=device)
-        self.resample_steps = {round(share * steps) for share in train.resample_at}
+        self.resample_steps = {min(round(share * steps), steps - 1) for share in train.resample_at}
 
     @property
     def learns(self) -> bool:
@@ -312,6 +312,10 @@ class Slot:
         if self.control is not None:
             self.control.state = tensors["control"].to(device)
 
+    def _dead_in_window(self, tokens: int) -> float | None:
+        """After `tokens` training tokens: a window that is longer has seen no feature silent all along."""
+        return float((self.since_fired >= self.window).double().mean()) if tokens >= self.window else None
+
     def finish(self, tokens: int) -> Trained | Diverged | Retired:
         """What became of the member, after `tokens` training tokens."""
         if self.diverged is not None:
@@ -326,7 +330,7 @@ class Slot:
             steps=0 if self.unstepped else self.steps,
             tokens=0 if self.unstepped else tokens,
             seconds=self.seconds,
-            dead_in_window=None if self.unstepped else float((self.since_fired >= self.window).double().mean()),
+            dead_in_window=self._dead_in_window(0 if self.unstepped else tokens),
             scale=self.inputs.scale,
             output_mean=self.outputs.mean,
             output_scale=self.outputs.scale,

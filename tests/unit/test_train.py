@@ -273,6 +273,11 @@ def test_dead_features_are_those_that_did_not_fire_in_the_window(source: MemoryS
     silent = ~(sae.encode(last) > 0).any(0)  # 40 tokens without firing are reached after three batches of 16
     assert 0 < silent.sum() < 64
     assert result.dead_in_window == pytest.approx(float(silent.double().mean()))
+    tokens = len(source) * BATCH
+    for window in (tokens, tokens + 1):
+        longer = dataclasses.replace(result.member, train=dataclasses.replace(TRAIN, dead_window=window))
+        (one,) = trained(train([longer], source, MemoryWorker()))
+        assert (one.dead_in_window is None) is (window > tokens), "where none could be silent all along"
     assert dead_window(TrainConfig(), 1000) == 500
     assert dead_window(TrainConfig(), 10**9) == 10_000_000
     assert dead_window(TRAIN, 10**9) == 40

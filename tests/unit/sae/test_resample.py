@@ -14,8 +14,10 @@ from midiscover.sae.base import Sae, StepContext
 from midiscover.sae.registry import ARCHITECTURES
 from midiscover.sae.resample import resample_
 from midiscover.saeconfig import BatchTopKConfig, GatedConfig, JumpReluConfig, SaeConfig, StandardConfig, TopKConfig
+from midiscover.train import train
 from tests.planted import PlantedDictionary, PlantedSource, scores
 from tests.unit.sae.naive import CONFIGS, D_SAE, TOKENS, batch, dead_of, make_used, some_dead
+from tests.unit.test_train import MemoryWorker
 
 WINDOW = 100
 
@@ -136,6 +138,16 @@ def test_features_that_were_killed_come_back_and_find_atoms(config: SaeConfig) -
     assert after.dead < 0.34  # 128 atoms need two thirds of 192 features
     assert after.fvu < 0.9 * before.fvu
     assert after.mean_max_cosine > before.mean_max_cosine + 0.1
+
+
+def test_it_comes_before_the_last_step_at_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share next to 1 would round to a step that never comes."""
+    source = PlantedSource(PlantedDictionary(d_in=8, n_true=16, l0=2), batch_size=16, steps=20)
+    seeds: list[int] = []
+    monkeypatch.setattr("midiscover.member.resample_", lambda *_, seed, **__: seeds.append(seed))
+    settings = TrainConfig(batch_size=16, epochs=1, resample_at=(0.5, 0.99), seed=100)
+    train([Member(id="a", config=StandardConfig(), train=settings, d_sae=16)], source, MemoryWorker())
+    assert seeds == [110, 119]
 
 
 def _train_with_half_dead(config: SaeConfig, source: PlantedSource, resample_at: tuple[float, ...]) -> Trained:
