@@ -191,8 +191,12 @@ def test_an_sae_that_was_retired_is_trained_whole_where_nobody_asks_for_it_any_m
     worker = MemoryWorker(stop_at=len(source) - 2)
     with pytest.raises(KeyboardInterrupt):
         train(pack(0.4), source, worker)
+    better, worse = train(pack(0.4), source, MemoryWorker())
     again = train(pack(0.4), source, MemoryWorker(data=worker.data))
-    assert isinstance(again[1], Retired), "the fault is there"
+    assert isinstance(worse, Retired), "the fault is there"
+    assert worse.step < len(source) - 2
+    assert again[1] == worse
+    assert_equal(*trained([again[0], better]))
     whole = trained(train(pack(None), source, MemoryWorker()))
     for one, two in zip(whole, trained(train(pack(None), source, MemoryWorker(data=worker.data))), strict=True):
         assert_equal(one, two)
