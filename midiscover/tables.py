@@ -69,14 +69,20 @@ AXES = {
 """What two compared SAEs differ in, by the axis names of `neighbours`."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """As with any print; rich would end the process with 1."""
+        raise BrokenPipeError
+
+
 def show(renderable: RenderableType, file: TextIO | None = None) -> None:
     """Print to `file` (standard output): coloured on a terminal, else plain text."""
     out: TextIO = file or sys.stdout
     if out.isatty():
-        console = Console(file=out, highlight=False)
+        console = _Console(file=out, highlight=False)
     else:
         width = None if "COLUMNS" in os.environ else PLAIN_WIDTH
-        console = Console(file=out, highlight=False, force_terminal=False, color_system=None, width=width)
+        console = _Console(file=out, highlight=False, force_terminal=False, color_system=None, width=width)
     console.print(renderable)
 
 

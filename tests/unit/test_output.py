@@ -23,9 +23,10 @@ def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...]) -> None:
     assert done.stderr == "error: the output can't be written: No space left on device.\n"
 
 
-def test_a_reader_who_has_gone_is_no_error() -> None:
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "embedded")])
+def test_a_reader_who_has_gone_is_no_error(arguments: tuple[str, ...]) -> None:
     with subprocess.Popen(
-        [*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     ) as command:
         assert command.stdout is not None
         assert command.stderr is not None
