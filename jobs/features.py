@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ from midiscover.unembedding import read_unembedding
 
 Record = Mapping[str, Any]
 
+ANNOUNCE_SECONDS = 3600
+"""How often it is said again that activations are read, which keeps them for a day."""
 MOST_FINISHING = 8
 """Tasks that write records at once: each holds all examples of an SAE, 350 MB at 20,480 features."""
 
@@ -204,8 +206,7 @@ class FeaturesRun:
     def _ensure_rows(self, sites: Mapping[Site, list[str]], cluster: Cluster) -> None:
         """Harvest again what is gone, or was never there, as for SAEs from elsewhere."""
         lacking: dict[str, list[Record]] = {}
-        for harvest_id in dict.fromkeys(site.harvest_id for site in sites):
-            announce_reader(self.storage, harvest_id)
+        self._announce(sites)
         for site, saes in sites.items():
             has_rows = is_harvested(self.storage, site.harvest_id, site.hook)
             if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
@@ -215,6 +216,10 @@ class FeaturesRun:
             lacking.setdefault(site.harvest_id, []).append(self.records[saes[0]])
         for harvest_id, records in lacking.items():
             self._harvest(harvest_id, records, cluster)
+
+    def _announce(self, sites: Iterable[Site]) -> None:
+        for harvest_id in dict.fromkeys(site.harvest_id for site in sites):
+            announce_reader(self.storage, harvest_id)
 
     def _harvest(self, harvest_id: str, records: Sequence[Record], cluster: Cluster) -> None:
         """One pass of the language model for the hooks of all these SAEs, whose harvest is the same."""
@@ -240,7 +245,7 @@ class FeaturesRun:
         slots = model_slots(cluster, replace(self.resources, gpus_per_model=1))  # no language model is loaded
         plans = {site: self.run.plan(site) for site in sites}
         counts = {site: len(plan.chunks(slots.count)) for site, plan in plans.items()}
-        counter = _Rows(self.bars, sum(plan.rows for plan in plans.values()))
+        counter = _Rows(self.bars, sum(plan.rows for plan in plans.values()), lambda: self._announce(sites))
         with watched("features", counter.on_event, stall_seconds=self.resources.stall_seconds) as board:
             items = [
                 json.dumps({"site": site, "chunk": chunk, "chunks": counts[site], "saes": saes})
@@ -311,16 +316,20 @@ class FeaturesRun:
 
 
 class _Rows:
-    """Rows that all actors have read, as one bar."""
+    """Rows that all actors have read, as one bar; `announce` is called again and again, so long as they read."""
 
-    def __init__(self, bars: Bars, total: int) -> None:
+    def __init__(self, bars: Bars, total: int, announce: Callable[[], None]) -> None:
         self.bars, self.total, self.rows, self.began = bars, total, 0.0, time.monotonic()
+        self.announce, self.announced = announce, self.began
         bars.update("features", 0, total, "starting")
 
     def on_event(self, event: Event) -> bool:
         if event.kind != "tokens":
             return True
         self.rows += event.data
+        if time.monotonic() - self.announced > ANNOUNCE_SECONDS:
+            self.announce()
+            self.announced = time.monotonic()
         rate = self.rows / max(time.monotonic() - self.began, 1e-9)
         self.bars.update("features", min(self.rows, self.total), self.total, f"{self.rows:,.0f} tokens, {rate:,.0f}/s")
         return self.rows <= 2 * self.total

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +28,14 @@ from midiscover import lineage, upkeep
 from midiscover.config import UNTIL_DONE
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
-from midiscover.errors import CorpusError, MiDiscoverError, StoreError
+from midiscover.errors import CorpusError, CorruptError, MiDiscoverError, StoreError
 from midiscover.launch import Prepared
 from midiscover.resolve import Crew, PlannedSae, auto_pack_size, by_site, make_crews, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
+from midiscover.tracking import Tracker
 from midiscover.tracking.annotations import annotations_key, read_annotations
 from midiscover.tracking.sweepfiles import retired_reason, stability_document
 
@@ -68,10 +70,11 @@ class SweepRun:
             self._commit()
             results = self._finish()
         except BaseException as error:
-            if not isinstance(error, StoreError):  # which would be waited for once more
-                self.stopwatch.stop()
             status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
             self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
+            if not isinstance(error, StoreError):  # which would be waited for once more
+                with suppress(StoreError):
+                    self.stopwatch.stop()
             raise
         finally:
             self.recorder.settle()
@@ -102,8 +105,14 @@ class SweepRun:
         sweep = self._put(sweep)
         self.recorder.track(lambda tracker: tracker.start_sweep(sweep))
         if args.tags or args.note:
-            self.recorder.track(lambda tracker: _annotate(tracker, self.id, args.note, args.tags))
+            self.recorder.track(self._annotate)
         self.bars.say(f"{self.id}: {len(resolved.saes)} SAEs of {resolved.model.name} in {self.storage.uri}")
+
+    def _annotate(self, tracker: Tracker) -> None:
+        try:
+            tracker.annotate(self.id, self.prepared.args.note, add_tags=self.prepared.args.tags)
+        except CorruptError as error:
+            self.bars.say(f"{error} The sweep goes on without its note and tags.")
 
     def _put(self, sweep: dict[str, Any]) -> dict[str, Any]:
         """Write sweep.json and return it; one that stands takes on the settings of this run.
@@ -308,7 +317,11 @@ class SweepRun:
         results = sae_results(self.storage, self.resolved.saes, self.resolved.evaluation_id)
         self.stopwatch.stop()
         sweep = read_json(self.storage, layout.sweep_record(self.id)) or {}
-        said = read_annotations(self.storage, "sweep", self.id)
+        try:
+            said = read_annotations(self.storage, "sweep", self.id)
+        except CorruptError as error:
+            self.bars.say(f"{error} The report goes without them.")
+            said = None
         self._report(sweep if said is None else sweep | said._asdict(), results)
         status = "failed" if failures or self.missing(results) else "done"
         self.recorder.track(lambda tracker: tracker.finish_sweep(self.id, status))
@@ -322,7 +335,3 @@ class SweepRun:
         size = upkeep.remove(found, upkeep.spent_by(found, self.id))
         if size:
             self.bars.say(f"{size / 1e6:,.1f} MB of activations removed: resources.keep_activations is {UNTIL_DONE}")
-
-
-def _annotate(tracker: Any, sweep_id: str, note: str | None, tags: tuple[str, ...]) -> None:
-    tracker.annotate(sweep_id, note, add_tags=tags)

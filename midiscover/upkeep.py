@@ -154,7 +154,7 @@ def spent_activations(
 def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
     """Of `spent_activations`, those that a sweep which has just ended used itself, however young.
 
-    What was written after its SAEs were measured and recorded is another job's, which reads it now.
+    What was written after its SAEs were measured and recorded is another job's, and so is what one has said to read.
     """
     sweep = found.sweeps.get(sweep_id, {})
     ours, saes = _harvests_of(found, sweep), set(sweep.get("sae_ids", ()))
@@ -164,7 +164,9 @@ def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
             case [layout.SAES, name, "record.json" | "evaluations", *_] if name in saes:
                 ended = max(ended, entry.modified)
     for harvest, entries in _harvests(found).items():
-        if max(entry.modified for entry in entries) > ended:
+        reader = found.entries.get(layout.harvest_reader(harvest))
+        is_read = reader is not None and time.time() - reader.modified < GRACE_SECONDS
+        if is_read or max(entry.modified for entry in entries) > ended:
             ours.discard(harvest)
     return [one for one in spent_activations(found, grace=0) if one.key.split("/")[1] in ours]
 

@@ -109,7 +109,7 @@ def promote(storage: Storage, target: Target, limits: Limits) -> Decision:
             chosen.append(best[2])
         refused |= {name: f"{best[1]} has a lower FVU" for _, name, _ in candidates if name != best[1]}
     if chosen:
-        _change(storage, lambda entries: _with(entries, chosen))
+        _change(storage, lambda entries: _with([_whole(storage, entry) for entry in entries], chosen))
     for sae_id in refused.keys() & {entry["id"] for entry in promoted(storage)}:
         refused[sae_id] += "; it stays promoted from before, until --withdraw takes it out"
     return Decision(promoted=tuple(chosen), refused=refused)
@@ -141,8 +141,16 @@ def _with(entries: list[Entry], chosen: list[Entry]) -> list[Entry]:
 
 
 def _place(entry: Entry) -> tuple[str, str]:
-    """The hooks that are read and written, of which one SAE of a sweep is served; entries once had the first alone."""
-    return entry["hook"], entry.get("output_hook") or entry["hook"]
+    """The hooks that are read and written, of which one SAE of a sweep is served."""
+    return entry["hook"], entry["output_hook"]
+
+
+def _whole(storage: Storage, entry: Entry) -> Entry:
+    """With `output_hook`, which entries once lacked."""
+    if "output_hook" in entry:
+        return entry
+    record = read_json(storage, layout.record(entry["id"])) or {}
+    return entry | {"output_hook": record.get("output_hook") or entry["hook"]}
 
 
 def _metrics(storage: Storage, target: Target, record: Mapping[str, Any]) -> Mapping[str, Any]:

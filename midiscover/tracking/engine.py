@@ -11,9 +11,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
@@ -26,6 +27,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
     StatementError,
 )
+from sqlalchemy.pool import NullPool
 
 from midiscover.errors import TrackingError, TrackingRefusedError
 
@@ -65,13 +67,16 @@ def parse_url(address: str) -> URL:
 
 
 def url_to_read(path: Path) -> URL:
-    """Of an SQLite file in a folder that nobody may write to, where its readers can't keep their notes.
+    """Of an SQLite file in a folder that this process may not write to, where readers can't keep their notes."""
+    return URL.create("sqlite", database=str(path), query={"mode": "ro", "uri": "true"})
 
-    Without a write-ahead log beside it the file is all there is, and does not change.
-    """
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Without a write-ahead log beside it the file is all there is. Others may write at any time, which SQLite does not
+    look for in a file that it is told to be fixed: so it is opened anew for each transaction, see `Database`."""
     log = path.with_name(f"{path.name}-wal")
-    fixed = {} if log.exists() and log.stat().st_size else {"immutable": "1"}
-    return URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": "ro", "uri": "true"} | fixed)
+    fixed = "" if log.exists() and log.stat().st_size else "&immutable=1"
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro{fixed}", uri=True, timeout=PATIENCE_SECONDS)
 
 
 def is_unwritable(error: TrackingError) -> bool:
@@ -87,19 +92,22 @@ class Database:
     def __init__(self, url: URL) -> None:
         self._url = url
         self._answers = False
+        how: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _connect_args(url)}
+        only_reads = url.get_backend_name() == "sqlite" and url.query.get("mode") == "ro"
+        if only_reads:
+            how = {"poolclass": NullPool, "creator": partial(_connect_to_read, Path(url.database or ""))}
         try:
-            self._engine = create_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=_connect_args(url))
+            self._engine = create_engine(url, hide_parameters=True, **how)
         except (ArgumentError, ImportError, TypeError) as error:
             raise TrackingError(f"{self.description} can't be used: {self._first_line(error)}.") from None
         if url.get_backend_name() == "sqlite":
-            _prepare_sqlite(self._engine, writes=url.query.get("mode") != "ro")
+            _prepare_sqlite(self._engine, writes=not only_reads)
 
     @property
     def description(self) -> str:
         """What a person needs to recognise the database; never user or password."""
         if self._url.get_backend_name() == "sqlite":
-            path = unquote((self._url.database or "(in memory)").removeprefix("file:"))
-            return f"The tracking database {path}"
+            return f"The tracking database {self._url.database or '(in memory)'}"
         place = f"{self._url.host or 'local socket'}:{self._url.port or 5432}/{self._url.database or ''}"
         return f"The tracking database at {place}"
 

@@ -68,7 +68,7 @@ class Tracker:
         """The tracker of a store: $MIDISCOVER_DATABASE_URL, else SQLite in the folder of a local store.
 
         That of a folder which one may only read answers and takes nothing. TrackingError for a store that is no folder
-        while the variable is not set: SQLite needs one machine.
+        while the variable is not set: SQLite needs one machine; and for a log that nobody put back into such a file.
         """
         address = os.environ.get(VARIABLE)
         if address:
@@ -81,7 +81,15 @@ class Tracker:
         except TrackingError as error:
             if not (is_unwritable(error) and path.is_file()):
                 raise
-        return cls._open(url_to_read(path), storage)
+        try:
+            return cls._open(url_to_read(path), storage)
+        except TrackingError as error:
+            if not is_unwritable(error):
+                raise
+            raise TrackingError(
+                f"{path} has a log beside it that only somebody who may write there can put back into it; have "
+                "`midiscover runs list` run there once."
+            ) from error
 
     def close(self) -> None:
         """Close all connections."""

@@ -11,7 +11,7 @@ import pytest
 from jobs import stopwatch, sweeprun
 from jobs.stopwatch import Stopwatch
 from jobs.sweeprun import SweepRun
-from midiscover.errors import CorruptError
+from midiscover.errors import CorruptError, StoreFailedError
 from midiscover.launch import parse_job, prepare
 from midiscover.results import Results
 from midiscover.store import layout
@@ -173,3 +173,33 @@ def test_a_report_has_the_note_and_tags_of_now(tmp_path: Path, monkeypatch: pyte
         assert run._finish() == Results(rows=[], curves=[], densities=[], records=[])
     assert (sweep_json(run)["note"], sweep_json(run)["tags"]) == ("a first look", ["old"])
     assert [(sweep["note"], sweep["tags"], sweep["id"]) for sweep in told] == [("again", ["new"], run.id)]
+
+
+def test_a_note_that_cannot_be_read_stops_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, store = write_run(tmp_path), tmp_path / "store"
+    first = started(config, store, "--note", "a first look")
+    first.storage.write(layout.sweep_file(first.id, "annotations.json"), b"no JSON")
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(SweepRun, "_report", lambda _self, sweep, _results: told.append(sweep))
+    run = started(config, store, "--tag", "new")
+    assert run._finish() == Results(rows=[], curves=[], densities=[], records=[])
+    assert [(sweep["note"], sweep["tags"]) for sweep in told] == [("a first look", [])]
+    assert first.storage.read(layout.sweep_file(first.id, "annotations.json")) == b"no JSON"
+
+
+def test_how_a_sweep_ended_is_told_though_the_store_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, store = write_run(tmp_path), str(tmp_path / "store")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def away(*_: Any) -> None:
+        raise StoreFailedError("the bucket is away")
+
+    monkeypatch.setattr(sweeprun, "ensure_corpus", stop)
+    monkeypatch.setattr(Stopwatch, "stop", away)
+    with prepare(parse_job("sweep", [str(config), "--store", store])) as ready:
+        run = SweepRun(ready, Silent(), None)  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        assert [one["status"] for one in ready.tracker.list_runs()] == ["interrupted"]

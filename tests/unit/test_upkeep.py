@@ -15,7 +15,7 @@ from midiscover.config import ResourcesConfig, days_of
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage
-from midiscover.upkeep import garbage, holdings, remove, spent_activations, spent_by, survey
+from midiscover.upkeep import GRACE_SECONDS, garbage, holdings, remove, spent_activations, spent_by, survey
 from tests.s3 import s3_server
 
 HOOK = "activations/h.1/model.layers.1.mlp"
@@ -228,6 +228,11 @@ def test_activations_that_a_job_reads_or_has_just_written_stay(storage: LocalSto
             assert spent_activations(survey(storage), asked=asked, grace=3600, now=now) == []
         assert spent_by(survey(storage), "s.1") == []
         os.utime(tmp_path / fresh, (now - 7200, now - 7200))
+    # Somebody who said so before the sweep ended may read on for a day.
+    reader = tmp_path / layout.harvest_reader("h.1")
+    assert spent_by(survey(storage), "s.1") == []
+    os.utime(reader, (now - GRACE_SECONDS - 60, now - GRACE_SECONDS - 60))
+    assert len(spent_by(survey(storage), "s.1")) == len(files) + 1
     # Not the records but an evaluation is the last word of a sweep that shares its SAEs with an older one.
     os.utime(tmp_path / HOOK / A, (now - 100, now - 100))
     assert spent_by(survey(storage), "s.1") == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import jobs.features
-from jobs.features import FeaturesRun, Site
+from jobs.board import Event
+from jobs.features import ANNOUNCE_SECONDS, FeaturesRun, Site
 from midiscover.config import ResourcesConfig
 from midiscover.launch import Prepared, TargetArgs
 from midiscover.saes import harvest_lineage, read_from
@@ -48,3 +50,13 @@ def test_one_pass_of_each_language_model_for_all_hooks(tmp_path: Path, monkeypat
     run._ensure_rows(sites, None)  # type: ignore[arg-type]
     hooks = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
     assert passes == [(part.harvest_id, hooks) for part in prepared.resolved.parts()]
+
+
+def test_who_reads_for_days_says_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], []
+    monkeypatch.setattr(jobs.features.time, "monotonic", lambda: now[0])
+    bars: Any = SimpleNamespace(update=lambda *_: None)
+    rows = jobs.features._Rows(bars, 10**6, lambda: said.append(now[0]))
+    for now[0] in range(0, 3 * ANNOUNCE_SECONDS, 600):
+        rows.on_event(Event("tokens", "actor", 10))
+    assert said == [ANNOUNCE_SECONDS + 600, 2 * (ANNOUNCE_SECONDS + 600)]

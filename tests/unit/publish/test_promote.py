@@ -159,6 +159,18 @@ def test_a_transcoder_stands_beside_the_sae_that_reads_its_hook(storage: LocalSt
 
 
 @pytest.mark.usefixtures("verified")
+def test_a_transcoder_of_before_gives_way_to_the_next(storage: LocalStorage) -> None:
+    put(storage, "first", "mlp:in", "mlp")
+    put(storage, "second", "mlp:in", "mlp")
+    promote(storage, of("first"), LIMITS)
+    document = json.loads(storage.read(layout.PROMOTED))
+    del document["saes"][0]["output_hook"]  # as it was before entries had one
+    storage.write(layout.PROMOTED, json.dumps(document).encode())
+    promote(storage, of("second"), LIMITS)
+    assert [entry["id"] for entry in promoted(storage)] == ["second"]
+
+
+@pytest.mark.usefixtures("verified")
 def test_two_who_promote_at_once_both_succeed(storage: LocalStorage) -> None:
     """Each reads before the other writes: without the comparison one of the changes would be lost."""
     names = [f"sae-{i}" for i in range(6)]

@@ -25,7 +25,7 @@ from sqlalchemy import create_engine, inspect, text
 
 from midiscover.errors import TrackingError
 from midiscover.store.storage import Storage, open_store
-from midiscover.tracking.engine import HEAD, VARIABLE, Database, alembic_config, migrate, parse_url
+from midiscover.tracking.engine import HEAD, VARIABLE, Database, alembic_config, migrate, parse_url, url_to_read
 from midiscover.tracking.tables import metadata
 from midiscover.tracking.tracker import Tracker
 from tests.unit.tracking import samples
@@ -278,6 +278,38 @@ def test_a_store_that_one_may_only_read_is_read(as_anybody: Path, monkeypatch: p
         assert tracker.where == f"The tracking database {as_anybody / 'tracker.db'}"
         with pytest.raises(TrackingError, match="readonly"):
             tracker.finish_sweep(samples.sweep()["id"], "done")
+
+
+def test_who_may_only_read_sees_what_others_write_meanwhile(as_anybody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server does whose keys are made and revoked by somebody else."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    storage = open_store(str(as_anybody))
+    with Tracker.for_store(storage) as tracker:
+        tracker.create_key("alice", ["read"])
+    reader = Tracker._open(url_to_read(as_anybody / "tracker.db"), storage)
+    with reader, Tracker.for_store(storage) as writer:
+        assert [(key.name, key.revoked_at) for key in reader.list_keys()] == [("alice", None)]
+        writer.revoke_key("alice")
+        writer.create_key("bob", ["read"])
+        assert {key.name: key.revoked_at is None for key in reader.list_keys()} == {"alice": False, "bob": True}
+    with Tracker._open(url_to_read(as_anybody / "tracker.db"), storage) as reader:
+        with Tracker.for_store(storage) as writer:
+            writer.create_key("carol", ["read"])
+        assert len(reader.list_keys()) == 3
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="becomes another user")
+def test_a_log_that_nobody_put_back_is_told(as_anybody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    storage = open_store(str(as_anybody))
+    with Tracker.for_store(storage) as tracker:
+        tracker.start_sweep(samples.sweep())
+        log = (as_anybody / "tracker.db-wal").read_bytes()
+    (as_anybody / "tracker.db-wal").write_bytes(log)  # as after a copy of it without the index of the log
+    as_anybody.chmod(0o555)
+    os.seteuid(65534)
+    with pytest.raises(TrackingError, match="has a log beside it that only somebody who may write there"):
+        Tracker.for_store(storage)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX file names")
