@@ -340,7 +340,8 @@ class RunConfig:
     grid: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
     """Axes of the sweep besides the hooks: dotted path in `sae` or `train` -> values. Several such grids, as a list,
     are run one beside the other; `sae.kind` and `sae.control` are axes like any other. Another architecture than that
-    of `sae` takes over what is set there otherwise than by default, where it has such a setting."""
+    of `sae` takes over what is set there otherwise than by default, where it has such a setting; but no `target_l0`
+    where the grid goes through its coefficient."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)

@@ -24,41 +24,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from midiscover.config import RunConfig, SaePoint
 from midiscover.errors import ConfigError
 from midiscover.saeconfig import SAE_KINDS, SaeConfig
+from midiscover.yamltext import load_yaml, yaml_problem
 
 T = TypeVar("T")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `1e-3` is a number and a key may not stand twice."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except ValueError as error:  # a date that no calendar has; PyYAML lets it through
-            problem = f"'{node.value}' can't be read: {error}"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
 
 
 def parse_value(text: str) -> Any:
     """A flag's value by the rules of YAML: `1e-3` is a number, `[1, 2]` a list, `null` nothing."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+        return load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"The value '{text}' is not readable as YAML: {_yaml_problem(error)}.") from None
+        raise ConfigError(f"The value '{text}' is not readable as YAML: {yaml_problem(error)}.") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -67,9 +43,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"There is no config file '{path}'. Give the path of a YAML file, such as {_example()}.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {_yaml_problem(error)}.") from None
+        raise ConfigError(f"{path} is not readable as YAML: {yaml_problem(error)}.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -188,7 +164,8 @@ def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list
         kind = chosen.get("sae.kind", config.sae.kind)
         cls = _architecture(kind, "sae")
         if kind != config.sae.kind:
-            tree["sae"] = {name: value for name, value in _set_in(config.sae).items() if _has(cls, name)}
+            set_here = {name: value for name, value in _set_in(config.sae).items() if _has(cls, name)}
+            tree["sae"] = {name: value for name, value in set_here.items() if not _goes_through(grid, name)}
         for path, value in chosen.items():
             name = path.removeprefix("sae.")
             if name != path and not _has(cls, name) and any(_has(other, name) for other in SAE_KINDS.values()):
@@ -200,24 +177,38 @@ def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list
     return points
 
 
+def _goes_through(grid: Mapping[str, Any], name: str) -> bool:
+    """Whether `name` is the L0 to steer to, and a grid has the coefficient as an axis: not to be a start of one L0."""
+    return name == "target_l0" and not grid.keys().isdisjoint(("sae.l1_coefficient", "sae.l0_coefficient"))
+
+
+def _kinds(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
+    return grid.get("sae.kind", (config.sae.kind,))
+
+
+def _passed_over(config: RunConfig, grid: Mapping[str, tuple[Any, ...]], name: str) -> bool:
+    """Whether a grid of other architectures alone goes through coefficients, so that no L0 of `sae` is steered to."""
+    return _goes_through(grid, name) and config.sae.kind not in _kinds(config, grid)
+
+
 def _refuse_idle(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     """ConfigError for a setting that would silently change no SAE; see `load_config`."""
     grids = config.grid or ({},)
     given = [path for path in overrides if path.startswith(("sae.", "train."))]
     for path in dict.fromkeys([*given, *(f"sae.{name}" for name in _set_in(config.sae))]):
-        name, standing = path.removeprefix("sae."), [grid for grid in grids if path not in grid]
-        kinds = {kind for grid in standing for kind in grid.get("sae.kind", (config.sae.kind,))}
+        name = path.removeprefix("sae.")
+        standing = [grid for grid in grids if path not in grid and not _passed_over(config, grid, name)]
+        kinds = {kind for grid in standing for kind in _kinds(config, grid)}
         if any(name == path or _has(SAE_KINDS[kind], name) for kind in kinds):
             continue
         if len(standing) == len(grids):
             raise ConfigError(f"{path} is no setting of the architectures in the grid, {', '.join(sorted(kinds))}.")
         if path in given:
             raise ConfigError(f"--{path} changes no SAE: the grid sets it; give --grid.{path} '[{overrides[path]}]'.")
-    has_width = config.sae.d_sae is not None or all("sae.d_sae" in grid for grid in grids)
+    width = "grid.sae.d_sae" if all("sae.d_sae" in grid for grid in grids) else "sae.d_sae"
+    has_width = config.sae.d_sae is not None or width.startswith("grid")
     if has_width and overrides.get("sae.expansion_factor") is not None:
-        raise ConfigError(
-            "--sae.expansion_factor changes no SAE: sae.d_sae is set and goes before it; give --sae.d_sae."
-        )
+        raise ConfigError(f"--sae.expansion_factor changes no SAE: {width} is set and goes before it; give --{width}.")
 
 
 def to_tree(config: Any) -> Any:
@@ -362,12 +353,6 @@ def _kind(value: Any) -> str:
 
 def _show(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem}, line {mark.line + 1}" if mark else str(problem)
 
 
 def _example() -> str:

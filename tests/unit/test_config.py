@@ -142,6 +142,38 @@ def test_another_architecture_takes_over_what_it_has_of_what_is_set() -> None:
     ]
 
 
+def test_a_grid_that_goes_through_coefficients_of_other_architectures_steers_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "harvest: {hooks: a.0.b}\nsae: {target_l0: 60, expansion_factor: 4}\ngrid:\n"
+        "  - {sae.kind: [gated], sae.l1_coefficient: [1, 2]}\n  - {sae.kind: [jumprelu], sae.l0_coefficient: [1, 2]}\n"
+    )
+    swept = [point.sae for point in expand_grid(load_config(path))]
+    assert [sae.sparsity() for sae in swept] == [("l1", 1), ("l1", 2), ("l0c", 1), ("l0c", 2)]
+    assert [sae.expansion_factor for sae in swept] == [4] * 4
+    with pytest.raises(ConfigError, match=r"--sae.target_l0 changes no SAE: .* --grid.sae.target_l0 '\[30\]'"):
+        load_config(path, {"sae.target_l0": 30})
+    # As an axis of its own it is steered to, and so is that of the architecture that `sae` itself is of.
+    steered = expand_grid(load_config(path, {"grid": {"sae.target_l0": [30]}}))
+    assert [point.sae.sparsity() for point in steered] == [("L0", 30)] * 4
+    path.write_text(path.read_text().replace("sae: {", "sae: {kind: gated, "))
+    assert [point.sae.sparsity() for point in expand_grid(load_config(path))] == [("L0", 60)] * 2 + [
+        ("l0c", 1),
+        ("l0c", 2),
+    ]
+
+
+@pytest.mark.parametrize("width", ["sae: {d_sae: 30}\n", ""])
+def test_who_gives_a_multiple_where_the_width_is_an_axis_is_told_a_flag_that_is_taken(
+    tmp_path: Path, width: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"harvest: {{hooks: a.0.b}}\n{width}grid: {{sae.d_sae: [10, 20]}}\n")
+    with pytest.raises(ConfigError, match=r"grid.sae.d_sae is set and goes before it; give --grid.sae.d_sae\."):
+        load_config(path, {"sae.expansion_factor": 4})
+    assert [p.sae.d_sae for p in expand_grid(load_config(path, {"grid": {"sae.d_sae": [40]}}))] == [40]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
