@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -62,8 +62,9 @@ def _run_action(
 
 
 def _compared(tracker: Tracker, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The SAEs of sweeps side by side, and pairs within each sweep. Of several the frontier is that of all, and the
-    `variant` of an SAE begins with the first sweep that it is in.
+    """The SAEs of sweeps side by side, and pairs within each sweep; what several have stands once.
+
+    Of several the frontier is that of all, and the `variant` of an SAE begins with the sweeps that it is in.
 
     ConfigError for sweeps whose numbers mean different things.
     """
@@ -73,14 +74,24 @@ def _compared(tracker: Tracker, names: Sequence[str]) -> dict[str, list[dict[str
     for key, what in (("harvest_id", "on other activations"), ("evaluation_id", "in another way")):
         if len({sweep[key] for sweep in sweeps.values()}) > 1:
             raise ConfigError(f"Of {' and '.join(sweeps)} one is measured {what}; their numbers do not compare.")
-    saes: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in sweeps:
         for row in tracker.compare(name):
-            saes.setdefault(row["sae_id"], row | {"variant": ", ".join(filter(None, (name, row.get("variant"))))})
-    rows = list(saes.values())
+            found.setdefault(row["sae_id"], {})[name] = row
+    rows = [next(iter(within.values())) | {"variant": _variant(within)} for within in found.values()]
     for row, of_hook, of_kind in zip(rows, frontier_of_hooks(rows), frontier_of_kinds(rows), strict=True):
         row |= {"frontier": of_hook, "best_of_kind": of_kind}
-    return {"saes": rows, "stability": [pair for name in sweeps for pair in tracker.stability(name)]}
+    pairs: dict[tuple[str, frozenset[str]], dict[str, Any]] = {}
+    for name in sweeps:
+        for pair in tracker.stability(name):
+            pairs.setdefault((pair["axis"], frozenset((pair["a"], pair["b"]))), pair)
+    return {"saes": rows, "stability": list(pairs.values())}
+
+
+def _variant(within: Mapping[str, Mapping[str, Any]]) -> str:
+    """`demo and wide, lr 0.001`, of one SAE's row in each sweep that has it; a sweep names what differs within it."""
+    settings = dict.fromkeys(row.get("variant") for row in within.values())
+    return ", ".join(filter(None, (" and ".join(within), *settings)))
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {"runs": _runs}

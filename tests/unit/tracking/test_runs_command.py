@@ -53,9 +53,10 @@ def test_sweeps_stand_side_by_side(store: Path, capsys: pytest.CaptureFixture[st
     alone = compared(store, capsys, "demo")
     assert [row["frontier"] for row in alone["saes"]] == [True] * 4
     both = compared(store, capsys, "demo", "wide")
-    # An SAE that both have stands once, in the first.
+    # An SAE that both have stands once, and says that both have it.
     assert [row["sae_id"] for row in both["saes"]] == list(dict.fromkeys([*DEMO["sae_ids"], *WIDE["sae_ids"]]))
-    assert [row["variant"] for row in both["saes"]] == [DEMO["id"]] * 4 + [WIDE["id"]] * 2
+    shared = f"{DEMO['id']} and {WIDE['id']}"
+    assert [row["variant"] for row in both["saes"]] == [DEMO["id"], shared] * 2 + [WIDE["id"]] * 2
     assert [(row["l1"], row["frontier"]) for row in both["saes"] if row["layer"] == 1] == [
         (1.0, False),
         (3.0, False),
@@ -65,6 +66,36 @@ def test_sweeps_stand_side_by_side(store: Path, capsys: pytest.CaptureFixture[st
     assert compared(store, capsys, "demo", DEMO["id"])["stability"] == alone["stability"]
     assert main(["runs", "compare", "demo", "wide", "--store", str(store)]) == 0
     assert "Features in common" in capsys.readouterr().out
+
+
+def test_a_pair_that_several_sweeps_have_counts_once(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = open_store(str(store))
+    again = samples.sweep("again", (3.0, 1.0))
+    with Tracker.for_store(storage) as tracker:
+        tracker.start_sweep(again)
+    (pair,) = json.loads(storage.read(layout.sweep_file(DEMO["id"], "stability.json")))["pairs"]
+    turned = pair | {"a": pair["b"], "b": pair["a"]}  # its grid has them the other way round
+    pairs = [turned, turned | {"axis": "sparsity"}]
+    storage.write(layout.sweep_file(again["id"], "stability.json"), json.dumps(stability_document(pairs)).encode())
+    both = compared(store, capsys, "demo", "again")
+    assert set(DEMO["sae_ids"]) == set(again["sae_ids"])
+    assert both["stability"] == [pair, pairs[1]]
+    assert [row["variant"] for row in both["saes"]] == [f"{DEMO['id']} and {again['id']}"] * 4
+
+
+def test_an_sae_of_several_sweeps_has_the_settings_that_any_of_them_names(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = samples.plan(samples.HOOKS[0], 3.0)
+    settings = plain["settings"] | {"train": plain["settings"]["train"] | {"lr": 1e-3}}
+    tuned = plain | {"sae_id": plain["sae_id"][:-10] + "f" * 10, "settings": settings}
+    rates = samples.sweep("rates", saes=[plain, tuned], sae_ids=[plain["sae_id"], tuned["sae_id"]])
+    with Tracker.for_store(open_store(str(store))) as tracker:
+        tracker.start_sweep(rates)
+        tracker.record_sae(samples.record(tuned))
+    rows = {row["sae_id"]: row["variant"] for row in compared(store, capsys, "demo", "rates")["saes"]}
+    assert rows[plain["sae_id"]] == f"{DEMO['id']} and {rates['id']}, lr 0.0003"
+    assert rows[tuned["sae_id"]] == f"{rates['id']}, lr 0.001"
 
 
 @pytest.mark.parametrize(
