@@ -13,7 +13,7 @@ import platform
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +57,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a YAML file strictly, set `overrides` (dotted path -> value) over it, and validate the whole.
 
     ConfigError as well for a setting that would change no SAE: one of `overrides` in whose place every grid has an
-    axis, or one of `sae` that no architecture of the grid has.
+    axis, or one of `sae` that no architecture of the grid has; and for one of `overrides` that is the default of
+    `sae.kind`, beside architectures that would keep another default.
     """
     config = build_config(config_tree(path, overrides))
     _refuse_idle(config, overrides or {})
@@ -200,6 +201,8 @@ def _refuse_idle(config: RunConfig, overrides: Mapping[str, Any]) -> None:
         standing = [grid for grid in grids if path not in grid and not _passed_over(config, grid, name)]
         kinds = {kind for grid in standing for kind in _kinds(config, grid)}
         if any(name == path or _has(SAE_KINDS[kind], name) for kind in kinds):
+            if path in given and name != path:
+                _refuse_default(config, name, kinds)
             continue
         if len(standing) == len(grids):
             raise ConfigError(f"{path} is no setting of the architectures in the grid, {', '.join(sorted(kinds))}.")
@@ -209,6 +212,18 @@ def _refuse_idle(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     has_width = config.sae.d_sae is not None or width.startswith("grid")
     if has_width and overrides.get("sae.expansion_factor") is not None:
         raise ConfigError(f"--sae.expansion_factor changes no SAE: {width} is set and goes before it; give --{width}.")
+
+
+def _refuse_default(config: RunConfig, name: str, kinds: Iterable[str]) -> None:
+    """ConfigError for a flag of `sae` with its default, where another architecture has another and would keep it."""
+    value = getattr(config.sae, name)
+    others = [SAE_KINDS[kind]() for kind in sorted(kinds) if _has(SAE_KINDS[kind], name)]
+    keeps = [other.kind for other in others if getattr(other, name) != value]
+    if name not in _set_in(config.sae) and keeps:
+        raise ConfigError(
+            f"--sae.{name} {value} is the default of {config.sae.kind} and does not go over to {', '.join(keeps)}; "
+            f"give --grid.sae.{name} '[{value}]', which holds for all."
+        )
 
 
 def to_tree(config: Any) -> Any:

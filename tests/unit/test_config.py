@@ -197,6 +197,24 @@ def test_a_flag_that_would_change_nothing_is_refused(tmp_path: Path, overrides: 
     assert sentence in str(caught.value)
 
 
+def test_a_flag_with_a_default_that_other_architectures_would_not_take_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("harvest: {hooks: a.0.b}\ngrid: {sae.kind: [standard, gated, jumprelu, topk]}\n")
+    sentence = r"--sae.initial_density 0.02 is the default of standard and does not go over to gated, jumprelu; give"
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(path, {"sae.initial_density": 0.02})
+    taken = expand_grid(load_config(path, {"sae.initial_density": 0.03}))
+    assert [getattr(point.sae, "initial_density", None) for point in taken] == [0.03, 0.03, 0.03, None]
+    # The way that is told is one, and a default that is the same for all is no such case.
+    path.write_text("harvest: {hooks: a.0.b}\ngrid: {sae.kind: [standard, gated, jumprelu]}\n")
+    load_config(path, {"sae.l1_coefficient": 5.0})
+    held = expand_grid(load_config(path, {"grid": {"sae.initial_density": [0.02]}}))
+    assert [getattr(point.sae, "initial_density", None) for point in held] == [0.02] * 3
+    # What a job is handed on has every default written down, and is taken.
+    path.write_text(to_yaml(load_config(path)))
+    assert len(expand_grid(load_config(path))) == 3
+
+
 def test_a_flag_counts_where_one_grid_leaves_it_open(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
