@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from midiscover.config import CorpusConfig, EvaluateConfig, FeaturesConfig, HarvestConfig, ModelConfig, SaePoint
-from midiscover.saeconfig import SAE_KINDS, L1Config, PenaltyConfig, SaeConfig, TopKConfig
+from midiscover.saeconfig import SAE_KINDS, UNSTEPPED_CONTROLS, L1Config, PenaltyConfig, SaeConfig, TopKConfig
 
 HASH_LENGTH = 10
 LATER_SETTINGS: dict[str, Any] = {
@@ -168,8 +168,10 @@ def variants(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _other_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that have no name of their own in tables and charts."""
-    settings = {**record["sae"], **(record.get("train") or {})} if record.get("sae") else {}
+    """Settings that have no name of their own in tables and charts; of a control that takes no step, none of steps."""
+    sae = record.get("sae") or {}
+    train = {} if sae.get("control") in UNSTEPPED_CONTROLS else record.get("train") or {}
+    settings = {**sae, **train} if sae else {}
     return {name: value for name, value in settings.items() if name not in (*TOLD_APART, *UNCOUNTED)}
 
 

@@ -36,8 +36,9 @@ def neighbours(rows: Sequence[Row]) -> list[Pair]:
     - `kind`: every two architectures with the same sparsity setting; l1 of one and k of another are not the same.
     - `control`: a trained SAE and one that learned no directions, untrained or with a frozen decoder.
 
-    Both of a pair have the same `variant`. Otherwise controls are not compared. SAEs that differ in what a row does not
-    hold count once, the first of them.
+    Both of a pair have the same `variant`; of two architectures, one's may name fewer settings than the other's. A
+    control is held against the trained SAEs of its variant or, where there are none, against those of every variant.
+    Otherwise controls are not compared. SAEs that differ in what a row does not hold count once, the first of them.
     """
     unique: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -47,8 +48,8 @@ def neighbours(rows: Sequence[Row]) -> list[Pair]:
     return [
         *_along("seed", learned, every=True),
         *_along("sparsity", learned, every=False),
-        *(pair for pair in _along("control", [*learned, *baselines], every=True) if not is_control(pair.a)),
-        *_along("kind", learned, every=True),
+        *_of_controls([*learned, *baselines]),
+        *(pair for pair in _along("kind", learned, every=True, across=True) if _agree(pair.a, pair.b)),
         *_along("width", learned, every=False),
     ]
 
@@ -88,12 +89,33 @@ def _settings(row: Row) -> dict[str, Any]:
     }
 
 
-def _along(axis: str, rows: Sequence[Row], *, every: bool) -> Iterator[Pair]:
-    """Pairs of rows that are equal but for one axis: all of them, or only neighbours in its order."""
+def _of_controls(rows: Sequence[Row]) -> Iterator[Pair]:
+    """Each control with the trained SAEs of its variant or, where there are none, with those of every variant."""
+    by_control: dict[str, list[Pair]] = {}
+    for pair in _along("control", rows, every=True, across=True):
+        if is_control(pair.b) and not is_control(pair.a):
+            by_control.setdefault(pair.b["sae_id"], []).append(pair)
+    for pairs in by_control.values():
+        yield from [pair for pair in pairs if _agree(pair.a, pair.b)] or pairs
+
+
+def _agree(a: Row, b: Row) -> bool:
+    """Whether all settings that the variant of one names are those of the other's."""
+    first, second = (set(filter(None, (row.get("variant") or "").split(", "))) for row in (a, b))
+    return first <= second or second <= first
+
+
+def _along(axis: str, rows: Sequence[Row], *, every: bool, across: bool = False) -> Iterator[Pair]:
+    """Pairs of rows that are equal but for one axis: all of them, or only neighbours in its order.
+
+    across: whatever their variants.
+    """
     groups: dict[tuple[Any, ...], list[tuple[Any, Row]]] = {}
     for row in rows:
         settings = _settings(row)
         value = settings.pop(axis)
+        if across:
+            del settings["variant"]
         groups.setdefault(tuple(settings.values()), []).append((value, row))
     for members in groups.values():
         ordered = [row for _, row in sorted(members, key=lambda member: member[0])]

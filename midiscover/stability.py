@@ -112,13 +112,17 @@ def axis_value(axis: str, row: Mapping[str, Any]) -> str:
 
 
 def _shared(pair: Pair) -> str:
-    """The settings that both SAEs of a pair have, the hook apart: `topk 4,608 k 32 seed 0 lr 0.001`."""
-    row = pair.a
+    """The settings that both SAEs of a pair have, the hook apart: `topk 4,608 k 32 seed 0 lr 0.001`.
+
+    Of two variants the one that says more, for the other architecture has no such settings; of a control, the trained
+    SAE's.
+    """
+    row, told = pair.a, [str(one.get("variant") or "") for one in (pair.a, pair.b)]
     parts = {
         "kind": row["kind"],
         "width": f"{row['d_sae']:,}",
         "sparsity": row.get("sparsity_label"),
         "seed": f"seed {row.get('seed')}",
-        "variant": row.get("variant"),
+        "variant": told[0] if pair.axis == "control" else max(told, key=len),
     }
     return " ".join(str(text) for axis, text in parts.items() if axis != pair.axis and text)

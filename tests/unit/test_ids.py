@@ -169,6 +169,15 @@ def test_there_is_no_variant_where_other_names_tell_all(grid: Any) -> None:
     assert ids.variants(found) == [""] * len(found)
 
 
+def test_a_control_that_takes_no_step_has_no_settings_of_steps() -> None:
+    grid = {"sae.control": ("none", "untrained", "frozen_decoder"), "sae.decoder": ("free", "unit_norm")}
+    found = records((grid | {"train.lr": (1e-3, 3e-4)},))
+    names = {(record["sae"]["control"], name) for record, name in zip(found, ids.variants(found), strict=True)}
+    pairs = [(decoder, rate) for decoder in ("free", "unit_norm") for rate in ("0.001", "0.0003")]
+    stepped = {(c, f"decoder {d}, lr {rate}") for c in ("none", "frozen_decoder") for d, rate in pairs}
+    assert names == stepped | {("untrained", f"decoder {decoder}") for decoder, _ in pairs}
+
+
 def test_variants_of_one_architecture_are_no_matter_of_another() -> None:
     found = records(({"sae.kind": ("topk",)}, {"train.resample_at": ((), (0.3, 0.6))}))
     older = [record | {"train": {k: v for k, v in record["train"].items() if v != []}} for record in found]

@@ -155,6 +155,35 @@ def test_pairs_have_the_same_variant() -> None:
     assert found["setting"] == "topk 64 k 32 lr 2"
 
 
+def test_a_control_is_held_against_its_variant_or_else_against_every_one() -> None:
+    def compared(*variants: str) -> list[tuple[str, str]]:
+        trained = [row(variant=f"decoder free, lr {rate}") for rate in (1, 2)]
+        pairs = neighbours([*trained, *(row(variant=name, control="frozen_decoder") for name in variants)])
+        assert {(pair.axis, pair.a["control"], pair.b["control"]) for pair in pairs} == {
+            ("control", "none", "frozen_decoder")
+        }
+        return [(pair.a["variant"][-4:], pair.b["variant"]) for pair in pairs]
+
+    both = ["decoder free, lr 1", "decoder free, lr 2"]
+    assert compared(*both) == [(name[-4:], name) for name in both]
+    for name in ("decoder free", "", "decoder free, lr null"):
+        assert compared(name) == [("lr 1", name), ("lr 2", name)]
+
+
+def test_an_architecture_without_a_setting_is_compared_with_each_of_its_values() -> None:
+    gated = [row(kind="gated", variant=name) for name in ("lr 1", "lr 2")]
+    standard = [row(kind="standard", variant=f"decoder {d}, lr {rate}") for d in "ab" for rate in (1, 2)]
+    pairs = neighbours([*gated, *standard])
+    assert [(pair.axis, pair.a["variant"], pair.b["variant"]) for pair in pairs] == [
+        ("kind", f"lr {rate}", f"decoder {d}, lr {rate}") for rate in (1, 2) for d in "ab"
+    ]
+    found = pair_row(pairs[-1], agreement(torch.eye(4), torch.eye(4)), (4, 4))
+    assert found["setting"] == "64 k 32 seed 0 decoder b, lr 2"
+    frozen = row(variant="lr null, or another", control="frozen_decoder")
+    [control] = neighbours([row(variant="lr 1"), frozen])
+    assert pair_row(control, agreement(torch.eye(4), torch.eye(4)), (4, 4))["setting"] == "topk 64 k 32 seed 0 lr 1"
+
+
 def test_saes_that_differ_in_something_else_count_once() -> None:
     """Rows that tell no variant: which pairs differ in the seed alone can't be seen from them."""
     rows = [row(seed=seed) | {"sae_id": f"{rate} {seed}"} for rate, seed in itertools.product((1, 2), (0, 1))]
