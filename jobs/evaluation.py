@@ -28,7 +28,7 @@ from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_met
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.live import held_out_windows, usable_rows
 from midiscover.lm import LanguageModel, load_tokenizer
-from midiscover.memory import MEASURED_ROWS, MODEL_BYTES
+from midiscover.memory import MEASURED_ROWS, MODEL_BYTES, fit_together, measuring_bytes
 from midiscover.packing import Windows
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
@@ -108,18 +108,8 @@ def _parts(planned: Sequence[PlannedSae], resolved: Resolved, slots: Slots) -> l
     if not slots.gpus:
         return [[*planned]] if planned else []
     model = MODEL_BYTES[resolved.config.model.dtype] * resolved.table.parameters // max(1, int(slots.gpus))
-    step = max((p.sizes._replace(batch_size=MEASURED_ROWS).step_bytes for p in planned), default=0)
-    limit = room_of_card(slots.gpus) - model - step
-    parts: list[list[PlannedSae]] = []
-    room = 0
-    for p in planned:
-        size = 4 * p.d_sae * (p.d_in + p.d_out)
-        if not parts or size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(p)
-        room -= size
-    return parts
+    parts = fit_together([p.sizes for p in planned], room_of_card(slots.gpus) - model, measuring_bytes)
+    return [[planned[i] for i in part] for part in parts]
 
 
 def _measured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 PARAMETER_BYTES = 16
@@ -49,12 +49,20 @@ def training_bytes(saes: Sequence[Sizes]) -> int:
     return FIXED_BYTES + sum(sae.kept_bytes for sae in saes) + max((sae.step_bytes for sae in saes), default=0)
 
 
-def fit_together(saes: Sequence[Sizes], limit: int) -> list[range]:
-    """Cut a pack, in its order, into as few parts as fit `limit` bytes; an SAE that is too large stands alone."""
+def measuring_bytes(saes: Sequence[Sizes]) -> int:
+    """Memory of SAEs that are measured together, beside the context and the language model: weights, one's features."""
+    weights = sum(4 * sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
+    return weights + max((sae._replace(batch_size=MEASURED_ROWS).step_bytes for sae in saes), default=0)
+
+
+def fit_together(
+    saes: Sequence[Sizes], limit: int, needed: Callable[[Sequence[Sizes]], int] = training_bytes
+) -> list[range]:
+    """Cut SAEs, in their order, into as few parts as fit `limit` bytes; one that is too large stands alone."""
     parts: list[range] = []
     start = 0
     for stop in range(1, len(saes) + 1):
-        if stop - start > 1 and training_bytes(saes[start:stop]) > limit:
+        if stop - start > 1 and needed(saes[start:stop]) > limit:
             parts.append(range(start, stop - 1))
             start = stop - 1
     return [*parts, range(start, len(saes))] if saes else []

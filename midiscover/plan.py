@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from midiscover.ids import variants
 from midiscover.neighbours import MOST_PAIRS, chosen, neighbours
 from midiscover.plancosts import NOTHING, ROW_BYTES, Costs, Held
 from midiscover.rates import Rates
@@ -213,21 +214,23 @@ class _Planner:
         flops = loading = 0.0
         memory: list[Held] = []
         for saes in sites:
-            lane = _shortest(lanes)
+            lane, parts = _shortest(lanes), costs.measured(saes)
             weights = sum((sae.d_in + sae.d_out) * sae.d_sae for sae in saes)
             encoding = (held + foreign + spliced) * weights * self.rates.encode
-            through = sum(map(is_spliced, saes)) if spliced else 0
-            passes = 2 + through if through else 0
+            # Each part has passes of its own.
+            through = [count for count in (sum(map(is_spliced, part)) for part in parts) if count and spliced]
+            passes = sum(2 + count for count in through)
             to_the_end = passes * spliced * self.resolved.table.flops_per_token
-            again = max(0, passes - 1) * spliced * costs.before(saes[0])  # what those after the first do not repeat
-            to_the_hook = (foreign + (held if self.streamed else 0)) * costs.to_hook(saes[0])
+            # What passes of a part after its first do not repeat.
+            again = (passes - len(through)) * spliced * costs.before(saes[0])
+            to_the_hook = len(parts) * (foreign + (held if self.streamed else 0)) * costs.to_hook(saes[0])
             computing = to_the_end / self.rates.logits_flops + (to_the_hook - again) / self.rates.model_flops
             model = bool(passes or foreign or self.streamed)
             starting = (costs.load() if model else 0) + (0 if lane else self.rates.starts["worker"])
             loading = max(loading, starting)
             lane += [("load", starting), (saes[0].point.hook, (encoding + computing) * places.slower)]
             flops += to_the_end - again + to_the_hook + 2 * (held + foreign + spliced) * weights
-            memory.append(costs.evaluating(saes, places, model=model, spliced=passes > 0))
+            memory += [costs.evaluating(part, places, model=model, spliced=passes > 0) for part in parts]
         seconds = self._lanes("evaluate", lanes)
         why = "the spliced language model" if spliced else "encoding"
         why = why if loading < seconds / 2 else "loading the language model"
@@ -235,7 +238,9 @@ class _Planner:
 
     def _finish(self) -> None:
         saes = {sae.id: sae for sae in self.resolved.saes}
-        pairs = chosen(neighbours([sae.row() for sae in saes.values()]), MOST_PAIRS)
+        told = variants([sae.recorded() for sae in saes.values()])
+        rows = [sae.row() | {"variant": variant} for sae, variant in zip(saes.values(), told, strict=True)]
+        pairs = chosen(neighbours(rows), MOST_PAIRS)
         # Every decoder row of one with every one of the other.
         products = sum(pair.a["d_sae"] * pair.b["d_sae"] * saes[pair.a["sae_id"]].d_out for pair in pairs)
         comparing = products * self.rates.encode

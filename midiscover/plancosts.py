@@ -18,6 +18,7 @@ from midiscover.memory import (
     USABLE,
     Sizes,
     fit_together,
+    measuring_bytes,
     training_bytes,
 )
 from midiscover.rates import Rates
@@ -134,6 +135,18 @@ class Costs:
         whole = int(USABLE * self.rates.memory * min(1.0, self.resources.gpus_per_pack))
         return whole - (self.model_bytes if streamed else 0)
 
+    def measured(self, saes: Sequence[PlannedSae]) -> list[list[PlannedSae]]:
+        """The SAEs of a site in parts that fit a card, measured one after another; see `jobs.evaluation`."""
+        if not self.gpus or not self.rates.memory:
+            return [[*saes]]
+        room = int(USABLE * self.rates.memory * self._card_of_model - self._model_on_card())
+        return [[saes[i] for i in part] for part in fit_together([sae.sizes for sae in saes], room, measuring_bytes)]
+
+    @property
+    def _card_of_model(self) -> float:
+        """The share of a card that a process with a language model has; 1 where it has several."""
+        return 1.0 if self.resources.gpus_per_model > 1 else min(1.0, self.resources.gpus_per_actor)
+
     # Seconds and FLOPs
 
     def again(self) -> float:
@@ -223,7 +236,7 @@ class Costs:
         return Held(0.0, places.sharing * (device - FIXED_BYTES + beside + self.pools(crew)))
 
     def evaluating(self, saes: Sequence[PlannedSae], places: Places, *, model: bool, spliced: bool) -> Held:
-        """Memory of processes that measure the SAEs of such a site."""
+        """Memory of processes that measure such SAEs of a site together."""
         table, window = self.resolved.table, self.resolved.config.corpus.context_size
         device = WEIGHT_BYTES * sum(sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
         device += 4 * MEASURED_ROWS * max(sae.d_sae for sae in saes)
@@ -265,7 +278,7 @@ class Costs:
         room = self.room(streamed=streamed)
         if room is None or self.rates.memory is None:
             return notes
-        card = self.rates.memory * (1.0 if self.resources.gpus_per_model > 1 else self.resources.gpus_per_actor)
+        card = self.rates.memory * self._card_of_model
         if self._model_on_card() > card:
             needs = f"the language model needs {_gb(self._model_on_card())} of a card, and there are {_gb(card)}"
             notes.append(f"{needs}; resources.gpus_per_model spreads it over several cards")

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from midiscover import ids
 from midiscover.config import RunConfig, SaePoint
-from midiscover.configio import expand_grid
+from midiscover.configio import expand_grid, to_tree
 from midiscover.errors import ConfigError
 from midiscover.memory import Sizes, fit_together
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
@@ -63,6 +63,11 @@ class PlannedSae:
             "d_sae": self.d_sae,
             "seed": self.point.train.seed,
         }
+
+    def recorded(self) -> dict[str, object]:
+        """What its record.json will have of its settings, by which it is named and told from others."""
+        place = {"hook": self.point.hook, "output_hook": self.output_hook, "d_sae": self.d_sae}
+        return place | {"sae": to_tree(self.point.sae), "train": to_tree(self.point.train)}
 
 
 class Site(NamedTuple):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from midiscover.configio import to_tree
 from midiscover.errors import ConfigError
 from midiscover.publish.hub import repository_of, require_token
 from midiscover.publish.names import neuronpedia_names, refuse_namesakes
-from midiscover.resolve import PlannedSae, Resolved
+from midiscover.resolve import Resolved
 from midiscover.store.storage import open_store
 
 MEASURED = ("frontier", "best")
@@ -23,7 +22,7 @@ def require_publishable(resolved: Resolved) -> None:
         repository_of(publish.push)
         require_token()
     if publish.saes in MEASURED:  # any of them may come, so what is told is true of all
-        neuronpedia_names(_record(resolved.saes[0]), model, publish.neuronpedia)
+        neuronpedia_names(resolved.saes[0].recorded(), model, publish.neuronpedia)
     else:
         chosen = [sae for sae in resolved.saes if publish.saes == "all" or sae.id.startswith(publish.saes)]
         if not chosen:
@@ -31,13 +30,7 @@ def require_publishable(resolved: Resolved) -> None:
                 f"publish.saes is '{publish.saes}', which fits none of the sweep's {len(resolved.saes)} SAEs; give "
                 "all, frontier, best or the beginning of an id."
             )
-        named = ((sae.id, neuronpedia_names(_record(sae), model, publish.neuronpedia)) for sae in chosen)
+        named = ((sae.id, neuronpedia_names(sae.recorded(), model, publish.neuronpedia)) for sae in chosen)
         refuse_namesakes((sae, names.folder) for sae, names in named)
     if publish.out:
         open_store(publish.out)
-
-
-def _record(sae: PlannedSae) -> dict[str, object]:
-    """What of an SAE's record.json its names are made of."""
-    point = sae.point
-    return {"hook": point.hook, "d_sae": sae.d_sae, "sae": to_tree(point.sae), "train": to_tree(point.train)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from midiscover.configio import load_config
-from midiscover.memory import FIXED_BYTES, Sizes, fit_together, training_bytes
+from midiscover.memory import FIXED_BYTES, Sizes, fit_together, measuring_bytes, training_bytes
 from midiscover.resolve import resolve
 from tests.runs import write_run
 
@@ -21,6 +21,8 @@ def test_the_reckoning_written_out() -> None:
     assert training_bytes([sae]) == FIXED_BYTES + kept + step
     assert training_bytes([sae] * 5) == FIXED_BYTES + 5 * kept + step
     assert training_bytes([]) == FIXED_BYTES
+    weights, table = 4 * 2 * 2560 * 20480, 4 * 4096 * (6 * 20480 + 8 * 5120)
+    assert measuring_bytes([sae._replace(batch_size=64)] * 3) == 3 * weights + table, "4,096 rows, whatever the batch"
 
 
 def test_a_skip_connection_counts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from midiscover import plancosts
-from midiscover.memory import FIXED_BYTES, training_bytes
+from midiscover.memory import FIXED_BYTES, measuring_bytes, training_bytes
 from midiscover.plan import Plan, Stage, plan_sweep
 from midiscover.rates import StepCost, of_sheet
 from midiscover.saeconfig import SAE_KINDS
@@ -221,3 +221,37 @@ def test_every_two_seeds_are_compared(tmp_path: Path) -> None:
     run = resolved(tmp_path, grid={"train.seed": [0, 1, 2, 3]})
     report = stage(plan_sweep(run, WORK, RATES), "report")
     assert report.seconds == pytest.approx(5 + 2 * 6 * 96**2 * 24 * 1e-10)
+
+
+def test_every_two_seeds_of_a_learning_rate_are_compared(tmp_path: Path) -> None:
+    """On each of two hooks and at each of three rates: three k in a row for either seed, and three pairs of seeds."""
+    grid = {"sae.kind": ["topk"], "sae.k": [8, 16, 32], "train.lr": [1e-3, 3e-4, 1e-4], "train.seed": [0, 1]}
+    report = stage(plan_sweep(resolved(tmp_path, grid=grid, sae={"d_sae": 96}), WORK, RATES), "report")
+    assert report.flops == 2 * (2 * 3 * (2 * 2 + 3)) * 96**2 * 24
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_saes_are_measured_in_parts_that_fit_a_card(tmp_path: Path, streamed: bool) -> None:
+    """Two of three SAEs of a hook fit: one more part has two more spliced passes, and reads the rows once more."""
+    coefficients = {"sae.l1_coefficient": [1, 2, 3]}
+    run = resolved(tmp_path, train=ONE_EPOCH, sae={"d_sae": 20_000}, grid=coefficients)
+    run = replace(run, saes=run.saes[3:])
+    assert {sae.point.hook for sae in run.saes} == {"model.layers.1.mlp.down_proj"}
+    sizes, model = run.saes[0].sizes, FIXED_BYTES + 4 * run.table.parameters
+    tight = replace(GPU, memory=(model + measuring_bytes([sizes] * 2) + 1e3) / 0.95)
+    wide = replace(GPU, memory=1e12)
+    parts, whole = (
+        stage(plan_sweep(run, WORK, rates, gpus=1, streamed=streamed), "evaluate") for rates in (tight, wide)
+    )
+    assert whole.card - parts.card == 4 * 20_000 * 48
+    assert tight.memory is not None
+    assert parts.card < tight.memory
+    table, hook = run.table, run.table.require("model.layers.1.mlp.down_proj")
+    spliced = 2 * 256 * table.flops_per_token - 256 * table.hooks["model.layers.0"].flops_per_token
+    more = spliced + (4_000 * hook.flops_per_token if streamed else 0)
+    assert parts.flops - whole.flops == pytest.approx(more)
+    half = replace(run, config=replace(run.config, resources=replace(run.config.resources, gpus_per_actor=0.5)))
+    doubled = replace(tight, memory=2 * tight.memory)
+    assert stage(plan_sweep(half, WORK, doubled, gpus=1, streamed=streamed), "evaluate").flops == parts.flops
+    on_cpu = stage(plan_sweep(run, WORK, tight, streamed=streamed), "evaluate")
+    assert on_cpu.flops == whole.flops
