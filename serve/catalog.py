@@ -235,24 +235,30 @@ class Catalog:
 
     def _make_room(self) -> None:
         """Let go of what is above FEATURES_BYTES, under the lock; the SAE that was asked last stays as it is."""
-        for _, records in list(self._features.values())[:-1]:
-            if self._features_bytes() > FEATURES_BYTES:
-                records.let_contexts_go()
-        while len(self._features) > 1 and self._features_bytes() > FEATURES_BYTES:
-            self._features.popitem(last=False)
+        above = sum(_in_memory(records) for _, records in self._features.values()) - FEATURES_BYTES
+        older = [(name, records) for name, (_, records) in self._features.items()][:-1]
+        for _, records in older:
+            if above <= 0:
+                break
+            before = records.bytes
+            records.let_contexts_go()
+            above -= before - records.bytes
+        for name, records in older:
+            if above <= 0:
+                break
+            above -= _in_memory(records)
+            del self._features[name]
         self._listings = {name: kept for name, kept in self._listings.items() if name in self._features}
-
-    def _features_bytes(self) -> int:
-        return sum(records.bytes + ROW_BYTES * records.d_sae for _, records in self._features.values())
 
     def listing(self, sae_id: str) -> Listing:
         """One row for each feature, and its label; read once. Errors as of `features`; CorruptError is remembered."""
+        with self._lock:
+            known = self._known_listing(sae_id)
+            if known is not None:  # a search asks for all of them, so that nothing is added up here
+                self._features.move_to_end(sae_id)
+                return known
         try:
             records = self.features(sae_id)
-            with self._lock:
-                held = self._listings.get(sae_id)
-            if held is not None and held[0] is records:
-                return held[1]
             rows = records.table(LISTED).to_pylist()
         except CorruptError as error:
             self._note_damage(sae_id, error)
@@ -271,8 +277,13 @@ class Catalog:
     def known_rows(self, sae_id: str) -> list[dict[str, Any]] | None:
         """`rows` where they are in memory and nothing has to be read."""
         with self._lock:
-            features, held = self._features.get(sae_id), self._listings.get(sae_id)
-        return held[1].rows if features is not None and held is not None and held[0] is features[1] else None
+            known = self._known_listing(sae_id)
+        return known.rows if known is not None else None
+
+    def _known_listing(self, sae_id: str) -> Listing | None:
+        """That of the records in memory, under the lock."""
+        features, held = self._features.get(sae_id), self._listings.get(sae_id)
+        return held[1] if features is not None and held is not None and held[0] is features[1] else None
 
     def renew_features(self) -> None:
         """Look whether features that are in memory were written anew, so that no request has to wait for it."""
@@ -354,6 +365,11 @@ class Catalog:
                 if self.away_since is None:
                     self.away_since = time.time()
                     log.warning("store_away", extra={"fields": {"reason": str(error)}})
+
+
+def _in_memory(records: FeatureRecords) -> int:
+    """Bytes."""
+    return records.bytes + ROW_BYTES * records.d_sae
 
 
 def _told_apart(hosted: Mapping[str, Hosted]) -> dict[str, Hosted]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from midiscover.errors import CorruptError, NotFoundError, UserError
 from midiscover.features.collect import collect_chunk
 from midiscover.features.finish import Finisher
+from midiscover.features.records import FeatureRecords
 from midiscover.promoted import VERSION
 from midiscover.publish.names import checked_model_id
 from midiscover.serving import ServeConfig
@@ -138,6 +140,30 @@ def test_contexts_make_room_before_rows_do(described: Catalog, monkeypatch: pyte
     monkeypatch.setattr("serve.catalog.FEATURES_BYTES", rows - 1)
     described.features("c")
     assert [sae for sae in saes if described.known_rows(sae)] == ["b", "c"]
+
+
+def test_sizes_are_added_up_once_and_only_where_something_was_read(
+    described: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, saes = Path(described.storage.uri) / "saes", [f"a{number}" for number in range(30)]
+    for sae in saes:
+        shutil.copytree(folder / "a", folder / sae)
+        described.listing(sae)
+        described.features(sae).contexts(9)
+    asked: list[FeatureRecords] = []
+    size = FeatureRecords.bytes.fget
+    assert size is not None
+    monkeypatch.setattr(FeatureRecords, "bytes", property(lambda self: asked.append(self) or size(self)))
+    for sae in saes:
+        described.listing(sae)
+    assert asked == [], "a search of what is in memory"
+    described.features(saes[0])
+    assert len(asked) == len(saes)
+    asked.clear()
+    monkeypatch.setattr("serve.catalog.FEATURES_BYTES", 0)
+    described.features(saes[7])
+    assert [sae for sae in saes if described.known_rows(sae)] == [saes[7]]
+    assert len(asked) < 4 * len(saes)
 
 
 def test_damaged_features_are_told_of_until_they_are_whole(described: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
