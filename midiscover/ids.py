@@ -176,8 +176,10 @@ def _other_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    """A setting as in YAML."""
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    """A setting as in YAML; a list without spaces, since ", " parts settings, and a label of a chart into lines."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def recorded_settings(tree: Mapping[str, Any]) -> SaeConfig:

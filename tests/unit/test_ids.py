@@ -153,6 +153,13 @@ def test_a_variant_names_what_nothing_else_tells_apart() -> None:
         assert name == f"decoder {decoder}, lr {'null' if lr is None else lr}"
 
 
+def test_a_variant_is_parted_between_its_settings_only() -> None:
+    found = records(({"train.betas": ((0.0, 0.999), (0.9, 0.999)), "train.resample_at": ((), (0.3, 0.6))},))
+    parted = {tuple(name.split(", ")) for name in ids.variants(found)}
+    assert {len(parts) for parts in parted} == {2}
+    assert ("betas [0.9,0.999]", "resample_at [0.3,0.6]") in parted
+
+
 @pytest.mark.parametrize(
     "grid",
     [
@@ -184,5 +191,5 @@ def test_variants_of_one_architecture_are_no_matter_of_another() -> None:
     for given in (found, older):
         names = {(record["sae"]["kind"], name) for record, name in zip(given, ids.variants(given), strict=True)}
         assert ("topk", "") in names
-        assert ("standard", "resample_at [0.3, 0.6]") in names
+        assert ("standard", "resample_at [0.3,0.6]") in names
     assert ids.variants([{"id": "of another maker"}]) == [""]
