@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         for sae in saes
         for kind in config.formats
     ]
-    refuse_namesakes((export.record["id"], export.neuronpedia.folder) for export in exports)
+    refuse_namesakes((one.record["id"], one.neuronpedia.folder) for one in exports if one.kind == "neuronpedia")
     with Bars("publish") as bars:
         bars.say(f"{len(saes)} SAEs as {', '.join(config.formats)}")
         for number, export in enumerate(exports, 1):

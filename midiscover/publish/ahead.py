@@ -30,7 +30,8 @@ def require_publishable(resolved: Resolved) -> None:
                 f"publish.saes is '{publish.saes}', which fits none of the sweep's {len(resolved.saes)} SAEs; give "
                 "all, frontier, best or the beginning of an id."
             )
-        named = ((sae.id, neuronpedia_names(sae.recorded(), model, publish.neuronpedia)) for sae in chosen)
-        refuse_namesakes((sae, names.folder) for sae, names in named)
+        named = [(sae.id, neuronpedia_names(sae.recorded(), model, publish.neuronpedia)) for sae in chosen]
+        if "neuronpedia" in publish.formats:
+            refuse_namesakes((sae, names.folder) for sae, names in named)
     if publish.out:
         open_store(publish.out)

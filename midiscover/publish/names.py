@@ -39,14 +39,15 @@ def neuronpedia_names(record: Mapping[str, Any], model: str, wanted: Neuronpedia
 
 
 def refuse_namesakes(folders: Iterable[tuple[str, str]]) -> None:
-    """UserError where two SAEs (id, `Names.folder`) have one name: Neuronpedia would take the second one for the first,
-    and leave out its features."""
+    """UserError where two SAEs (id, `Names.folder`) that are exported for Neuronpedia have one name: it would take the
+    second one for the first, and leave out its features."""
     names: dict[str, str] = {}
     for sae, name in folders:
         if names.setdefault(name, sae) != sae:
             raise UserError(
                 f"{names[name]} and {sae} would both be {name.removeprefix('v1/')} on Neuronpedia; choose one of them "
-                "with --publish.saes, or export each with a --source-set of its own."
+                "with --publish.saes, leave neuronpedia out of --publish.formats, or export each with a --source-set of "
+                "its own."
             )
 
 

@@ -180,6 +180,15 @@ def test_bad_input(world: World, tmp_path: Path, arguments: tuple[str, ...], sen
     assert not list(store.glob("saes/*/exports/*"))
 
 
+def test_one_name_on_neuronpedia_matters_to_no_other_format(world: World, tmp_path: Path) -> None:
+    done = midiscover(
+        *("publish", str(world.config), "--publish.formats", "[saelens]", "--publish.neuronpedia.source_set", "one"),
+        *("--publish.out", str(tmp_path), "--store", str(world.store)),
+    )
+    assert done.code == 0, done.err
+    assert {path.parent.parent.name for path in tmp_path.glob("*/saelens/manifest.json")} == set(world.saes)
+
+
 def test_features_are_needed_first(world: World, tmp_path: Path) -> None:
     store = shutil.copytree(world.store, tmp_path / "store")
     for folder in (*store.glob("saes/*/exports"), *store.glob("saes/*/features")):

@@ -40,6 +40,7 @@ def ahead(folder: Path, publish: dict[str, object], grid: object = None) -> None
         ({"neuronpedia": {"source_set": "a.b"}}, None, "'a.b' can't be a source set of Neuronpedia"),
         ({"neuronpedia": {"model": "Phi 2!"}}, None, "'Phi 2!' can't be a model of Neuronpedia"),
         ({"saes": "all", "neuronpedia": {"source_set": "one"}}, None, r"l0.* and l0.* would both be .*/0-one on"),
+        ({"formats": ["saelens"], "neuronpedia": {"source_set": "a.b"}}, None, "'a.b' can't be a source set"),
         ({"saes": "all"}, TWICE, r"l0.* and l0.* would both be .*/0-mdc-mlp-.*-l1-1 on Neuronpedia"),
     ],
 )
@@ -48,9 +49,10 @@ def test_what_can_not_be(folder: Path, publish: dict[str, object], grid: object,
         ahead(folder, publish, grid)
 
 
-def test_what_only_the_sweep_can_tell_is_left_to_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_and_what_only_the_sweep_can_tell_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead(folder, {"saes": "best", "neuronpedia": {"source_set": "one"}})  # of each hook one
     ahead(folder, {"saes": "frontier"}, TWICE)
+    ahead(folder, {"saes": "all", "formats": ["saelens", "bundle"]}, TWICE)  # their folders have the ids for names
     ahead(folder, {"saes": "l1.mlp", "out": str(folder / "out")})
     assert (folder / "out").is_dir()
     monkeypatch.setenv("HF_TOKEN", "hf_token")
