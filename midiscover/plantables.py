@@ -115,6 +115,8 @@ def inputs(plan: Plan) -> str:
     rates, work = plan.rates, plan.work
     about = "" if work.exact else "about "
     source = f"measured {rates.measured[:10]}" if rates.measured else "reckoned from its data sheet, not measured"
+    if rates.instead_of:
+        source += f" ({rates.instead_of} is of another version of miDiscover; `midiscover calibrate` measures it anew)"
     return (
         f"{plan.saes} SAEs in {plan.packs} packs, {about}{work.train:,} training and {work.held_out:,} held-out "
         f"tokens; rates of {rates.device}, {source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s in "

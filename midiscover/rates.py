@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from midiscover.errors import ConfigError, NotFoundError
@@ -67,6 +67,8 @@ class Rates:
     """Seconds until something works: driver, ray, worker, trial, figures."""
     memory: float | None = None
     """Bytes of a GPU."""
+    instead_of: str | None = None
+    """Key of measured rates in the store which are of another version, so that these are reckoned from a data sheet."""
 
     def tree(self) -> dict[str, Any]:
         """As JSON has it: costs by their names."""
@@ -157,8 +159,19 @@ def write_rates(storage: Storage, rates: Rates) -> str:
 def read_rates(storage: Storage, device: str) -> Rates:
     """Measured rates of the one device that is called `device`, or whose name has its words: `h200` is NVIDIA H200.
 
-    NotFoundError where there are none, ConfigError where several devices are called so.
+    NotFoundError where there are none, ConfigError where several devices are called so, or where the rates are of
+    another version of miDiscover.
     """
+    key = _find(storage, device)
+    tree = json.loads(storage.read(key))
+    if tree.pop("v", None) != VERSION:
+        raise ConfigError(f"{key} is of another version of miDiscover; `midiscover calibrate` measures it anew.")
+    steps = {kind: StepCost(**cost) for kind, cost in tree.pop("steps").items()}
+    return Rates(**tree, steps=steps)
+
+
+def _find(storage: Storage, device: str) -> str:
+    """The key of a device's rates. NotFoundError where there are none, ConfigError where several are called so."""
     known = {key.rpartition("/")[2].removesuffix(".json"): key for key in storage.list(layout.RATES)}
     wanted = slug(device)
     # Whole words: a10 is no a100, and l4 no l40s.
@@ -174,27 +187,27 @@ def read_rates(storage: Storage, device: str) -> Rates:
             f"The store {storage.uri} has no rates of {device}; {have}. `midiscover calibrate` "
             "measures those of this machine in about a minute."
         )
-    return _from_tree(json.loads(storage.read(known[fits[0]])), known[fits[0]])
+    return known[fits[0]]
 
 
 def known_rates(storage: Storage | None, device: str, model_dtype: str, train_dtype: str) -> Rates:
-    """Those of a device that the store has, in whatever precision they were measured, else those of its data sheet.
+    """Those of a device that the store has, in whatever precision they were measured, else those of its data sheet,
+    as where the store's are of another version of miDiscover.
 
     ConfigError where there is none either, or where `device` is the name of several.
     """
+    older = None
     if storage is not None:
         try:
-            return read_rates(storage, device)
+            key = _find(storage, device)
         except NotFoundError:
             pass
-    return of_sheet(device, model_dtype, train_dtype)
-
-
-def _from_tree(tree: dict[str, Any], key: str) -> Rates:
-    if tree.pop("v", None) != VERSION:
-        raise ConfigError(f"{key} is of another version of miDiscover; `midiscover calibrate` measures it anew.")
-    steps = {kind: StepCost(**cost) for kind, cost in tree.pop("steps").items()}
-    return Rates(**tree, steps=steps)
+        else:
+            is_ours = json.loads(storage.read(key)).get("v") == VERSION
+            if is_ours or slug(device) not in SHEETS:
+                return read_rates(storage, device)
+            older = key
+    return replace(of_sheet(device, model_dtype, train_dtype), instead_of=older)
 
 
 def slug(device: str) -> str:

@@ -46,8 +46,8 @@ def refuse_namesakes(folders: Iterable[tuple[str, str]]) -> None:
         if names.setdefault(name, sae) != sae:
             raise UserError(
                 f"{names[name]} and {sae} would both be {name.removeprefix('v1/')} on Neuronpedia; choose one of them "
-                "with --publish.saes, leave neuronpedia out of --publish.formats, or export each with a --source-set of "
-                "its own."
+                "with --publish.saes, leave neuronpedia out of --publish.formats, or export each with a "
+                "--source-set of its own."
             )
 
 

@@ -11,6 +11,7 @@ import pytest
 from jobs.harvest import model_place
 from jobs.runtime import Slots
 from midiscover.calibrate import _passes
+from midiscover.cli import main
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, NotFoundError
 from midiscover.rates import known_rates, of_sheet, read_rates, write_rates
@@ -67,6 +68,25 @@ def test_rates_of_an_older_midiscover_are_refused(tmp_path: Path) -> None:
     storage.write(key, json.dumps(tree).encode())
     with pytest.raises(ConfigError, match=r"rates/cpu.json is of another version .* measures it anew"):
         read_rates(storage, "cpu")
+
+
+def test_a_sheet_stands_in_for_rates_of_an_older_midiscover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, store = write_run(tmp_path), tmp_path / "store"
+    storage = LocalStorage(store)
+    for device in ("NVIDIA H200", "NVIDIA B200", "CPU"):
+        key = write_rates(storage, replace(RATES, device=device))
+        storage.write(key, json.dumps(json.loads(storage.read(key)) | {"v": 1}).encode())
+    sheet = of_sheet("h200", *HALF)
+    assert sheet.instead_of is None
+    assert known_rates(storage, "H200", *HALF) == replace(sheet, instead_of="rates/nvidia-h200.json")
+    for device, name in (("b200", "nvidia-b200"), ("cpu", "cpu")):
+        with pytest.raises(ConfigError, match=f"rates/{name}.json is of another version"):
+            known_rates(storage, device, *HALF)
+    assert main(["plan", str(config), "--store", str(store), "--gpus", "8"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "NVIDIA H200, reckoned from its data sheet, not measured (rates/nvidia-h200.json is of another" in told
+    write_rates(storage, replace(RATES, device="NVIDIA H200"))
+    assert known_rates(storage, "H200", *HALF).measured == RATES.measured
 
 
 def test_a_hook_before_the_first_product_leaves_no_rate_of_nothing(tmp_path: Path) -> None:
