@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from tests.faults.slow import SLOW
-from tests.faults.test_kills import TRIAL, checkpoints, finish, kill, kill_driver, ray_worker, start, wait_for
+from tests.faults.test_kills import checkpoints, finish, kill, kill_driver, ray_worker, start, wait_for
+from tests.processes import TRIAL
 from tests.runs import weights, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,12 +22,12 @@ import pytest
 
 from tests.faults.slow import SLOW
 from tests.jobs_cli import command, environment
+from tests.processes import TRIAL, frozen, is_called
 from tests.runs import blocks, weights, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SEED = int(os.environ.get("MIDISCOVER_TEST_SEED", random.SystemRandom().randrange(10**6)))
-TRIAL = ("pack_trial", "ImplicitFunc")
 """Titles of the process that trains a pack in a Tune trial."""
 ONE_PACK = ("--harvest.hooks", "[model.layers.1.mlp.down_proj]", "--resources.pack_size", "2")
 
@@ -102,11 +102,9 @@ def ray_workers(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> lis
     """The Ray workers below the driver whose titles name one of these, the busiest last."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if any(title in " ".join(process.cmdline()) for title in titles):
+        with suppress(psutil.NoSuchProcess):
+            if is_called(process, titles):
                 found.append((process.cpu_times().user, process.pid))
-        except psutil.NoSuchProcess:
-            continue
     assert found, f"no process called {' or '.join(titles)}"
     return [psutil.Process(pid) for _, pid in sorted(found)]
 
@@ -114,19 +112,6 @@ def ray_workers(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> lis
 def ray_worker(driver: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
     """The busiest of them."""
     return ray_workers(driver, titles)[-1]
-
-
-@contextmanager
-def frozen(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Processes that do nothing in the body, and go on after it where they are still there."""
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
 
 
 def kill_worker(driver: subprocess.Popen[bytes], *titles: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import requests
 
@@ -16,6 +17,7 @@ from midiscover.store.storage import open_store
 from tests.clusters import LocalCluster, local_cluster
 from tests.jobs_cli import Done, command, environment, midiscover
 from tests.postgres import fresh_database
+from tests.processes import TRIAL, frozen, is_called
 from tests.runs import weights, write_run
 from tests.s3 import S3Server, s3_server
 
@@ -125,6 +127,20 @@ def test_the_doctor_looks_at_every_node(world: World) -> None:
     assert world.server.environment["AWS_SECRET_ACCESS_KEY"] not in done.out
 
 
+def stop_at_a_checkpoint(world: World, job: str, following: subprocess.Popen[bytes]) -> Done:
+    """What trains is frozen from before a checkpoint is seen until the job is stopped, so that it can't end before."""
+    storage = open_store(world.store)
+    ends = time.monotonic() + 240
+    while True:
+        below = [one for node in world.cluster.nodes for one in psutil.Process(node.pid).children(recursive=True)]
+        with frozen([one for one in below if is_called(one, TRIAL)]):
+            if any("/packs/" in key for key in storage.list("sweeps")):
+                return midiscover("jobs", "stop", job[:12], env=world.mine)
+        assert time.monotonic() < ends, "no checkpoint within 240 s"
+        assert following.poll() is None, "the job ended before a checkpoint"
+        time.sleep(0.2)
+
+
 def test_a_job_is_stopped_and_goes_on_later(world: World) -> None:
     slow = ("--name", "slow", "--train.epochs", "40", "--train.checkpoint_every", "0.2", "--store", world.store)
     done = midiscover("sweep", str(world.config), *slow, "--detach", env=world.mine)
@@ -140,13 +156,7 @@ def test_a_job_is_stopped_and_goes_on_later(world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in world.server.environment.items():
             patch.setenv(name, value)
-        storage = open_store(world.store)
-        ends = time.monotonic() + 240
-        while not any("/packs/" in key for key in storage.list("sweeps")):
-            assert time.monotonic() < ends, "no checkpoint within 240 s"
-            assert following.poll() is None, "the job ended before a checkpoint"
-            time.sleep(0.2)
-    stopped = midiscover("jobs", "stop", job[:12], env=world.mine)
+        stopped = stop_at_a_checkpoint(world, job, following)
     assert stopped.code == 0, stopped.err
     assert f"{job}: stopped" in stopped.out
     following.communicate(timeout=60)

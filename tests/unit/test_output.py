@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 from tests.jobs_cli import environment
+from tests.tiny import make_tiny_model
 
 COMMAND = (sys.executable, "-m", "midiscover.cli")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "embedded"), ("inspect", "embedded", "--json")])
-def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...]) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_model("llama", tmp_path_factory.mktemp("output") / "model"))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect",), ("inspect", "--json")])
+def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...], model: str) -> None:
+    arguments = (*arguments, model) if arguments[0] == "inspect" else arguments
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60
@@ -23,8 +30,9 @@ def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...]) -> None:
     assert done.stderr == "error: the output can't be written: No space left on device.\n"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "embedded")])
-def test_a_reader_who_has_gone_is_no_error(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect",)])
+def test_a_reader_who_has_gone_is_no_error(arguments: tuple[str, ...], model: str) -> None:
+    arguments = (*arguments, model) if arguments[0] == "inspect" else arguments
     with subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     ) as command:
