@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ import ray
 
 from jobs.board import Board, Event, watched
 from jobs.halving import in_parts
-from jobs.harvest import announce_reader, commit_manifests, ensure_corpus, harvest
+from jobs.harvest import commit_manifests, ensure_corpus, harvest
 from jobs.progress import Bars
+from jobs.readers import Reading
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
 from midiscover import tables
 from midiscover.config import FeaturesConfig, ResourcesConfig, RunConfig
@@ -188,8 +189,7 @@ class FeaturesRun:
             for sae in todo:
                 sites.setdefault(_site(self.records[sae]), []).append(sae)
             with ray_session(self.resources.nodes, self.bars.say) as cluster:
-                self._ensure_rows(sites, cluster)
-                self._collect(sites, identities, cluster)
+                self._read(sites, identities, cluster)
         manifests = [open_features(self.storage, sae, self.run.features_id).manifest for sae in self.target.saes]
         self._track(todo)
         return manifests
@@ -203,10 +203,14 @@ class FeaturesRun:
             for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):
                 self.storage.delete(key)
 
+    def _read(self, sites: Mapping[Site, list[str]], identities: Mapping[str, ModelIdentity], cluster: Cluster) -> None:
+        with Reading(self.storage, (site.harvest_id for site in sites)) as reading:
+            self._ensure_rows(sites, cluster)
+            self._collect(sites, identities, cluster, reading)
+
     def _ensure_rows(self, sites: Mapping[Site, list[str]], cluster: Cluster) -> None:
         """Harvest again what is gone, or was never there, as for SAEs from elsewhere."""
         lacking: dict[str, list[Record]] = {}
-        self._announce(sites)
         for site, saes in sites.items():
             has_rows = is_harvested(self.storage, site.harvest_id, site.hook)
             if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
@@ -216,10 +220,6 @@ class FeaturesRun:
             lacking.setdefault(site.harvest_id, []).append(self.records[saes[0]])
         for harvest_id, records in lacking.items():
             self._harvest(harvest_id, records, cluster)
-
-    def _announce(self, sites: Iterable[Site]) -> None:
-        for harvest_id in dict.fromkeys(site.harvest_id for site in sites):
-            announce_reader(self.storage, harvest_id)
 
     def _harvest(self, harvest_id: str, records: Sequence[Record], cluster: Cluster) -> None:
         """One pass of the language model for the hooks of all these SAEs, whose harvest is the same."""
@@ -240,12 +240,16 @@ class FeaturesRun:
             commit_manifests(resolved, corpus, self.storage)
 
     def _collect(
-        self, sites: Mapping[Site, list[str]], identities: Mapping[str, ModelIdentity], cluster: Cluster
+        self,
+        sites: Mapping[Site, list[str]],
+        identities: Mapping[str, ModelIdentity],
+        cluster: Cluster,
+        reading: Reading,
     ) -> None:
         slots = model_slots(cluster, replace(self.resources, gpus_per_model=1))  # no language model is loaded
         plans = {site: self.run.plan(site) for site in sites}
         counts = {site: len(plan.chunks(slots.count)) for site, plan in plans.items()}
-        counter = _Rows(self.bars, sum(plan.rows for plan in plans.values()), lambda: self._announce(sites))
+        counter = _Rows(self.bars, sum(plan.rows for plan in plans.values()), reading.announce)
         with watched("features", counter.on_event, stall_seconds=self.resources.stall_seconds) as board:
             items = [
                 json.dumps({"site": site, "chunk": chunk, "chunks": counts[site], "saes": saes})

@@ -20,7 +20,6 @@ import torch
 from jobs.board import Board, Event, watched
 from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
-from midiscover import lineage
 from midiscover.config import Dtype
 from midiscover.cores import compute_on
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
@@ -42,7 +41,6 @@ from midiscover.store.blocks import (
     write_manifest,
     write_tokens_manifest,
 )
-from midiscover.store.documents import dump
 from midiscover.store.manifest import BlockSpan
 from midiscover.store.storage import Storage
 
@@ -176,14 +174,6 @@ def missing_spans(resolved: Resolved, corpus: CorpusManifest, storage: Storage) 
             done[hook] = set(committed(storage, resolved.harvest_id, hook, take_back=True))
     spans = [(span, [hook for hook in resolved.hooks if span.index not in done[hook]]) for span in plan]
     return [(span, hooks) for span, hooks in spans if hooks]
-
-
-def announce_reader(storage: Storage, harvest_id: str) -> None:
-    """Keep a harvest from being removed for a day; for jobs that read it on behalf of no unfinished sweep.
-
-    Said before anybody looks whether it is there: a removal that saw no reader is then seen by the reader.
-    """
-    storage.write(layout.harvest_reader(harvest_id), dump({"v": 1, "began": lineage.now(), "owner": lineage.owner()}))
 
 
 def harvest(prepared: Prepared, corpus: CorpusManifest, cluster: Cluster, bars: Bars) -> None:

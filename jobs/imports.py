@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation import measure
-from jobs.harvest import announce_reader, commit_manifests, ensure_corpus, harvest, missing_spans
+from jobs.harvest import commit_manifests, ensure_corpus, harvest, missing_spans
 from jobs.progress import Bars
+from jobs.readers import Reading
 from jobs.runtime import model_slots, ray_session, run_main
 from midiscover import tables
 from midiscover.config import CorpusConfig, ModelConfig, RunConfig
@@ -158,15 +159,15 @@ class ImportRun:
         if corpus.windows["held_out"] == 0:
             raise CorpusError(f"The corpus {corpus.id} has no held-out window to measure on; give more text.")
         evaluation = layout.evaluation(self.sae.id, self.resolved.evaluation_id)
-        announce_reader(self.storage, self.resolved.harvest_id)
-        unread = bool(missing_spans(self.resolved, corpus, self.storage))
-        if unread or not self.storage.exists(evaluation):
-            with ray_session(self.resolved.config.resources.nodes, self.bars.say) as cluster:
-                harvest(self.prepared, corpus, cluster, self.bars)
-                commit_manifests(self.resolved, corpus, self.storage)
-                self._write(corpus)
-                slots = model_slots(cluster, self.resolved.config.resources)
-                measure(self.resolved, self.storage, by_site([self.sae]), slots, self.bars)
+        with Reading(self.storage, [self.resolved.harvest_id]):
+            unread = bool(missing_spans(self.resolved, corpus, self.storage))
+            if unread or not self.storage.exists(evaluation):
+                with ray_session(self.resolved.config.resources.nodes, self.bars.say) as cluster:
+                    harvest(self.prepared, corpus, cluster, self.bars)
+                    commit_manifests(self.resolved, corpus, self.storage)
+                    self._write(corpus)
+                    slots = model_slots(cluster, self.resolved.config.resources)
+                    measure(self.resolved, self.storage, by_site([self.sae]), slots, self.bars)
         self._write(corpus)
         metrics = (read_json(self.storage, evaluation) or {})["metrics"]
         record = commit_record(self.storage, self.sae, self.resolved, metrics=metrics, imported=self._origin())

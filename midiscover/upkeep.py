@@ -7,7 +7,7 @@ old, so that what a running job has just written is left alone.
 Activations are no garbage: features, verification and another SAE of the same hook read them. They go where
 `resources.keep_activations` of every sweep that uses them lets them go, or where that is asked for; what is needed of
 them later is then harvested again, from the record of the SAE. A sweep that is unfinished names what it uses in its
-sweep.json; another job that begins to read writes `layout.harvest_reader`, and the harvest is young again.
+sweep.json; another job writes `layout.harvest_reader` while it reads.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
             case [layout.SAES, name, "record.json" | "evaluations", *_] if name in saes:
                 ended = max(ended, entry.modified)
     for harvest, entries in _harvests(found).items():
-        reader = found.entries.get(layout.harvest_reader(harvest))
-        is_read = reader is not None and time.time() - reader.modified < GRACE_SECONDS
+        words = [entry for entry in entries if entry.key.startswith(f"{layout.harvest_readers(harvest)}/")]
+        is_read = any(time.time() - entry.modified < GRACE_SECONDS for entry in words)
         if is_read or max(entry.modified for entry in entries) > ended:
             ours.discard(harvest)
     return [one for one in spent_activations(found, grace=0) if one.key.split("/")[1] in ours]
@@ -200,14 +200,15 @@ def remove(found: Survey, waste: Iterable[Waste]) -> int:
 
 def _is_taken_up(found: Survey, harvest: str) -> bool:
     """Whether a sweep or another job has begun to use a harvest since the store was listed."""
-    storage, reader = found.storage, layout.harvest_reader(harvest)
+    storage, readers = found.storage, layout.harvest_readers(harvest)
     fresh = {
         entry.key: entry
-        for entry in (*storage.entries(layout.SWEEPS), *storage.entries(reader.rpartition("/")[0]))
+        for entry in (*storage.entries(layout.SWEEPS), *storage.entries(readers))
         if found.entries.get(entry.key) != entry
     }
     sweeps, unreadable = _documents(storage, fresh, layout.SWEEPS, "sweep.json")
-    return bool(unreadable) or reader in fresh or any(harvest in _harvests_of(found, one) for one in sweeps.values())
+    is_read = any(key.startswith(f"{readers}/") for key in fresh)
+    return bool(unreadable) or is_read or any(harvest in _harvests_of(found, one) for one in sweeps.values())
 
 
 def _documents(

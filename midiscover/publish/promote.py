@@ -149,7 +149,10 @@ def _whole(storage: Storage, entry: Entry) -> Entry:
     """With `output_hook`, which entries once lacked."""
     if "output_hook" in entry:
         return entry
-    record = read_json(storage, layout.record(entry["id"])) or {}
+    try:
+        record = read_json(storage, layout.record(entry["id"])) or {}
+    except CorruptError:  # whoever promotes another one can't help it
+        record = {}
     return entry | {"output_hook": record.get("output_hook") or entry["hook"]}
 
 

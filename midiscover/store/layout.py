@@ -80,9 +80,14 @@ def harvest_folder(harvest_id: str) -> str:
     return f"{ACTIVATIONS}/{harvest_id}"
 
 
-def harvest_reader(harvest_id: str) -> str:
-    """The word that a job has begun to read a harvest that no unfinished sweep names; it keeps the harvest young."""
-    return f"{harvest_folder(harvest_id)}/readers/last.json"
+def harvest_readers(harvest_id: str) -> str:
+    """Folder of the words of jobs that read a harvest."""
+    return f"{harvest_folder(harvest_id)}/readers"
+
+
+def harvest_reader(harvest_id: str, name: str) -> str:
+    """The word of one that no unfinished sweep speaks for; it keeps the harvest for a day."""
+    return f"{harvest_readers(harvest_id)}/{name}.json"
 
 
 def hook_folder(harvest_id: str, hook: str) -> str:

@@ -94,7 +94,7 @@ class Database:
         self._answers = False
         how: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _connect_args(url)}
         only_reads = url.get_backend_name() == "sqlite" and url.query.get("mode") == "ro"
-        if only_reads:
+        if only_reads and not (url.database or "").startswith("file:"):  # else somebody knows what SQLite is to be told
             how = {"poolclass": NullPool, "creator": partial(_connect_to_read, Path(url.database or ""))}
         try:
             self._engine = create_engine(url, hide_parameters=True, **how)

@@ -221,7 +221,7 @@ def test_activations_that_a_job_reads_or_has_just_written_stay(storage: LocalSto
         os.utime(path, (now - 7200, now - 7200))
     assert len(spent_activations(survey(storage), grace=3600, now=now)) == len(files)
     assert len(spent_by(survey(storage), "s.1")) == len(files)
-    for fresh in (f"{HOOK}/{A}", layout.harvest_reader("h.1")):
+    for fresh in (f"{HOOK}/{A}", layout.harvest_reader("h.1", "one")):
         storage.write(fresh, b"rows")
         os.utime(tmp_path / fresh, (now - 100, now - 100))  # after the records
         for asked in (True, False):
@@ -229,7 +229,7 @@ def test_activations_that_a_job_reads_or_has_just_written_stay(storage: LocalSto
         assert spent_by(survey(storage), "s.1") == []
         os.utime(tmp_path / fresh, (now - 7200, now - 7200))
     # Somebody who said so before the sweep ended may read on for a day.
-    reader = tmp_path / layout.harvest_reader("h.1")
+    reader = tmp_path / layout.harvest_reader("h.1", "one")
     assert spent_by(survey(storage), "s.1") == []
     os.utime(reader, (now - GRACE_SECONDS - 60, now - GRACE_SECONDS - 60))
     assert len(spent_by(survey(storage), "s.1")) == len(files) + 1
@@ -276,7 +276,7 @@ def test_a_harvest_that_somebody_begins_to_use_while_it_is_removed_stays(
         real(self, key)
         deleted.append(key)
         if how == "reader":
-            storage.write(layout.harvest_reader("h.1"), b"{}")
+            storage.write(layout.harvest_reader("h.1", "one"), b"{}")
         else:
             text = json.dumps(sweep("s.3", ["new"])) if how == "sweep" else "{"
             storage.write("sweeps/s.3/sweep.json", text.encode())

@@ -41,15 +41,19 @@ def test_one_pass_of_each_language_model_for_all_hooks(tmp_path: Path, monkeypat
     passes: list[tuple[str, set[str]]] = []
 
     def harvest(asked: Prepared, *_: Any) -> None:
-        assert run.storage.exists(layout.harvest_reader(asked.resolved.harvest_id)), "before it is looked for"
+        assert run.storage.list(layout.harvest_readers(asked.resolved.harvest_id)), "before it is looked for"
         passes.append((asked.resolved.harvest_id, set(asked.resolved.hooks)))
 
     monkeypatch.setattr(jobs.features, "harvest", harvest)
     monkeypatch.setattr(jobs.features, "ensure_corpus", lambda *_: None)
     monkeypatch.setattr(jobs.features, "commit_manifests", lambda *_: None)
-    run._ensure_rows(sites, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(run, "_collect", lambda *_: None)
+    run._read(sites, {}, None)  # type: ignore[arg-type]
     hooks = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
     assert passes == [(part.harvest_id, hooks) for part in prepared.resolved.parts()]
+    assert not [
+        word for part in prepared.resolved.parts() for word in run.storage.list(layout.harvest_readers(part.harvest_id))
+    ]
 
 
 def test_who_reads_for_days_says_so_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,6 +298,17 @@ def test_who_may_only_read_sees_what_others_write_meanwhile(as_anybody: Path, mo
         assert len(reader.list_keys()) == 3
 
 
+def test_an_address_may_say_that_a_file_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with Tracker.for_store(open_store(str(tmp_path))) as tracker:
+        tracker.start_sweep(samples.sweep())
+    for address in (f"sqlite:///file:{tmp_path}/tracker.db", f"sqlite:///{tmp_path}/tracker.db"):
+        with Tracker.open(f"{address}?mode=ro&uri=true") as tracker:
+            assert [run["name"] for run in tracker.list_runs()] == ["demo"]
+            with pytest.raises(TrackingError, match="readonly"):
+                tracker.finish_sweep(samples.sweep()["id"], "done")
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="becomes another user")
 def test_a_log_that_nobody_put_back_is_told(as_anybody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
