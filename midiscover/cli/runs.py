@@ -90,7 +90,7 @@ def _compared(tracker: Tracker, names: Sequence[str]) -> dict[str, list[dict[str
 
 def _variant(within: Mapping[str, Mapping[str, Any]]) -> str:
     """`demo and wide, lr 0.001`, of one SAE's row in each sweep that has it; a sweep names what differs within it."""
-    settings = dict.fromkeys(row.get("variant") for row in within.values())
+    settings = dict.fromkeys(text for row in within.values() for text in (row.get("variant") or "").split(", "))
     return ", ".join(filter(None, (" and ".join(within), *settings)))
 
 

@@ -98,6 +98,21 @@ def test_an_sae_of_several_sweeps_has_the_settings_that_any_of_them_names(
     assert rows[tuned["sae_id"]] == f"{rates['id']}, lr 0.001"
 
 
+def test_a_setting_that_several_sweeps_name_stands_once(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = samples.plan(samples.HOOKS[0], 3.0)
+    names = []
+    with Tracker.for_store(open_store(str(store))) as tracker:
+        for place, train in enumerate(({"lr": 1e-3}, {"lr": 1e-3, "betas": [0.0, 0.999]})):
+            other = first | {"sae_id": first["sae_id"][:-1] + "yz"[place]}
+            other |= {"settings": first["settings"] | {"train": first["settings"]["train"] | train}}
+            sweep = samples.sweep(f"s{place}", saes=[first, other], sae_ids=[first["sae_id"], other["sae_id"]])
+            tracker.start_sweep(sweep)
+            tracker.record_sae(samples.record(other))
+            names.append(sweep["id"])
+    rows = {row["sae_id"]: row["variant"] for row in compared(store, capsys, *names)["saes"]}
+    assert rows[first["sae_id"]] == f"{' and '.join(names)}, lr 0.0003, betas [0.9,0.999]"
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
