@@ -14,7 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from midiscover.config import CorpusConfig, EvaluateConfig, FeaturesConfig, HarvestConfig, ModelConfig, SaePoint
+from midiscover.config import (
+    CorpusConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    HarvestConfig,
+    ModelConfig,
+    SaePoint,
+    TrainConfig,
+)
 from midiscover.saeconfig import SAE_KINDS, UNSTEPPED_CONTROLS, L1Config, PenaltyConfig, SaeConfig, TopKConfig
 
 HASH_LENGTH = 10
@@ -156,7 +164,7 @@ def variants(records: Sequence[Mapping[str, Any]]) -> list[str]:
     differ: dict[str, set[str]] = {}
     for (kind, *_), members in groups.items():
         for name in {name: None for member in members for name in member}:
-            if len({canonical_json(member.get(name, LATER_SETTINGS.get(name))) for member in members}) > 1:
+            if len({canonical_json(member.get(name)) for member in members}) > 1:
                 differ.setdefault(kind, set()).add(name)
     named = [
         differ.get(record["sae"]["kind"], set()) if other else () for record, other in zip(records, found, strict=True)
@@ -171,8 +179,14 @@ def _other_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that have no name of their own in tables and charts; of a control that takes no step, none of steps."""
     sae = record.get("sae") or {}
     train = {} if sae.get("control") in UNSTEPPED_CONTROLS else record.get("train") or {}
-    settings = {**sae, **train} if sae else {}
+    settings = _whole(SAE_KINDS[sae["kind"]], sae) | _whole(TrainConfig, train) if sae else {}
     return {name: value for name, value in settings.items() if name not in (*TOLD_APART, *UNCOUNTED)}
+
+
+def _whole(config: type[SaeConfig | TrainConfig], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings in the order of `config`, with those that came after the record; none where none are known."""
+    known = LATER_SETTINGS | dict(tree) if tree else {}
+    return {name: known[name] for name in config.__dataclass_fields__ if name in known}
 
 
 def _value(value: Any) -> str:

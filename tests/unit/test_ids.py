@@ -193,3 +193,16 @@ def test_variants_of_one_architecture_are_no_matter_of_another() -> None:
         assert ("topk", "") in names
         assert ("standard", "resample_at [0.3,0.6]") in names
     assert ids.variants([{"id": "of another maker"}]) == [""]
+
+
+def test_a_record_older_than_a_setting_has_the_variant_that_a_later_one_has() -> None:
+    later = records(({"sae.decoder": ("free", "unit_norm"), "train.resample_at": ((), (0.3, 0.6))},))
+    older = [
+        record | {part: {k: v for k, v in record[part].items() if v not in ("free", [])} for part in ("sae", "train")}
+        for record in later
+    ]
+    assert ["decoder" in record["sae"] for record in older] == [False, False, True, True] * 2
+    assert ["resample_at" in record["train"] for record in older] == [False, True] * 4
+    names = [f"decoder {d}, resample_at {shares}" for d in ("free", "unit_norm") for shares in ("[]", "[0.3,0.6]")]
+    assert ids.variants(later) == ids.variants(older) == names * 2
+    assert ids.variants([*older[:1], *later[1:]]) == names * 2
