@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from midiscover.frontier import is_control, place
+from midiscover.saeconfig import SAE_KINDS
 from midiscover.summary import Row, strength
 
 BASELINES = ("untrained", "frozen_decoder")
@@ -36,9 +37,10 @@ def neighbours(rows: Sequence[Row]) -> list[Pair]:
     - `kind`: every two architectures with the same sparsity setting; l1 of one and k of another are not the same.
     - `control`: a trained SAE and one that learned no directions, untrained or with a frozen decoder.
 
-    Both of a pair have the same `variant`; of two architectures, one's may name fewer settings than the other's. A
-    control is held against the trained SAEs of its variant or, where there are none, against those of every variant.
-    Otherwise controls are not compared. SAEs that differ in what a row does not hold count once, the first of them.
+    Both of a pair have the same `variant`; of two architectures, one's may also name settings that the other doesn't
+    have. A control is held against the trained SAEs of its variant or, where there are none, against those of every
+    variant. Otherwise controls are not compared. SAEs that differ in what a row does not hold count once, the first
+    of them.
     """
     unique: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -49,7 +51,7 @@ def neighbours(rows: Sequence[Row]) -> list[Pair]:
         *_along("seed", learned, every=True),
         *_along("sparsity", learned, every=False),
         *_of_controls([*learned, *baselines]),
-        *(pair for pair in _along("kind", learned, every=True, across=True) if _agree(pair.a, pair.b)),
+        *(pair for pair in _along("kind", learned, every=True, across=True) if _same_but_own(pair)),
         *_along("width", learned, every=False),
     ]
 
@@ -101,8 +103,22 @@ def _of_controls(rows: Sequence[Row]) -> Iterator[Pair]:
 
 def _agree(a: Row, b: Row) -> bool:
     """Whether all settings that the variant of one names are those of the other's."""
-    first, second = (set(filter(None, (row.get("variant") or "").split(", "))) for row in (a, b))
+    first, second = _named(a), _named(b)
     return first <= second or second <= first
+
+
+def _same_but_own(pair: Pair) -> bool:
+    """Whether two architectures agree, and what only one's variant names is a setting that only this one has.
+
+    A variant names what differs within its architecture: a learning rate that it leaves out may still be another.
+    """
+    own = SAE_KINDS[pair.a["kind"]].__dataclass_fields__.keys() ^ SAE_KINDS[pair.b["kind"]].__dataclass_fields__.keys()
+    return _agree(pair.a, pair.b) and {text.partition(" ")[0] for text in _named(pair.a) ^ _named(pair.b)} <= own
+
+
+def _named(row: Row) -> set[str]:
+    """The settings of a variant, each with its value: `lr 0.001`."""
+    return set(filter(None, (row.get("variant") or "").split(", ")))
 
 
 def _along(axis: str, rows: Sequence[Row], *, every: bool, across: bool = False) -> Iterator[Pair]:

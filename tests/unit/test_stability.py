@@ -184,6 +184,18 @@ def test_an_architecture_without_a_setting_is_compared_with_each_of_its_values()
     assert pair_row(control, agreement(torch.eye(4), torch.eye(4)), (4, 4))["setting"] == "topk 64 k 32 seed 0 lr 1"
 
 
+def test_an_architecture_that_leaves_out_a_setting_which_it_has_is_no_neighbour() -> None:
+    """Its learning rate may be a third one; AuxK is BatchTopK's as well, and only it has a decaying threshold."""
+
+    def compared(topk: str, batchtopk: str) -> int:
+        return len(neighbours([row(variant=topk), row(kind="batchtopk", variant=batchtopk)]))
+
+    assert compared("lr 1", "") == compared("", "lr 1") == compared("auxk_coefficient 1", "") == 0
+    assert compared("lr 1", "threshold_decay 0.9") == compared("lr 1", "lr 2, threshold_decay 0.9") == 0
+    assert compared("", "threshold_decay 0.9") == compared("lr 1", "lr 1, threshold_decay 0.9") == 1
+    assert neighbours([row(kind="standard", variant=name) for name in ("", "resample_at [0.3,0.6]")]) == []
+
+
 def test_saes_that_differ_in_something_else_count_once() -> None:
     """Rows that tell no variant: which pairs differ in the seed alone can't be seen from them."""
     rows = [row(seed=seed) | {"sae_id": f"{rate} {seed}"} for rate, seed in itertools.product((1, 2), (0, 1))]
