@@ -341,7 +341,7 @@ class RunConfig:
     """Axes of the sweep besides the hooks: dotted path in `sae` or `train` -> values. Several such grids, as a list,
     are run one beside the other; `sae.kind` and `sae.control` are axes like any other. Another architecture than that
     of `sae` takes over what is set there otherwise than by default, where it has such a setting; but no `target_l0`
-    where the grid goes through its coefficient."""
+    where a grid of other architectures alone goes through their coefficient."""
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)

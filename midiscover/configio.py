@@ -23,8 +23,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from midiscover.config import RunConfig, SaePoint
 from midiscover.errors import ConfigError
+from midiscover.hooknames import expand_braces
 from midiscover.saeconfig import SAE_KINDS, SaeConfig
-from midiscover.yamltext import load_yaml, yaml_problem
+from midiscover.yamltext import in_a_list, load_yaml, yaml_problem
 
 T = TypeVar("T")
 
@@ -134,15 +135,6 @@ def native_bfloat16() -> bool:
     return platform.system() == "Darwin" and platform.machine() == "arm64" and "M1" not in platform.processor()
 
 
-def expand_braces(text: str) -> list[str]:
-    """`model.layers.{8,16}.mlp` as its two paths; several braces multiply."""
-    match = re.search(r"\{([^{}]*)\}", text)
-    if match is None:
-        return [text]
-    options = [option.strip() for option in match[1].split(",")]
-    return [path for option in options for path in expand_braces(text[: match.start()] + option + text[match.end() :])]
-
-
 def expand_grid(config: RunConfig) -> list[SaePoint]:
     """Every SAE of a sweep: hooks x each grid's values, in a fixed order. ConfigError for a wrong path."""
     points = [point for grid in config.grid or ({},) for point in _grid_points(config, grid)]
@@ -166,7 +158,7 @@ def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list
         cls = _architecture(kind, "sae")
         if kind != config.sae.kind:
             set_here = {name: value for name, value in _set_in(config.sae).items() if _has(cls, name)}
-            tree["sae"] = {name: value for name, value in set_here.items() if not _goes_through(grid, name)}
+            tree["sae"] = {name: value for name, value in set_here.items() if not _passed_over(config, grid, name)}
         for path, value in chosen.items():
             name = path.removeprefix("sae.")
             if name != path and not _has(cls, name) and any(_has(other, name) for other in SAE_KINDS.values()):
@@ -178,18 +170,20 @@ def _grid_points(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> list
     return points
 
 
-def _goes_through(grid: Mapping[str, Any], name: str) -> bool:
-    """Whether `name` is the L0 to steer to, and a grid has the coefficient as an axis: not to be a start of one L0."""
-    return name == "target_l0" and not grid.keys().isdisjoint(("sae.l1_coefficient", "sae.l0_coefficient"))
-
-
 def _kinds(config: RunConfig, grid: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
     return grid.get("sae.kind", (config.sae.kind,))
 
 
 def _passed_over(config: RunConfig, grid: Mapping[str, tuple[Any, ...]], name: str) -> bool:
     """Whether a grid of other architectures alone goes through coefficients, so that no L0 of `sae` is steered to."""
-    return _goes_through(grid, name) and config.sae.kind not in _kinds(config, grid)
+    through = not grid.keys().isdisjoint(("sae.l1_coefficient", "sae.l0_coefficient"))
+    return name == "target_l0" and through and config.sae.kind not in _kinds(config, grid)
+
+
+def _fits_all(config: RunConfig, name: str) -> bool:
+    """Whether a flag `--grid.sae.<name>` comes to every grid and is taken there: none has it yet, and all may."""
+    kinds = {kind for grid in config.grid for kind in _kinds(config, grid)}
+    return all(_has(SAE_KINDS[kind], name) for kind in kinds) and not any(f"sae.{name}" in grid for grid in config.grid)
 
 
 def _refuse_idle(config: RunConfig, overrides: Mapping[str, Any]) -> None:
@@ -207,7 +201,11 @@ def _refuse_idle(config: RunConfig, overrides: Mapping[str, Any]) -> None:
         if len(standing) == len(grids):
             raise ConfigError(f"{path} is no setting of the architectures in the grid, {', '.join(sorted(kinds))}.")
         if path in given:
-            raise ConfigError(f"--{path} changes no SAE: the grid sets it; give --grid.{path} '[{overrides[path]}]'.")
+            axis, sets = in_a_list(overrides[path]), any(path in grid for grid in grids)
+            why = "sets it" if sets else "goes through the coefficient"
+            there = f"write {path}: {axis} into that grid of the file"
+            instead = f"give --grid.{path} '{axis}'" if sets or _fits_all(config, name) else there
+            raise ConfigError(f"--{path} changes no SAE: the grid {why}; {instead}.")
     width = "grid.sae.d_sae" if all("sae.d_sae" in grid for grid in grids) else "sae.d_sae"
     has_width = config.sae.d_sae is not None or width.startswith("grid")
     if has_width and overrides.get("sae.expansion_factor") is not None:
@@ -220,9 +218,11 @@ def _refuse_default(config: RunConfig, name: str, kinds: Iterable[str]) -> None:
     others = [SAE_KINDS[kind]() for kind in sorted(kinds) if _has(SAE_KINDS[kind], name)]
     keeps = [other.kind for other in others if getattr(other, name) != value]
     if name not in _set_in(config.sae) and keeps:
+        flag = f"give --grid.sae.{name} '{in_a_list(value)}', which holds for all"
+        own = f"give those a grid of their own in the file, with sae.{name}: {in_a_list(value)}"
         raise ConfigError(
             f"--sae.{name} {value} is the default of {config.sae.kind} and does not go over to {', '.join(keeps)}; "
-            f"give --grid.sae.{name} '[{value}]', which holds for all."
+            f"{flag if _fits_all(config, name) else own}."
         )
 
 

@@ -1,4 +1,5 @@
-"""What a hook is, by its path: the name that TransformerLens has for it, and whether it is in the residual stream."""
+"""What a hook is, by its path: the name that TransformerLens has for it, and whether it is in the residual stream; and
+the paths that one text with braces names."""
 
 from __future__ import annotations
 
@@ -36,6 +37,15 @@ _ADDED = re.compile(
     r"|(self_attn|attn|attention|self_attention)(\.(o_proj|out_proj|dense|c_proj))?"
 )
 """The same for all families whose tokens are named."""
+
+
+def expand_braces(text: str) -> list[str]:
+    """`model.layers.{8,16}.mlp` as its two paths; several braces multiply."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    options = [option.strip() for option in match[1].split(",")]
+    return [path for option in options for path in expand_braces(text[: match.start()] + option + text[match.end() :])]
 
 
 def transformer_lens_hook(hook: str, model_type: str | None = None) -> str | None:

@@ -1,4 +1,5 @@
-"""A text of YAML as settings are written, read into plain data; what is wrong with one that can't be read."""
+"""A text of YAML as settings are written, read into plain data; what is wrong with one that can't be read; and
+a value as such a text."""
 
 from __future__ import annotations
 
@@ -36,6 +37,11 @@ _Loader.add_implicit_resolver(
 def load_yaml(text: str) -> Any:
     """The data of a YAML text; yaml.YAMLError where it is none."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+
+
+def in_a_list(value: Any) -> str:
+    """The list of this one value, in a line: `[0.5]`, `[null]`, `[[1, 2]]`."""
+    return yaml.safe_dump([value], default_flow_style=True, width=float("inf")).strip()
 
 
 def yaml_problem(error: Exception) -> str:

@@ -12,12 +12,12 @@ from midiscover import cli
 from midiscover.config import RunConfig
 from midiscover.configio import (
     build_config,
-    expand_braces,
     expand_grid,
     find_config,
     load_config,
     native_bfloat16,
     parse_value,
+    to_tree,
     to_yaml,
 )
 from midiscover.errors import ConfigError
@@ -151,7 +151,8 @@ def test_a_grid_that_goes_through_coefficients_of_other_architectures_steers_non
     swept = [point.sae for point in expand_grid(load_config(path))]
     assert [sae.sparsity() for sae in swept] == [("l1", 1), ("l1", 2), ("l0c", 1), ("l0c", 2)]
     assert [sae.expansion_factor for sae in swept] == [4] * 4
-    with pytest.raises(ConfigError, match=r"--sae.target_l0 changes no SAE: .* --grid.sae.target_l0 '\[30\]'"):
+    sentence = r"target_l0 changes no SAE: the grid goes through the coefficient; give --grid.sae.target_l0 '\[30\]'\."
+    with pytest.raises(ConfigError, match=sentence):
         load_config(path, {"sae.target_l0": 30})
     # As an axis of its own it is steered to, and so is that of the architecture that `sae` itself is of.
     steered = expand_grid(load_config(path, {"grid": {"sae.target_l0": [30]}}))
@@ -163,80 +164,16 @@ def test_a_grid_that_goes_through_coefficients_of_other_architectures_steers_non
     ]
 
 
-@pytest.mark.parametrize("width", ["sae: {d_sae: 30}\n", ""])
-def test_who_gives_a_multiple_where_the_width_is_an_axis_is_told_a_flag_that_is_taken(
-    tmp_path: Path, width: str
-) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text(f"harvest: {{hooks: a.0.b}}\n{width}grid: {{sae.d_sae: [10, 20]}}\n")
-    with pytest.raises(ConfigError, match=r"grid.sae.d_sae is set and goes before it; give --grid.sae.d_sae\."):
-        load_config(path, {"sae.expansion_factor": 4})
-    assert [p.sae.d_sae for p in expand_grid(load_config(path, {"grid": {"sae.d_sae": [40]}}))] == [40]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        ({"sae.l1_coefficient": 64}, "--sae.l1_coefficient changes no SAE: the grid sets it; give --grid.sae.l1_co"),
-        ({"train.seed": 3}, "--train.seed changes no SAE: the grid sets it; give --grid.train.seed '[3]'."),
-        ({"sae.kind": "gated"}, "--sae.kind changes no SAE: the grid sets it; give --grid.sae.kind '[gated]'."),
-        ({"sae.k": 3}, "'sae.k' is a setting of topk, batchtopk, matryoshka_batchtopk, and not of the sae.kind"),
-        ({"sae.target_l0": 9, "sae.expansion_factor": 4}, "--sae.expansion_factor changes no SAE: sae.d_sae is set"),
-        ({"grid": {"sae.kind": ["topk"]}}, "grid.sae.l1_coefficient is an axis that topk SAEs lack"),
-    ],
-)
-def test_a_flag_that_would_change_nothing_is_refused(tmp_path: Path, overrides: dict[str, Any], sentence: str) -> None:
+def test_a_grid_with_the_architecture_of_sae_steers_all_that_it_has_to_the_l0_of_sae(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
-        "harvest: {hooks: a.0.b}\nsae: {d_sae: 40, l1_coefficient: 5}\n"
-        "grid: {sae.kind: [standard, gated], sae.l1_coefficient: [1], train.seed: [0, 1]}\n"
+        "harvest: {hooks: a.0.b}\nsae: {target_l0: 60}\n"
+        "grid: {sae.kind: [standard, gated], sae.l1_coefficient: [1, 2]}\n"
     )
-    assert len(expand_grid(load_config(path, {"train.lr": 0.5, "sae.d_sae": 80}))) == 4
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    assert sentence in str(caught.value)
-
-
-def test_a_flag_with_a_default_that_other_architectures_would_not_take_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("harvest: {hooks: a.0.b}\ngrid: {sae.kind: [standard, gated, jumprelu, topk]}\n")
-    sentence = r"--sae.initial_density 0.02 is the default of standard and does not go over to gated, jumprelu; give"
-    with pytest.raises(ConfigError, match=sentence):
-        load_config(path, {"sae.initial_density": 0.02})
-    taken = expand_grid(load_config(path, {"sae.initial_density": 0.03}))
-    assert [getattr(point.sae, "initial_density", None) for point in taken] == [0.03, 0.03, 0.03, None]
-    # The way that is told is one, and a default that is the same for all is no such case.
-    path.write_text("harvest: {hooks: a.0.b}\ngrid: {sae.kind: [standard, gated, jumprelu]}\n")
-    load_config(path, {"sae.l1_coefficient": 5.0})
-    held = expand_grid(load_config(path, {"grid": {"sae.initial_density": [0.02]}}))
-    assert [getattr(point.sae, "initial_density", None) for point in held] == [0.02] * 3
-    # What a job is handed on has every default written down, and is taken.
-    path.write_text(to_yaml(load_config(path)))
-    assert len(expand_grid(load_config(path))) == 3
-
-
-def test_a_flag_counts_where_one_grid_leaves_it_open(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text(
-        "harvest: {hooks: a.0.b}\ngrid:\n  - {sae.kind: [standard], sae.target_l0: [20], train.seed: [0, 1]}\n"
-        "  - {sae.kind: [topk], sae.k: [20]}\n"
-    )
-    assert [point.train.seed for point in expand_grid(load_config(path, {"train.seed": 7}))] == [0, 1, 7]
-    with pytest.raises(ConfigError, match=r"--sae.target_l0 changes no SAE: .* --grid.sae.target_l0 '\[55\]'"):
-        load_config(path, {"sae.target_l0": 55})  # topk has no such setting
-    # An axis replaces that of the grids that have it; one that none has comes to all of them.
-    assert [point.sae.sparsity() for point in expand_grid(load_config(path, {"grid": {"sae.k": [8, 9]}}))] == [
-        *[("L0", 20)] * 2,
-        *[("k", 8), ("k", 9)],
-    ]
-    assert [p.train.lr for p in expand_grid(load_config(path, {"grid": {"train.lr": [0.1]}}))] == [0.1] * 3
-
-
-def test_a_setting_that_no_architecture_of_the_grid_has_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("harvest: {hooks: a.0.b}\nsae: {l1_coefficient: 2}\ngrid: {sae.kind: [topk, batchtopk]}\n")
-    with pytest.raises(ConfigError, match="sae.l1_coefficient is no setting of the architectures in the grid, batch"):
-        load_config(path)
+    steered = [point.sae for point in expand_grid(load_config(path))]
+    assert [sae.kind for sae in steered] == ["standard", "standard", "gated", "gated"]
+    assert [(*sae.sparsity(), to_tree(sae)["l1_coefficient"]) for sae in steered] == [("L0", 60, 1), ("L0", 60, 2)] * 2
+    assert all(point.sae.sparsity() == ("L0", 30) for point in expand_grid(load_config(path, {"sae.target_l0": 30})))
 
 
 def test_a_section_without_a_line_is_left_at_its_defaults(tmp_path: Path) -> None:
@@ -261,11 +198,6 @@ def test_several_grids_stand_side_by_side_and_a_flag_goes_into_each_of_them(tmp_
     assert found == [*penalised, *topk, ("standard", "untrained", "l1", 5), ("standard", "neurons", "l1", 5)]
     seeded = load_config(path, parse_job("sweep", [str(path), "--grid.train.seed=[0, 1]"]).overrides)
     assert len(expand_grid(seeded)) == 2 * len(expand_grid(load_config(path)))
-
-
-def test_braces() -> None:
-    assert expand_braces("l.{8, 16}.{a,b}") == ["l.8.a", "l.8.b", "l.16.a", "l.16.b"]
-    assert expand_braces("plain") == ["plain"]
 
 
 def test_auto_names_a_real_dtype() -> None:

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from midiscover.hooknames import is_residual, transformer_lens_hook
+from midiscover.hooknames import expand_braces, is_residual, transformer_lens_hook
 from tests.tiny import make_tiny_model
 
 
@@ -106,3 +106,8 @@ def test_what_an_mlp_and_attention_add_is_what_the_next_layer_gets(family: str, 
         assert all(torch.equal(same[0], other) for other in same[1:])
     added = parts[0][0] + parts[1][0] + parts[2][0]
     torch.testing.assert_close(added, by_name["blocks.1.hook_resid_post"][0])
+
+
+def test_braces() -> None:
+    assert expand_braces("l.{8, 16}.{a,b}") == ["l.8.a", "l.8.b", "l.16.a", "l.16.b"]
+    assert expand_braces("plain") == ["plain"]
