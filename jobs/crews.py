@@ -7,14 +7,15 @@ checkpoints and commits its own SAEs, so that whoever shares its process changes
 from __future__ import annotations
 
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from jobs.group import TorchGroup
-from jobs.halving import room_of_card
+from jobs.halving import in_parts, room_of_card
 from jobs.harvest import model_place
 from jobs.leases import here
 from jobs.packworker import PackJob, PackWorker
@@ -167,21 +168,15 @@ def run_crew_tries(job: PackJob, crew: Crew) -> None:
 
     After an error of its own a pack is tried again from its checkpoint; then that is reported, while others go on.
     """
-    parts = deque(_parts(job, crew))
-    whole = len(parts) == 1
-    while parts:
-        part = parts.popleft()
-        try:
-            _try(job, part)
-            continue
-        except torch.OutOfMemoryError:
-            whole = False
-        # Outside the handler, so that what the error's traceback held is free by now.
-        torch.cuda.empty_cache()
-        parts.extendleft(reversed(halves(part)))
+    parts, halved = _parts(job, crew), list[Crew]()
+
+    def on_halving(part: Crew) -> None:
+        halved.append(part)
         count = sum(len(pack.saes) for pack in part)
         job.board.post("retry", part[0].id, f"{count} SAEs are too many for this card; half of them at a time")
-    for pack in crew if not whole else ():
+
+    in_parts(parts, partial(_try, job), on_halving, halves)
+    for pack in crew if len(parts) > 1 or halved else ():
         if not _missing(job, pack):
             PackWorker(job, pack).finish()  # the checkpoints of the whole, from which its parts went on
 

@@ -10,7 +10,7 @@ import torch
 
 from midiscover.memory import USABLE
 
-Item = TypeVar("Item")
+Part = TypeVar("Part", bound=Sequence[Any])
 
 
 def room_of_card(share: float) -> int:
@@ -19,14 +19,20 @@ def room_of_card(share: float) -> int:
     return int(USABLE * min(free, total * min(1.0, share)))
 
 
+def _halves(part: Part) -> tuple[Part, Part] | None:
+    middle = len(part) // 2
+    return (part[:middle], part[middle:]) if middle else None  # type: ignore[return-value]  # slices are of its type
+
+
 def in_parts(
-    parts: Iterable[Sequence[Item]],
-    work: Callable[[Sequence[Item]], Any],
-    on_halving: Callable[[Sequence[Item]], Any] = lambda _part: None,
+    parts: Iterable[Part],
+    work: Callable[[Part], Any],
+    on_halving: Callable[[Part], Any] = lambda _part: None,
+    halves: Callable[[Part], tuple[Part, Part] | None] = _halves,
 ) -> None:
     """Do `work` on each part, or on halves of a part that was too much, one after another; `on_halving` is told of it.
 
-    OutOfMemoryError where one item alone is too much.
+    OutOfMemoryError where what has no halves is too much.
     """
     left = deque(parts)
     while left:
@@ -35,10 +41,10 @@ def in_parts(
             work(part)
             continue
         except torch.OutOfMemoryError:
-            if len(part) < 2:
+            two = halves(part)
+            if two is None:
                 raise
         # Outside the handler, so that what the error's traceback held is free by now.
         torch.cuda.empty_cache()
         on_halving(part)
-        middle = len(part) // 2
-        left.extendleft((part[middle:], part[:middle]))
+        left.extendleft(reversed(two))

@@ -82,13 +82,19 @@ def train_one(planned: PlannedSae, storage: Storage) -> Trained:
     return trained
 
 
-def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path: Path) -> None:
-    config = load_config(write_run(tmp_path, harvest={"hooks": [HOOK], "block_tokens": 1024}))
-    resolved, storage = resolve(config), open_store(str(tmp_path / "store"))
+def small_blocks(folder: Path) -> tuple[Resolved, Storage, CorpusManifest]:
+    """A hook whose activations are stored, in several blocks."""
+    config = load_config(write_run(folder, harvest={"hooks": [HOOK], "block_tokens": 1024}))
+    resolved, storage = resolve(config), open_store(str(folder / "store"))
     manifest = build_corpus(
         config.corpus, resolved.source, load_tokenizer(resolved.model), storage, resolved.corpus_id, lineage={}
     )
     harvest(resolved, manifest, storage)
+    return resolved, storage, manifest
+
+
+def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path: Path) -> None:
+    resolved, storage, manifest = small_blocks(tmp_path)
     before = {key: storage.read(key) for key in storage.list("activations")}
     tokens = [layout.block_marker(resolved.harvest_id, "tokens", span.index) for span in plan_of(resolved, manifest)]
     assert len(tokens) > 3
@@ -101,12 +107,7 @@ def test_tokens_that_a_removal_took_are_written_again_without_the_model(tmp_path
 
 def test_a_harvest_whose_blocks_are_gone_is_made_again(tmp_path: Path) -> None:
     """As after a removal that overlapped with a harvest: manifest and markers stand, some of their files don't."""
-    config = load_config(write_run(tmp_path, harvest={"hooks": [HOOK], "block_tokens": 1024}))
-    resolved, storage = resolve(config), open_store(str(tmp_path / "store"))
-    manifest = build_corpus(
-        config.corpus, resolved.source, load_tokenizer(resolved.model), storage, resolved.corpus_id, lineage={}
-    )
-    harvest(resolved, manifest, storage)
+    resolved, storage, manifest = small_blocks(tmp_path)
     before = {key: storage.read(key) for key in storage.list("activations")}
     assert missing_spans(resolved, manifest, storage) == []
     for hook in (HOOK, "tokens"):
