@@ -25,13 +25,15 @@ from midiscover.interpret import hook_of
 from midiscover.lm import LanguageModel
 from midiscover.saes import LoadedSae
 
+Mode = Literal["add", "clamp", "ablate"]
+
 
 class Change(NamedTuple):
     """Of one feature."""
 
     sae: str
     feature: int
-    mode: Literal["add", "clamp", "ablate"]
+    mode: Mode
     value: float = 0.0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import concepts, features, figures, models, plan, publish, runs, serve, store, verify
+from midiscover.cli import concepts, features, figures, models, plan, publish, runs, serve, steer, store, verify
 from midiscover.configio import build_config, set_path, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
@@ -39,6 +39,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   feature list SAE | show SAE INDEX
   concepts TARGET    features that stand for emotions, numbers, questions, ... or your own texts
   interpret SAE TEXT which features fire on a text, token by token
+  steer SAE TEXT     how a text goes on while features are added, clamped or ablated
   figure TARGET CHART --out FILE   one chart as png, svg, pdf, html or csv
   export SAE --to saelens|neuronpedia|bundle
   publish TARGET     the exports that `publish` in a config lists, each of them verified
@@ -212,6 +213,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     **publish.VERBS,
     **runs.VERBS,
     **serve.VERBS,
+    **steer.VERBS,
     **store.VERBS,
     **verify.VERBS,
 }

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from midiscover import load_sae
 from midiscover.features.records import CONTEXTS, FEATURES, open_features
+from midiscover.interpret import load_language_model, start_token
 from midiscover.publish.neuronpedia_rules import violations
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker, reindex
@@ -124,6 +126,32 @@ def test_they_are_listed_shown_and_used(store: Path) -> None:
     assert text["saes"][sae]["features"]
 
 
+def test_a_text_goes_on_with_a_feature_changed_beside_the_same_without(store: Path) -> None:
+    sae = sorted(path.name for path in (store / "saes").iterdir())[0]
+    words = ("steer", sae, "the river and the lamp", "--tokens", "8", "--store", str(store))
+    (best,) = json.loads(
+        midiscover("feature", "list", sae, "--store", str(store), "--sort", "max", "--limit", "1", "--json").out
+    )
+    done = midiscover(*words, "--add", f"{best['index']}=500", "--ablate", "0", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["changes"] == [
+        {"mode": "add", "feature": best["index"], "value": 500.0},
+        {"mode": "ablate", "feature": 0, "value": 0.0},
+    ]
+    loaded = load_sae(sae, store=str(store))
+    lm = load_language_model([loaded], str(store))
+    start = start_token(lm, [loaded])
+    ids = [start, *lm.tokenizer("the river and the lamp", add_special_tokens=False).input_ids]
+    model: Any = lm.model
+    plain = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    assert told["default"] == lm.tokenizer.decode(plain)
+    assert told["steered"] != told["default"]
+    shown = midiscover(*words, "--add", f"{best['index']}=500", "--ablate", "0")
+    assert f"steered  add {best['index']}=500, ablate 0" in shown.out
+    assert "nothing changed" in shown.out
+
+
 def test_concepts_beside_baselines(store: Path) -> None:
     sae = sorted(path.name for path in (store / "saes").iterdir())[0]
     done = midiscover("concepts", sae, "--module", "numbers", "--shuffles", "50", "--store", str(store), "--json")
@@ -180,6 +208,17 @@ def test_exports(store: Path, tmp_path: Path) -> None:
         (("interpret", "SAE", "river", "--top", "-1"), "--top is -1; it must be a whole number above 0"),
         (("interpret", "SAE"), "Give either a text or --file FILE"),
         (("interpret", "SAE", "--file", "/dev/null"), "holds no text"),
+        (("steer", "SAE", "river"), "Nothing is to be changed; give --add or --clamp"),
+        (("steer", "SAE", "river", "--add", "17"), "--add 17 is no FEATURE=VALUE"),
+        (("steer", "SAE", "river", "--clamp", "17=inf"), "--clamp 17=inf is no FEATURE=VALUE"),
+        (("steer", "SAE", "river", "--ablate", "rain"), "--ablate rain names no feature"),
+        (("steer", "SAE", "river", "--ablate", "100000"), "has no feature 100000; its features are 0 to"),
+        (
+            ("steer", "SAE", "river", "--ablate", "1", "--tokens", "0"),
+            "--tokens is 0; it must be a whole number above 0",
+        ),
+        (("steer", "SAE", "river", "--ablate", "1", "--tokens", "9999"), "reads at most"),
+        (("steer", "SAE", "river", "--ablate", "1", "--temperature", "-1"), "--temperature is -1.0; it must be 0"),
     ],
 )
 def test_bad_input(store: Path, arguments: tuple[str, ...], sentence: str) -> None:
