@@ -117,11 +117,11 @@ def inputs(plan: Plan) -> str:
     source = f"measured {rates.measured[:10]}" if rates.measured else "reckoned from its data sheet, not measured"
     if rates.instead_of:
         source += f" ({rates.instead_of} is of another version of miDiscover; `midiscover calibrate` measures it anew)"
+    many = f"{plan.saes} SAE{'s' if plan.saes > 1 else ''} in {plan.packs} pack{'s' if plan.packs > 1 else ''}"
     return (
-        f"{plan.saes} SAEs in {plan.packs} packs, {about}{work.train:,} training and {work.held_out:,} held-out "
-        f"tokens; rates of {rates.device}, {source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s in "
-        f"{rates.model_dtype}, SAEs' steps in {rates.train_dtype}, store "
-        f"{rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read by a worker."
+        f"{many}, {about}{work.train:,} training and {work.held_out:,} held-out tokens; rates of {rates.device}, "
+        f"{source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s in {rates.model_dtype}, SAEs' steps in "
+        f"{rates.train_dtype}, store {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read by a worker."
     )
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -116,10 +119,22 @@ def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
     if _stands(model, storage):
         return False
     for name in model.files:
-        storage.write(layout.model_file(model.key, name), (folder / name).read_bytes())
+        with _mapped(folder / name) as data:
+            storage.write(layout.model_file(model.key, name), data)
     if not storage.create(layout.model_manifest(model.key), model.document()):
         _stands(model, storage)
     return True
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """A file's bytes, which the system reads as they are needed: a file of weights may be larger than memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # which can't be mapped
+            yield memoryview(b"")
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            yield view
 
 
 def _stands(model: StoredModel, storage: Storage) -> bool:

@@ -65,6 +65,8 @@ phi2_layers_by_l1.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if sys.stdout is None:  # closed by whoever calls: what is told is told to nobody
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         print(end="", flush=True)  # what can't be written is told now, not in the interpreter's last breath

@@ -53,6 +53,30 @@ _BUSY = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError"}
 _BROKEN_BODY = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError)
 
 
+class _View(io.RawIOBase):
+    """Bytes as a file, without a copy of them."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data, self._place = memoryview(data).cast("B"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self._data)}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._data[self._place : self._place + len(buffer)]
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
+
+
 class S3Storage:
     """Objects of one bucket below `prefix` (`""`: all of it). Pickles as its address and connects anew."""
 
@@ -125,7 +149,7 @@ class S3Storage:
             "write",
             key,
             lambda: self._client.upload_fileobj(
-                io.BytesIO(data), self.bucket, name, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=parts
+                _View(data), self.bucket, name, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=parts
             ),
         )
 
@@ -226,8 +250,8 @@ class S3Storage:
     def _put(self, key: str, data: Bytes, **condition: str) -> None:
         request = {"Bucket": self.bucket, "Key": self._name(key), "ChecksumAlgorithm": "SHA256", **condition}
 
-        def body() -> bytes | bytearray | io.BytesIO:
-            return io.BytesIO(data) if isinstance(data, memoryview) else data
+        def body() -> bytes | bytearray | _View:
+            return _View(data) if isinstance(data, memoryview) else data
 
         self._ask(
             "write",

@@ -170,6 +170,10 @@ def test_large_objects_go_in_parts(storage: S3Storage, monkeypatch: pytest.Monke
     assert storage.create("new", data)
     assert not storage.create("new", data[1:])
     assert storage.read("new") == data
+    storage.write("mapped", memoryview(data))
+    assert storage.read("mapped") == data
+    storage.write("small", memoryview(data)[: 3 << 20])
+    assert storage.read("small") == data[: 3 << 20]
 
 
 def test_storages_pickle_without_secrets(storage: S3Storage, server: S3Server) -> None:

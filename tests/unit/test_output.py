@@ -43,6 +43,14 @@ def test_a_reader_who_has_gone_is_no_error(arguments: tuple[str, ...], model: st
         assert command.wait(60) == 0
 
 
+def test_no_output_at_all_is_no_error(model: str) -> None:
+    words = [*COMMAND, "inspect", model]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *words], stderr=subprocess.PIPE, text=True, env=environment(), timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_another_failure_is_none_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     from midiscover import cli
 

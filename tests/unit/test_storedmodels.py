@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from midiscover.config import ModelConfig
 from midiscover.errors import CorruptError, ModelError, StoreError
 from midiscover.models import ModelIdentity, config_folder, hook_table, model_folder, push_model, resolve_model
 from midiscover.store.local import LocalStorage
-from midiscover.store.storage import Storage
+from midiscover.store.storage import Bytes, Storage
 from tests.tiny import make_tiny_model
 
 
@@ -214,3 +215,24 @@ def test_only_local_models_are_pushed(folder: Path, store: Path, tmp_path: Path)
     with pytest.raises(ModelError, match="no tokenizer"):
         push(folder, tmp_path / "untouched")
     assert not (tmp_path / "untouched").exists()
+
+
+def test_weights_are_mapped_and_not_read_into_memory(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "merges.txt").touch()  # an empty file can't be mapped
+    written: list[str] = []
+    real = LocalStorage.write
+
+    def write(self: LocalStorage, key: str, data: Bytes) -> None:
+        assert isinstance(data, memoryview)
+        written.append(key.rpartition("/")[2])
+        if data:
+            assert isinstance(data.obj, mmap.mmap)
+        real(self, key, data)
+
+    monkeypatch.setattr(LocalStorage, "write", write)
+    assert push(folder, store, "mine")
+    assert {"merges.txt", "model.safetensors"} <= set(written)
+    for name in written:
+        assert (store / "models" / "mine" / name).read_bytes() == (folder / name).read_bytes()
