@@ -121,7 +121,8 @@ def inputs(plan: Plan) -> str:
     return (
         f"{many}, {about}{work.train:,} training and {work.held_out:,} held-out tokens; rates of {rates.device}, "
         f"{source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s in {rates.model_dtype}, SAEs' steps in "
-        f"{rates.train_dtype}, store {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read by a worker."
+        f"{rates.train_dtype}, store {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read by a "
+        "worker."
     )
 
 
