@@ -202,27 +202,18 @@ def heat_rows(
 ) -> list[dict[str, Any]]:
     """The first `most` features of each concept of one SAE, each on every concept, as `figures.concept_chart` reads it.
 
-    held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation.
+    held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation, for features that were not judged;
+    the others have the score that they were judged by.
     """
     chosen = {row["feature"]: None for document in documents for row in document["sae_scores"]["features"][:most]}
-    passing = {
-        (document["concept"], row["feature"])
-        for document in documents
-        for row in document["sae_scores"]["features"]
-        if row["passes"]
-    }
-    return [
-        {
-            "sae_id": document["sae"],
-            "concept": document["concept"],
-            "feature": feature,
-            "auroc": held_out[document["sae"], document["concept"]][feature],
-            "passes": (document["concept"], feature) in passing,
-            "label": _short(document["sae"]),
-        }
-        for feature in chosen
-        for document in documents
-    ]
+    rows = []
+    for feature in chosen:
+        for document in documents:
+            judged = next((row for row in document["sae_scores"]["features"] if row["feature"] == feature), None)
+            auroc = judged["auroc"] if judged else held_out[document["sae"], document["concept"]][feature]
+            cell = {"sae_id": document["sae"], "concept": document["concept"], "feature": feature, "auroc": auroc}
+            rows.append(cell | {"passes": bool(judged and judged["passes"]), "label": _short(document["sae"])})
+    return rows
 
 
 def map_rows(documents: Sequence[Document]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ LATER_SETTINGS: dict[str, Any] = {
 """Settings that came after the first ids, at the meaning that those ids have: there they are left out."""
 RECIPE_VERSION = 1
 """Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
-STEERING_VERSION = 2
+STEERING_VERSION = 3
 """Of `sae.l0control`: counts where L0 is asked for instead of a coefficient."""
 UNCOUNTED = ("report_every", "checkpoint_every", "retire_after")
 """Settings in `train` that change no SAE that is made."""

@@ -81,7 +81,7 @@ class Trained:
     lr: float
     """Peak learning rate."""
     coefficient: float
-    """The sparsity coefficient of the last step; 0 where there is none."""
+    """The sparsity coefficient, where it was steered to at the end; 0 where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +172,7 @@ class Slot:
         return not self.unstepped and self.diverged is None and self.retired is None
 
     def coefficient(self) -> float | Tensor:
-        """The sparsity coefficient without its warm-up."""
+        """The sparsity coefficient of the coming step, without its warm-up."""
         return self.sae.coefficient if self.control is None else self.control.coefficient()
 
     def step(self, x: Tensor, y: Tensor, step: int) -> Point:
@@ -217,7 +217,14 @@ class Slot:
         config, sae = self.member.train, self.sae
         dead = Dead(self.since_fired >= self.aux_window, dead_at_most) if dead_at_most else None
         context = StepContext(sparsity=weight, dead=dead, mean=self._mean if self.group else None)
-        halves = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+        # Its cache of cast weights is one for all threads, and whichever leaves its autocast empties it: a step's
+        # gradients would be summed in one precision or the other, as the steps beside it happen to end.
+        halves = torch.autocast(
+            x.device.type,
+            dtype=torch.bfloat16,
+            enabled=config.dtype == "bfloat16",
+            cache_enabled=x.device.type != "cpu",
+        )
         with self.update.computing(), halves:
             losses = sae.loss(self._share(x), self._share(y), context)
         losses.total.backward()

@@ -55,8 +55,9 @@ class PenaltyConfig(CommonConfig):
     """Architectures whose sparsity is a penalty's doing: a coefficient, or the L0 that it is steered to."""
 
     target_l0: float | None = None
-    """Features per token to end at, within 10 %. The coefficient is then where its control starts; of JumpReLU it
-    stays, and the thresholds are moved. An L0 above that of the SAE without any penalty can't be reached."""
+    """Features per token to end at, within 10 %, or a third in fewer than 200 steps. The coefficient is then where its
+    control starts; of JumpReLU it stays, and the thresholds are moved. An L0 above that of the SAE without any penalty
+    can't be reached."""
     initial_density: float | None = 0.02
     """Share of tokens on which each feature fires at initialisation, set by its bias or threshold on the first batch;
     null: biases start at 0 and about half of the features fire, fewer where there is an initial threshold."""

@@ -12,6 +12,9 @@ from midiscover.sae.base import Losses, Sae, StepContext, squared_error
 from midiscover.sae.code import Code, DenseCode, PreActivations, SparseCode
 from midiscover.saeconfig import TopKConfig
 
+LEAST_VARIANCE = 1e-8
+"""Of what is left over; below it, as in a batch of a single row, nothing is left for dead features to explain."""
+
 
 class TopKSae(Sae):
     """f = relu(top-k of pre-activations), zero elsewhere; loss = |x_hat - x|^2 + auxk * AuxK.
@@ -72,7 +75,7 @@ class TopKSae(Sae):
         if context.mean:
             variance = context.mean(variance)
         error = squared_error(code.decode(self.W_dec.index_select(0, columns)), residual)
-        return torch.where(dead.any(), error / variance.clamp(min=1e-8), 0)
+        return torch.where(dead.any() & (variance > LEAST_VARIANCE), error / variance.clamp(min=LEAST_VARIANCE), 0)
 
     def saelens_fields(self) -> dict[str, Any]:
         # With unit decoder rows the rescaling changes nothing, and it makes SAELens' fold_W_dec_norm legal.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from midiscover import tables
-from midiscover.conceptview import concept_table, map_rows, sweep_tables
+from midiscover.conceptview import concept_table, heat_rows, map_rows, sweep_tables
 from midiscover.features.modules import BASELINES
 from midiscover.saeconfig import TopKConfig
 
@@ -51,6 +51,19 @@ def test_controls_have_columns_and_win_nothing() -> None:
 
 def test_rows_of_the_map_tell_controls() -> None:
     assert [row["control"] for row in map_rows([document("untrained", 0.5, beats=False)])] == ["untrained"]
+
+
+def test_a_cell_shows_the_score_that_was_judged() -> None:
+    first, other = document("none", 0.9, beats=True), document("none", 0.6, beats=True) | {"concept": "questions"}
+    other["sae_scores"] = {"features": [{"feature": 3, "auroc": 0.6, "passes": False, "peaks": []}]}
+    held_out = {(first["sae"], "numbers"): [0.5] * 8, (first["sae"], "questions"): [0.4] * 8}
+    cells = {(row["concept"], row["feature"]): row for row in heat_rows([first, other], held_out, 1)}
+    assert {place: (cell["auroc"], cell["passes"]) for place, cell in cells.items()} == {
+        ("numbers", 7): (0.9, True),
+        ("numbers", 3): (0.5, False),
+        ("questions", 7): (0.4, False),
+        ("questions", 3): (0.6, False),
+    }
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,15 @@ def test_weights_do_not_depend_on_the_cores(source: MemorySource) -> None:
         assert_equal(single, one)
 
 
+def test_bfloat16_steps_do_not_depend_on_the_steps_beside_them(source: MemorySource) -> None:
+    """They did while autocast kept cast weights: one thread's end emptied them in the midst of another's step."""
+    halved = [replace(m, id=f"{m.id}{n}", train=replace(TRAIN, dtype="bfloat16")) for n in range(4) for m in members()]
+    alone = trained(train(halved, source, MemoryWorker()))
+    for _ in range(3):
+        for one, two in zip(trained(train(halved, source, MemoryWorker(), threads=2)), alone, strict=True):
+            assert_equal(one, two)
+
+
 def test_large_saes_are_made_and_folded_at_once_and_are_the_same(
     source: MemorySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:

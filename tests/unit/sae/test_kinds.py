@@ -106,6 +106,14 @@ def test_auxk_with_room_for_dead_features_and_none_of_them_is_nothing(x: Tensor)
         assert torch.equal(one, two)
 
 
+def test_auxk_of_a_single_row_is_nothing(x: Tensor) -> None:
+    sae = make_used(TopKConfig(k=5, auxk_coefficient=0.3, k_aux=4))
+    context = StepContext(sparsity=0.0, dead=dead_of(torch.ones(D_SAE, dtype=torch.bool)))
+    one, many = sae.loss(x[:1], x[:1], context), sae.loss(x, x, context)
+    assert float(one.total.detach()) == float(one.mse.detach()) > 0
+    assert float(many.total.detach()) > float(many.mse.detach())
+
+
 @pytest.mark.parametrize("spare", [0, 5])
 def test_auxk_of_few_dead_features_uses_them_all_and_no_other(x: Tensor, spare: int) -> None:
     sae = make_used(TopKConfig(k=5, auxk_coefficient=0.3, k_aux=4))
