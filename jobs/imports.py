@@ -170,7 +170,8 @@ class ImportRun:
                     measure(self.resolved, self.storage, by_site([self.sae]), slots, self.bars)
         self._write(corpus)
         metrics = (read_json(self.storage, evaluation) or {})["metrics"]
-        record = commit_record(self.storage, self.sae, self.resolved, metrics=metrics, imported=self._origin())
+        origin, known = self._origin(), self.foreign.known
+        record = commit_record(self.storage, self.sae, self.resolved, metrics=metrics, imported=origin, known=known)
         self.prepared.tracker.record_sae(record)
         return record
 
@@ -200,7 +201,15 @@ class ImportRun:
             coefficient=0.0,
         )
         bos = corpus.bos_id is not None
-        write_trained(self.storage, self.sae, self.resolved, trained, prepend_bos=bos, run={"trainer": "imported"})
+        write_trained(
+            self.storage,
+            self.sae,
+            self.resolved,
+            trained,
+            prepend_bos=bos,
+            run={"trainer": "imported"},
+            trained_as=self.foreign.trained_as,
+        )
 
     def _origin(self) -> dict[str, Any]:
         told = {"from": self.foreign.form, "source": self.foreign.source, "sha256": self.foreign.sha256}

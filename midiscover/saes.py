@@ -7,7 +7,7 @@ A folder without a record is work in progress; with one it is immutable.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from midiscover.errors import CorruptError, NotFoundError, UserError
 from midiscover.ids import hook_layer
 from midiscover.resolve import PlannedSae, Resolved
 from midiscover.sae.base import Sae, l1_conventions
-from midiscover.sae.registry import folded_sae
 from midiscover.saeconfig import L1Config
-from midiscover.saelenscfg import modern_cfg
+from midiscover.saelenscfg import checked_sae, modern_cfg
 from midiscover.store import layout
 from midiscover.store.documents import dump, folders_with, read_json
 from midiscover.store.storage import Storage, folder_of, open_store
@@ -39,11 +38,19 @@ STREAMED = "streamed"
 """Word of a record's lineage: its activations came from a live model, and none were stored."""
 
 
-def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bos: bool) -> dict[str, Any]:
+def saelens_cfg(
+    planned: PlannedSae,
+    resolved: Resolved,
+    sae: Sae,
+    *,
+    prepend_bos: bool,
+    trained_as: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """cfg.json of SAELens v6 for an SAE that reads a Hugging Face module.
 
     prepend_bos: whether the corpus put a BOS token at the start of each window. `architecture` is what the weights are;
-    what they were trained as stands in the metadata, with its settings, as SAELens writes its own.
+    what they were trained as stands in the metadata, with its settings, as SAELens writes its own. trained_as: these
+    two of an SAE of another maker, in its words.
     """
     config, hook, kind = resolved.config, planned.point.hook, planned.point.sae.kind
     output = planned.output_hook
@@ -78,6 +85,7 @@ def saelens_cfg(planned: PlannedSae, resolved: Resolved, sae: Sae, *, prepend_bo
             "neuronpedia_id": None,
             "training_architecture": kind,
             "training_architecture_details": settings,
+            **(trained_as or {}),
             "midiscover_id": planned.id,
         },
     }
@@ -91,10 +99,11 @@ def write_trained(
     *,
     prepend_bos: bool,
     run: Mapping[str, Any],
+    trained_as: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights and cfg.json, then training.json, which says that this SAE is trained; nothing where it says so.
 
-    run: where it was trained (threads, device, trainer), kept in the record's lineage.
+    run: where it was trained (threads, device, trainer), kept in the record's lineage. trained_as: see `saelens_cfg`.
     """
     if storage.exists(layout.training(planned.id)):
         return
@@ -104,7 +113,7 @@ def write_trained(
     # and nobody takes it away. The history may be that of the other run, which differs by rounding.
     if not storage.create(key, weights):
         weights = storage.read(key)
-    cfg = saelens_cfg(planned, resolved, trained.sae, prepend_bos=prepend_bos)
+    cfg = saelens_cfg(planned, resolved, trained.sae, prepend_bos=prepend_bos, trained_as=trained_as)
     storage.create(layout.sae_file(planned.id, CFG), dump(cfg))
     training = {
         "v": RECORD_VERSION,
@@ -144,10 +153,12 @@ def commit_record(
     *,
     metrics: Mapping[str, Any],
     imported: Mapping[str, Any] | None = None,
+    known: Container[str] | None = None,
 ) -> dict[str, Any]:
     """Write record.json, the last file of an SAE, and return the record that stands (another writer's, if first).
 
-    imported: where an SAE of another maker comes from; how it was trained is then not known.
+    imported: where an SAE of another maker comes from; how it was trained is then not known. known: the settings that
+    it tells, where not all are; the others are left out.
     """
     training = read_json(storage, layout.training(planned.id))
     assert training is not None, "an SAE is trained before it is committed"
@@ -176,7 +187,7 @@ def commit_record(
         "d_in": planned.d_in,
         "d_sae": planned.d_sae,
         "kind": sae.kind,
-        "sae": to_tree(sae),
+        "sae": {name: value for name, value in to_tree(sae).items() if known is None or name in known},
         "train": to_tree(train) if imported is None else None,
         "l1": conventions,
         "normalisation": training["normalisation"],
@@ -313,21 +324,15 @@ def _load(storage: Storage, folder: str, device: str) -> LoadedSae:
     except SafetensorError as error:
         raise CorruptError(f"{WEIGHTS} in {storage.uri}/{folder} can't be read: {error}.") from None
     _refuse_unfolded(cfg)
-    if cfg.get("rescale_acts_by_decoder_norm"):
+    module = checked_sae(cfg, weights, f"{storage.uri}/{folder}").eval().requires_grad_(False)
+    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm"):
         # Selection is by pre-activation times decoder norm; with that in the encoder the rows have unit norm.
-        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        norms = module.W_dec.norm(dim=1).clamp(min=1e-8)
         norms = torch.where((norms - 1).abs() < 1e-6, 1, norms)  # ours have 1 but for rounding, and stay as they are
-        weights |= {
-            "W_enc": weights["W_enc"] * norms,
-            "b_enc": weights["b_enc"] * norms,
-            "W_dec": weights["W_dec"] / norms[:, None],
-        }
-    try:
-        module = folded_sae(cfg, weights)
-    except RuntimeError as error:  # of load_state_dict: names or shapes, over several lines
-        reason = " ".join(str(error).split()).rstrip(". ")
-        raise CorruptError(f"{WEIGHTS} in {storage.uri}/{folder} does not fit its {CFG}: {reason}.") from None
-    return LoadedSae(module=module.to(device).eval().requires_grad_(False), cfg=cfg, record=record)
+        module.W_enc.mul_(norms)
+        module.b_enc.mul_(norms)
+        module.W_dec.div_(norms[:, None])
+    return LoadedSae(module=module.to(device), cfg=cfg, record=record)
 
 
 def _refuse_unfolded(cfg: Mapping[str, Any]) -> None:
@@ -336,5 +341,5 @@ def _refuse_unfolded(cfg: Mapping[str, Any]) -> None:
         raise UserError(
             f"normalize_activations '{cfg['normalize_activations']}' is not supported; fold it before saving."
         )
-    if not cfg.get("apply_b_dec_to_input", True) and not cfg.get("architecture", "").endswith("transcoder"):
+    if not cfg.get("apply_b_dec_to_input", True) and not str(cfg.get("architecture")).endswith("transcoder"):
         raise UserError("An SAE with apply_b_dec_to_input false is not supported; fold b_dec into b_enc before saving.")

@@ -24,9 +24,9 @@ from torch import Tensor
 from midiscover.errors import CorruptError, NotFoundError, UserError
 from midiscover.ids import fingerprint
 from midiscover.publish.sourcehooks import SourceHooks
-from midiscover.sae.registry import ARCHITECTURES, FOLDED, folded_sae
+from midiscover.sae.registry import ARCHITECTURES, FOLDED
 from midiscover.saeconfig import SAE_KINDS, SaeConfig
-from midiscover.saelenscfg import modern_cfg
+from midiscover.saelenscfg import checked_sae, modern_cfg, whole_k
 from midiscover.saes import CFG, WEIGHTS
 
 SEED_MODEL = "sae_model.pt"
@@ -44,7 +44,16 @@ _UNKNOWN_SPARSITY: Mapping[str, dict[str, float]] = {
     "jumprelu": {"l0_coefficient": 0.0},
 }
 """Settings where the source does not tell them: 0, as what was not set here."""
-_TOLD = ("sae_lens_version", "dataset_path", "training_architecture", "midiscover_id", "training_run_id")
+_FOUND = ("kind", "output_hook")
+"""Settings that the SAE itself and its place in the model show."""
+_TOLD = (
+    "sae_lens_version",
+    "dataset_path",
+    "training_architecture",
+    "training_architecture_details",
+    "midiscover_id",
+    "training_run_id",
+)
 """What a source says of itself that the record keeps."""
 
 
@@ -64,6 +73,8 @@ class Foreign:
     """Folded: raw inputs, unit decoder rows, float32."""
     settings: SaeConfig
     """Its kind and, as far as the source tells them, its settings."""
+    known: tuple[str, ...]
+    """Names of the settings that are known; the others are defaults."""
     hooks: SourceHooks
     model: str | None = None
     """What the source calls the language model."""
@@ -81,6 +92,12 @@ class Foreign:
     def d_out(self) -> int:
         """Width of what it reconstructs."""
         return self.weights["W_dec"].shape[1]
+
+    @property
+    def trained_as(self) -> dict[str, Any]:
+        """For cfg.json: how it was trained, in the source's words; without settings where it gives none."""
+        told = {"training_architecture": self.settings.kind, "training_architecture_details": {}}
+        return {name: self.about.get(name, value) for name, value in told.items()}
 
     def weight_bytes(self) -> bytes:
         """sae_weights.safetensors."""
@@ -181,6 +198,7 @@ def _foreign(
         raise CorruptError(f"The metadata of {path} are no JSON object.")
     _require_plain_model(about.get("model_from_pretrained_kwargs"), str(path))
     architecture, folded = _folded(cfg, weights, str(path), factor)
+    settings, known = _settings(architecture, cfg, about, str(path))
     model, context_size, prepend_bos = (about.get(name) for name in ("model_name", "context_size", "prepend_bos"))
     return Foreign(
         source=source,
@@ -188,7 +206,8 @@ def _foreign(
         sha256=sha256,
         architecture=architecture,
         weights=folded,
-        settings=_settings(architecture, cfg, about, folded),
+        settings=settings,
+        known=known,
         hooks=SourceHooks.of(about),
         model=model if isinstance(model, str) and model else None,
         context_size=context_size if isinstance(context_size, int) and not isinstance(context_size, bool) else None,
@@ -242,13 +261,11 @@ def _of_linear_layers(
 
 def _cfg(folder: Path) -> dict[str, Any]:
     try:
-        cfg = json.loads((folder / CFG).read_text())
+        cfg = json.loads((folder / CFG).read_text(), parse_constant=lambda _: None)  # no record may hold a NaN
     except OSError:
         raise NotFoundError(f"There is no {CFG} in {folder}; a folder in SAELens' format has one.") from None
     except ValueError as error:
         raise CorruptError(f"{folder / CFG} is not readable as JSON: {error}.") from None
-    if not isinstance(cfg, dict):
-        raise CorruptError(f"{folder / CFG} holds no JSON object.")
     return modern_cfg(cfg, str(folder))
 
 
@@ -283,41 +300,14 @@ def _folded(
     cfg: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, factor: float | None
 ) -> tuple[str, dict[str, Tensor]]:
     """Architecture and weights for raw inputs, with unit decoder rows and b_dec taken off the input."""
-    architecture = cfg.get("architecture")
-    if architecture not in FOLDED:
-        raise UserError(f"The architecture '{architecture}' of {name} is not known; known are {', '.join(FOLDED)}.")
-    cls = FOLDED[architecture]
-    weights = _without_legacy(weights, name)
-    checked_cfg = {**cfg, "k": cfg.get("k") or 1}
-    for field_name in ("d_in", "d_sae"):
-        if not isinstance(cfg.get(field_name), int):
-            raise CorruptError(f"The settings of {name} lack {field_name}.")
-    try:
-        folded_sae(checked_cfg, {key: value.float() for key, value in weights.items()})
-    except (RuntimeError, KeyError) as error:  # names or shapes, over several lines
-        reason = " ".join(str(error).split()).rstrip(". ")
-        raise CorruptError(
-            f"The weights of {name} are not those of a {architecture} SAE of its widths: {reason}."
-        ) from None
-    wrong = [key for key, value in weights.items() if not value.isfinite().all()]
-    if wrong:
-        raise CorruptError(f"{wrong[0]} in the weights of {name} holds numbers that are not finite.")
-    if architecture == "topk" and not 0 < (cfg.get("k") or 0) <= cfg["d_sae"]:
-        raise UserError(f"k is {cfg.get('k')} in {name}; of {cfg['d_sae']} features, 1 to {cfg['d_sae']} can be kept.")
-    w = {key: value.double() for key, value in weights.items()}
+    kept, architecture = checked_sae(cfg, weights, name).state_dict(), str(cfg["architecture"])
+    w = {key: weights[key].double() for key in kept}
     if factor is not None:
         w |= {"W_enc": w["W_enc"] * factor, "W_dec": w["W_dec"] / factor, "b_dec": w["b_dec"] / factor}
-    if not cls.transcodes and cfg.get("apply_b_dec_to_input", True) is False:
+    if not FOLDED[architecture].transcodes and cfg.get("apply_b_dec_to_input", True) is False:
         w = _with_b_dec_at_the_input(w)
     w = _with_unit_rows(w, name, selects=architecture == "topk" and not cfg.get("rescale_acts_by_decoder_norm"))
     return architecture, {key: value.float().contiguous() for key, value in w.items()}
-
-
-def _without_legacy(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    scaling = weights.get("scaling_factor")
-    if scaling is not None and not bool((scaling == 1).all()):
-        raise UserError(f"{name} has a scaling_factor that is not 1, which no version of SAELens from 6 on computes.")
-    return {key: value for key, value in weights.items() if key != "scaling_factor"}
 
 
 def _with_b_dec_at_the_input(w: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,25 +342,27 @@ def _with_unit_rows(w: dict[str, Tensor], name: str, *, selects: bool) -> dict[s
 
 
 def _settings(
-    architecture: str, cfg: Mapping[str, Any], about: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> SaeConfig:
-    """Kind and settings as the source tells them, where they are ours; else what its architecture shows."""
-    d_sae = weights["W_enc"].shape[1]
-    kind, details = about.get("training_architecture"), about.get("training_architecture_details")
-    if (
-        kind in ARCHITECTURES
-        and ARCHITECTURES[str(kind)].saelens_architecture == architecture
-        and isinstance(details, dict)
-    ):
-        known = SAE_KINDS[str(kind)].__dataclass_fields__
-        given: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in details.items() if key in known
-        }
+    architecture: str, cfg: Mapping[str, Any], about: Mapping[str, Any], name: str
+) -> tuple[SaeConfig, tuple[str, ...]]:
+    """Kind and settings as the source tells them, where they are ours, else what its architecture shows; and the names
+    of those settings, beside which our defaults stand.
+    """
+    sure: dict[str, Any] = {"d_sae": cfg["d_sae"]}
+    if architecture == "topk":  # SAELens leaves it out of the details, since cfg.json has it by itself
+        sure["k"] = whole_k(cfg["k"], name)
+    kind, details = str(about.get("training_architecture")), about.get("training_architecture_details")
+    ours = kind in ARCHITECTURES and ARCHITECTURES[kind].saelens_architecture == architecture
+    if ours and isinstance(details, Mapping):
+        fields = SAE_KINDS[kind].__dataclass_fields__
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in details.items() if key in fields}
+        given |= sure | {"control": "none", "expansion_factor": None}
+        if "k" in given:
+            given["k"] = whole_k(given["k"], name)
+        given = _UNKNOWN_SPARSITY.get(kind, {}) | given
         try:
-            return SAE_KINDS[str(kind)](**given | {"d_sae": d_sae, "control": "none", "expansion_factor": None})
+            if "k" in given or "k" not in fields:
+                return SAE_KINDS[kind](**given), (*_FOUND, *given)
         except (TypeError, ValueError):
             pass  # of another tool under the same name
-    settings: dict[str, Any] = dict(_UNKNOWN_SPARSITY.get(architecture, {}))
-    if architecture == "topk":
-        settings["k"] = cfg["k"]
-    return SAE_KINDS[architecture](d_sae=d_sae, **settings)
+    given = _UNKNOWN_SPARSITY.get(architecture, {}) | sure
+    return SAE_KINDS[architecture](**given), (*_FOUND, *given)
