@@ -1,5 +1,5 @@
-"""What a hook is, by its path: the name that TransformerLens has for it, and whether it is in the residual stream; and
-the paths that one text with braces names."""
+"""What a hook is, by its path: the name that TransformerLens has for it, the part of a block that it is in, and whether
+it is in the residual stream; and the paths that one text with braces names."""
 
 from __future__ import annotations
 
@@ -32,11 +32,18 @@ _NORMALISED_AFTER = frozenset(
 )
 """Families that normalise once more what an MLP or attention block has made: its last projection is neither one of
 TransformerLens' hooks nor what is added to the residual stream."""
+_MLPS = "mlp|ffn|feed_forward|block_sparse_moe"
 _ADDED = re.compile(
-    r"(mlp|ffn|feed_forward|block_sparse_moe)(\.(down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2))?|fc2"
+    rf"({_MLPS})(\.(down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2))?|fc2"
     r"|(self_attn|attn|attention|self_attention)(\.(o_proj|out_proj|dense|c_proj))?"
 )
 """The same for all families whose tokens are named."""
+_PARTS = {
+    "res": re.compile(""),
+    "mlp": re.compile(rf"(\w+_)?({_MLPS}|moe)(\..+)?|fc2"),
+    "attn": re.compile(r"(\w+_)?(attn|attention)(\..+)?"),
+}
+"""Word for a part of a block -> what its paths within the block look like. Norms of a part are none of it."""
 
 
 def expand_braces(text: str) -> list[str]:
@@ -73,11 +80,19 @@ def is_residual(hook: str, model_type: str | None = None) -> bool:
     are: at a layer, or at what its MLP or its attention adds to it. Not at keys, hidden layers or outputs of a norm,
     whatever their width.
     """
-    path, _, side = hook.partition(":")
-    block = hook_block(path)
-    if block is None:
-        return False
-    part = path.removeprefix(f"{block[0]}.{block[1]}").removeprefix(".")
+    part = _in_block(hook)
     if not part:
-        return True
-    return not side and model_type not in _NORMALISED_AFTER and _ADDED.fullmatch(part) is not None
+        return part is not None
+    return ":" not in hook and model_type not in _NORMALISED_AFTER and _ADDED.fullmatch(part) is not None
+
+
+def block_part(hook: str) -> str | None:
+    """The part of a block that a hook is in: `mlp`, `attn`, or `res` for the block itself; None for all else."""
+    part = _in_block(hook)
+    return next((word for word, paths in _PARTS.items() if part is not None and paths.fullmatch(part)), None)
+
+
+def _in_block(hook: str) -> str | None:
+    """What follows the block in a hook's path, without its side; None outside of blocks."""
+    path, block = hook.partition(":")[0], hook_block(hook)
+    return None if block is None else path.removeprefix(f"{block[0]}.{block[1]}").removeprefix(".")

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from midiscover.config import NeuronpediaConfig
 from midiscover.errors import UserError
-from midiscover.ids import hook_layer, recorded_seed, recorded_settings, sparsity_label
+from midiscover.hooknames import block_part
+from midiscover.ids import hook_label, hook_layer, recorded_seed, recorded_settings, sparsity_label
 
 MODEL_ID_LENGTH = 32
 _MODEL_ID = re.compile(r"[a-z](?!.*(--|\.\.))[a-z0-9.-]{0,30}[a-z0-9]")
@@ -83,10 +84,11 @@ def checked_model_id(text: str) -> str:
 def source_set(record: Mapping[str, Any]) -> str:
     """Name of a source set from hook, width and sparsity: `mdc-mlp-20k-l1-3`.
 
-    Architecture, control and seed are named where they are not the usual ones, so that SAEs of a grid keep apart.
+    Architecture, control and seed are named where they are not the usual ones, so that SAEs of a grid keep apart. A
+    hook that is in no MLP, no attention and no block is named by its path.
     """
     settings = recorded_settings(record["sae"])
-    part = "mlp" if "mlp" in record["hook"] else "attn" if "attn" in record["hook"] else "res"
+    part = block_part(record["hook"]) or hook_label(record["hook"]).rpartition(".")[2]
     width, seed = record["d_sae"], recorded_seed(record) or 0
     words = [
         "mdc",

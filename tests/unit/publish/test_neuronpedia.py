@@ -16,7 +16,7 @@ from midiscover.errors import UserError
 from midiscover.features.collect import collect_chunk
 from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords, open_features
-from midiscover.publish.names import checked_model_id, checked_source_set, model_id, source_set
+from midiscover.publish.names import checked_model_id, checked_source_set, model_id, neuronpedia_names, source_set
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.neuronpedia_rules import violations
 from tests.unit.features.naive import D_IN, D_SAE, VOCABULARY, make_world, strings
@@ -200,6 +200,34 @@ def elsewhere(folder: Path) -> None:
 def test_each_rule_can_be_broken(folder: Path, breaks: Callable[[Path], Any], problem: str) -> None:
     breaks(folder)
     assert any(problem in found for found in violations(folder)), violations(folder)[:5]
+
+
+@pytest.mark.parametrize(
+    ("hook", "word"),
+    [
+        ("model.layers.15.mlp.down_proj", "15-mdc-mlp"),  # of the demo
+        ("model.layers.16.mlp.fc2", "16-mdc-mlp"),  # of Phi-2
+        ("model.layers.3.mlp:in", "3-mdc-mlp"),
+        ("model.decoder.layers.3.fc2", "3-mdc-mlp"),
+        ("model.layers.3.feed_forward", "3-mdc-mlp"),
+        ("model.layers.3.block_sparse_moe", "3-mdc-mlp"),
+        ("model.layers.3.shared_mlp", "3-mdc-mlp"),
+        ("gpt_neox.layers.3.attention.dense", "3-mdc-attn"),
+        ("transformer.h.3.self_attention.dense", "3-mdc-attn"),
+        ("model.layers.3.self_attn.o_proj", "3-mdc-attn"),
+        ("transformer.h.3.attn.c_proj", "3-mdc-attn"),
+        ("model.layers.3.linear_attn", "3-mdc-attn"),
+        ("gpt_neox.layers.3", "3-mdc-res"),
+        ("model.layers.3:in", "3-mdc-res"),
+        ("model.layers.3.post_attention_layernorm", "3-mdc-post-attention-layernorm"),
+        ("model.layers.3.mixer", "3-mdc-mixer"),
+        ("model.norm", "0-mdc-model-norm"),
+        ("transformer.ln_f", "0-mdc-transformer-ln-f"),
+    ],
+)
+def test_a_set_is_named_by_the_part_of_the_model(hook: str, word: str) -> None:
+    names = neuronpedia_names(RECORD | {"hook": hook}, "phi-2", NeuronpediaConfig())
+    assert names.source == f"{word}-40-l1-0p5"
 
 
 def test_names() -> None:
