@@ -119,9 +119,15 @@ def _config(args: ImportArgs, foreign: Foreign) -> RunConfig:
             named["context_size"] = foreign.context_size
         if foreign.model is None and args.model is None:
             raise ConfigError("The source does not say which model it belongs to; give --model.")
+        other = args.model is not None or "model.id" in args.overrides
+        if foreign.checkpoint is not None and not other and "model.revision" not in args.overrides:
+            raise ConfigError(
+                f"The source reads {foreign.model} as it was at {foreign.checkpoint} of its training, by a name that "
+                "only TransformerLens has for it; give that revision by --model.revision, or --model."
+            )
         config = RunConfig(
             name="import",
-            model=ModelConfig(id=foreign.model or "", dtype="auto"),
+            model=ModelConfig(id=foreign.model or "", revision=None if other else foreign.revision, dtype="auto"),
             corpus=CorpusConfig(max_tokens=TEXT_TOKENS, **named),
         )
     tree = to_tree(replace(config, grid=()))

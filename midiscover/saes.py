@@ -81,7 +81,7 @@ def saelens_cfg(
             "seqpos_slice": [1, None] if config.harvest.mask_first else [None],
             "dataset_path": resolved.source.name,
             "exclude_special_tokens": True,
-            "model_from_pretrained_kwargs": {},
+            "model_from_pretrained_kwargs": {"revision": resolved.model.revision} if config.model.revision else {},
             "neuronpedia_id": None,
             "training_architecture": kind,
             "training_architecture_details": settings,

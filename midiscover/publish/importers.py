@@ -44,6 +44,8 @@ _UNKNOWN_SPARSITY: Mapping[str, dict[str, float]] = {
     "jumprelu": {"l0_coefficient": 0.0},
 }
 """Settings where the source does not tell them: 0, as what was not set here."""
+_CHECKPOINTS = ("checkpoint_value", "checkpoint_index")
+"""How TransformerLens is told which step of a model's own training is meant."""
 _FOUND = ("kind", "output_hook")
 """Settings that the SAE itself and its place in the model show."""
 _TOLD = (
@@ -78,6 +80,10 @@ class Foreign:
     hooks: SourceHooks
     model: str | None = None
     """What the source calls the language model."""
+    revision: str | None = None
+    """Branch, tag or commit of the model."""
+    checkpoint: str | None = None
+    """The step of the model's own training, in TransformerLens' words, such as `checkpoint_value 1000`."""
     context_size: int | None = None
     prepend_bos: bool | None = None
     about: dict[str, Any] = field(default_factory=dict)
@@ -196,7 +202,10 @@ def _foreign(
 ) -> Foreign:
     if not isinstance(about, Mapping):
         raise CorruptError(f"The metadata of {path} are no JSON object.")
-    _require_plain_model(about.get("model_from_pretrained_kwargs"), str(path))
+    loaded_with = about.get("model_from_pretrained_kwargs")
+    loaded_with = loaded_with if isinstance(loaded_with, Mapping) else {}
+    _require_plain_model(loaded_with, str(path))
+    revision = loaded_with.get("revision")
     architecture, folded = _folded(cfg, weights, str(path), factor)
     settings, known = _settings(architecture, cfg, about, str(path))
     model, context_size, prepend_bos = (about.get(name) for name in ("model_name", "context_size", "prepend_bos"))
@@ -210,15 +219,19 @@ def _foreign(
         known=known,
         hooks=SourceHooks.of(about),
         model=model if isinstance(model, str) and model else None,
+        revision=revision if isinstance(revision, str) and revision else None,
+        checkpoint=next(
+            (f"{key} {loaded_with[key]}" for key in _CHECKPOINTS if loaded_with.get(key) is not None), None
+        ),
         context_size=context_size if isinstance(context_size, int) and not isinstance(context_size, bool) else None,
         prepend_bos=prepend_bos if isinstance(prepend_bos, bool) else None,
         about={name: about[name] for name in _TOLD if about.get(name) is not None},
     )
 
 
-def _require_plain_model(kwargs: object, name: str) -> None:
+def _require_plain_model(kwargs: Mapping[str, Any], name: str) -> None:
     """UserError for an SAE of a model whose weights TransformerLens had changed: its activations are others."""
-    if isinstance(kwargs, Mapping) and kwargs.get("center_writing_weights"):
+    if kwargs.get("center_writing_weights"):
         raise UserError(
             f"{name} reads a model that TransformerLens had loaded with center_writing_weights, which takes its mean "
             "off each activation; only SAEs on the model's own activations can be imported."

@@ -43,7 +43,7 @@ def saelens_files(
     if storage.exists(layout.sae_file(sae_id, SPARSITY)):
         files[SPARSITY] = storage.read(layout.sae_file(sae_id, SPARSITY))
     cfg = json.loads(storage.read(layout.sae_file(sae_id, CFG)))
-    cfg["metadata"] |= {"neuronpedia_id": neuronpedia_id} | _hooks(cfg["metadata"], model_type)
+    cfg["metadata"] |= {"neuronpedia_id": neuronpedia_id} | saelens_hooks(cfg["metadata"], model_type)
     files[CFG] = dump(cfg)
     files[CARD] = card(record, cfg, repository).encode()
     files[SNIPPET] = snippet(record, cfg, repository).encode()
@@ -56,11 +56,11 @@ def _transformer_lens_models() -> frozenset[str]:
     return frozenset(line for line in lines if not line.startswith("#"))
 
 
-def _hooks(metadata: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
+def saelens_hooks(metadata: Mapping[str, Any], model_type: str | None) -> dict[str, Any]:
     """Hook names of TransformerLens; none where it does not know the model, which SAELens then loads by transformers,
-    or where one of the hooks has none there, since a model is loaded in one way.
+    or where one of the hooks has none there, since a model is loaded in one way. A revision is one of transformers.
     """
-    if metadata["model_name"] not in _transformer_lens_models():
+    if metadata["model_name"] not in _transformer_lens_models() or metadata.get("model_from_pretrained_kwargs"):
         return {}
     names = [name for name in ("hook_name", "hook_name_out") if metadata.get(name)]
     found = {name: transformer_lens_hook(metadata[name], model_type) for name in names}
