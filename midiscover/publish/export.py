@@ -29,7 +29,7 @@ from midiscover.store.storage import Storage
 VERSION = 1
 MANIFEST = "manifest.json"
 STARTED = "unfinished.json"
-"""Stands in an export while it is written, so that a later run knows the rest for its own."""
+"""Stands in an export while it is written, so that a later run knows the rest for its own, but for what it names."""
 
 
 class Exported(NamedTuple):
@@ -128,11 +128,11 @@ def write_export(export: Export, out: Storage, prefix: str = "", *, force: bool 
     weights are not those that were committed.
     """
     sae, kind = export.record["id"], export.kind
-    standing, mine = _standing(out, prefix, kind, sae)
+    standing, mine, others = _standing(out, prefix, kind, sae)
     if standing and standing.get("made_of") == export.made_of and not force and _is_whole(out, prefix, standing):
         out.delete(_key(prefix, STARTED))
         return Exported(standing, False)
-    out.write(_key(prefix, STARTED), dump({"v": VERSION, "kind": kind, "sae": sae}))
+    out.write(_key(prefix, STARTED), dump({"v": VERSION, "kind": kind, "sae": sae, "others": sorted(others)}))
     out.delete(_key(prefix, MANIFEST))
     files = {}
     for name, data in export.files():
@@ -141,8 +141,8 @@ def write_export(export: Export, out: Storage, prefix: str = "", *, force: bool 
             _refuse_damage(export, digest)
         out.write(_key(prefix, name), data)
         files[name] = {"sha256": digest, "bytes": len(data)}
-    for key in mine - {_key(prefix, name) for name in (*files, MANIFEST, STARTED)}:
-        out.delete(key)
+    for name in mine - {*files, MANIFEST, STARTED}:
+        out.delete(_key(prefix, name))
     manifest = {"v": VERSION, "kind": kind, "sae": sae, "made_of": export.made_of, "files": files}
     out.write(_key(prefix, MANIFEST), dump(manifest))
     out.delete(_key(prefix, STARTED))
@@ -177,20 +177,31 @@ def _facts(identity: ModelIdentity) -> ModelFacts:
     )
 
 
-def _standing(out: Storage, prefix: str, kind: str, sae: str) -> tuple[dict[str, Any] | None, set[str]]:
-    """The manifest of the finished export that stands there, and the keys that belong to it or to an interrupted one.
+class _Standing(NamedTuple):
+    """What lies where an export is to be written."""
 
-    UserError where anything but an export of this SAE in this format stands there.
-    """
+    manifest: dict[str, Any] | None
+    """Of the finished export."""
+    mine: set[str]
+    """Names of files that belong to it, or to an interrupted one."""
+    others: set[str]
+    """Names of files that were put beside it, which stay."""
+
+
+def _standing(out: Storage, prefix: str, kind: str, sae: str) -> _Standing:
+    """UserError where anything but an export of this SAE in this format stands there."""
     manifest, started = (read_json(out, _key(prefix, name)) for name in (MANIFEST, STARTED))
+    found = {key.removeprefix(f"{prefix}/") for key in out.list(prefix)}
     if _is_ours(started, kind, sae):
-        return manifest, set(out.list(prefix))
+        others = found & set((started or {}).get("others", ()))
+        return _Standing(manifest, found - others, others)
     if manifest is not None and _is_ours(manifest, kind, sae):
-        return manifest, {_key(prefix, name) for name in manifest["files"]}
-    if out.list(prefix):
+        mine = {*manifest["files"], MANIFEST, STARTED}
+        return _Standing(manifest, mine, found - mine)
+    if found:
         place = f"{out.uri}{'/' if prefix else ''}{prefix}"
         raise UserError(f"{place} holds something else already; give --out another folder.")
-    return None, set()
+    return _Standing(None, set(), set())
 
 
 def _is_ours(word: Any, kind: str, sae: str) -> bool:

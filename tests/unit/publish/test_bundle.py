@@ -215,11 +215,12 @@ def test_equal_records_give_equal_bytes(standard: Made, tmp_path: Path) -> None:
             assert other.read_bytes() == path.read_bytes(), path.name
 
 
+class Interrupted(Exception):
+    pass
+
+
 def test_an_interrupted_one_is_finished_by_the_next(standard: Made, tmp_path: Path) -> None:
     """Without a manifest it is none; what a later one does not have is removed."""
-
-    class Interrupted(Exception):
-        pass
 
     class Broken(Bundle):
         def files(self) -> Any:
@@ -242,10 +243,33 @@ def test_an_interrupted_one_is_finished_by_the_next(standard: Made, tmp_path: Pa
     assert not write_export(export, out).is_new
 
 
-def _write(out: LocalStorage, export: Export, bundle: Bundle) -> None:
+def test_what_was_put_beside_an_export_outlives_an_interrupted_one(standard: Made, tmp_path: Path) -> None:
+    class Broken(Bundle):
+        def files(self) -> Any:
+            yield "left.tmp.json", b"{}"
+            raise Interrupted
+
+    export, out = standard.export, LocalStorage(tmp_path)
+    write_export(export, out, "there")
+    beside = tmp_path / "there" / "notes" / "mine.md"
+    beside.parent.mkdir()
+    beside.write_text("mine")
+    broken = Broken(export.storage, export.record, standard.records, export.neuronpedia, [])
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            _write(out, export, broken, "there")
+        assert (tmp_path / "there" / "unfinished.json").exists()
+        assert (tmp_path / "there" / "left.tmp.json").exists()
+    assert write_export(export, out, "there").is_new
+    assert beside.read_text() == "mine"
+    assert not list((tmp_path / "there").glob("*.tmp.json"))
+    assert not (tmp_path / "there" / "unfinished.json").exists()
+
+
+def _write(out: LocalStorage, export: Export, bundle: Bundle, prefix: str = "") -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Export, "files", lambda self: bundle.files())
-        write_export(export, out)
+        write_export(export, out, prefix, force=True)
 
 
 def test_the_copy_of_a_record_in_a_bundle_is_no_sae(tmp_path: Path) -> None:
