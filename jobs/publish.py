@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         require_token()
     # All that can be wrong is said before the first file is written.
     exports = [
-        prepare_export(storage, sae, kind, config.neuronpedia, repository=repository)
+        prepare_export(storage, sae, kind, config.neuronpedia, repository=repository, licence=config.license)
         for sae in saes
         for kind in config.formats
     ]
@@ -64,7 +64,7 @@ def _write(export: Export, storage: Storage, config: PublishConfig, repository: 
         raise StageError(f"{place} does not verify: {'; '.join(wrong)}. `midiscover publish --force` writes it anew.")
     place += f"  {report.summary}"
     if repository and export.kind == "saelens":
-        place += f"\n{push(export_files(out, prefix, done.manifest), sae, repository)}"
+        place += f"\n{push(export_files(out, prefix, done.manifest), sae, repository, config.license)}"
     return place
 
 

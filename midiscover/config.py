@@ -218,6 +218,14 @@ EXPORTS = ("saelens", "neuronpedia", "bundle")
 """Formats that an SAE is exported in."""
 
 
+NO_LICENCE = "must be a hub's short name of a licence, such as mit, apache-2.0 or cc-by-4.0"
+
+
+def is_licence(text: str) -> bool:
+    """Whether a hub may have a licence of that short name."""
+    return text.isascii() and text.replace(".", "").replace("-", "").isalnum() and text == text.lower()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
     """What `midiscover publish` writes of a sweep, and where."""
@@ -231,6 +239,8 @@ class PublishConfig:
     """Folder or s3:// prefix, which gets `<SAE>/<format>/`; null: `exports/` in the folder of each SAE in the store."""
     push: str | None = None
     """`hf://org/repo`: put the SAELens layout with a model card there as well."""
+    license: str | None = None
+    """A hub's short name of the licence, such as `mit`, for the head of the model card; null: the card states none."""
     neuronpedia: NeuronpediaConfig = field(default_factory=NeuronpediaConfig)
 
     def __post_init__(self) -> None:
@@ -238,6 +248,7 @@ class PublishConfig:
         _require(not wrong, f"publish.formats holds '{wrong[0] if wrong else ''}'; known are {', '.join(EXPORTS)}")
         _require(bool(self.formats), f"publish.formats is empty; known are {', '.join(EXPORTS)}")
         _require(self.push is None or self.push.startswith("hf://"), "publish.push must look like hf://org/repo")
+        _require(self.license is None or is_licence(self.license), f"publish.license {NO_LICENCE}")
         _require(self.push is None or "saelens" in self.formats, "publish.push needs saelens among publish.formats")
 
 

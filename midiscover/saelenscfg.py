@@ -85,10 +85,9 @@ def checked_sae(cfg: Mapping[str, Any], weights: Mapping[str, Tensor], name: str
 
 def whole_k(k: Any, name: str) -> int:
     """Features kept per token, of a TopK or BatchTopK SAE. UserError for anything but a whole number above 0."""
-    whole = int(k) if isinstance(k, float) and k.is_integer() else k
-    if not _is_count(whole):
+    if isinstance(k, bool) or not isinstance(k, int | float) or k % 1 != 0 or k < 1:
         raise UserError(f"k is {k!r} in {name}; a whole number above 0 is needed.")
-    return whole
+    return int(k)
 
 
 def _is_count(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from midiscover.config import EXPORTS, NeuronpediaConfig
+from midiscover.config import EXPORTS, NO_LICENCE, NeuronpediaConfig, is_licence
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_target, run_job
 from midiscover.store import layout
@@ -23,6 +23,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(EXPORTS))
     parser.add_argument("--out", metavar="DIR|s3://…", help="an empty place; else exports/FORMAT in the SAE's folder")
     parser.add_argument("--push", metavar="hf://ORG/REPO", help="put a saelens export on a hub as well; needs HF_TOKEN")
+    parser.add_argument("--license", metavar="NAME", help="of a saelens export, for its card, such as mit")
     parser.add_argument("--model", metavar="DIR", help="the language model, where its folder has moved")
     parser.add_argument("--model-id", metavar="ID", help="Neuronpedia's id of the language model, such as phi-2")
     parser.add_argument("--source-set", metavar="NAME", help="Neuronpedia's source set, such as mdc-mlp-20k")
@@ -36,6 +37,10 @@ def _export(argv: Sequence[str]) -> None:
         raise ConfigError(f"--to {known.to} is no format; known are {', '.join(EXPORTS)}.")
     if known.push and known.to != "saelens":
         raise ConfigError("--push goes with --to saelens.")
+    if known.license is not None and known.to != "saelens":
+        raise ConfigError("--license goes with --to saelens.")
+    if known.license is not None and not is_licence(known.license):
+        raise ConfigError(f"--license {NO_LICENCE}.")
     storage = open_store(known.store, create=False)
     sae = find_sae(storage, known.sae)
     from midiscover.publish.export import export_files, prepare_export, write_export
@@ -51,14 +56,16 @@ def _export(argv: Sequence[str]) -> None:
         creator_name=known.creator,
         url=known.url,
     )
-    export = prepare_export(storage, sae, known.to, names, repository=repository, model=known.model)
+    export = prepare_export(
+        storage, sae, known.to, names, repository=repository, licence=known.license, model=known.model
+    )
     out, prefix = (open_store(known.out), "") if known.out else (storage, layout.export_folder(sae, known.to))
     done = write_export(export, out, prefix, force=known.force)
     size = sum(file["bytes"] for file in done.manifest["files"].values()) / 1e6
     told = "" if done.is_new else ", which stand there already"
     print(f"{len(done.manifest['files'])} files, {size:,.1f} MB{told}\n{out.uri}{'/' if prefix else ''}{prefix}")
     if repository:
-        print(push(export_files(out, prefix, done.manifest), sae, repository))
+        print(push(export_files(out, prefix, done.manifest), sae, repository, known.license))
 
 
 def _publish(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from midiscover.publish.checks import CFG, MANIFEST, RECORD, WEIGHTS, Skipped, Subject, check, expect, fail_for
+from midiscover.publish.checks_folder import LICENCES
 from midiscover.publish.neuronpedia_rules import violations
 
 
@@ -35,7 +36,7 @@ def _manifest_problems(subject: Subject, kind: str) -> list[str]:
     for name, told in files.items():
         if subject.has(where + name) and hashlib.sha256(subject.read(where + name)).hexdigest() != told["sha256"]:
             problems.append(f"{where}{name} is another one")
-    known = {where + MANIFEST, *(where + name for name in files)}
+    known = {where + name for name in (MANIFEST, *LICENCES, *files)}
     listed = subject.names(where.rstrip("/"))
     problems += [f"{name} is not one of its files" for name in listed if name not in known and where]
     return problems

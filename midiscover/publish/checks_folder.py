@@ -38,6 +38,8 @@ _DATA = (
     ".npy",
 )
 _SEEDS = "sae_model.pt"
+LICENCES = ("LICENSE", "LICENSE.txt")
+"""May lie beside an export: whoever publishes it puts it there."""
 _KEYS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
     ("architecture", str),
     ("d_in", int),
@@ -98,7 +100,8 @@ def training_is_there(subject: Subject) -> None:
 def files_are_data(subject: Subject) -> str:
     """No file is of a kind that may run code when it is loaded."""
     names = subject.names()
-    fail_for([f"{name} is no data" for name in names if not name.endswith((*_DATA, _SEEDS))])
+    data = [name for name in names if name.endswith((*_DATA, _SEEDS)) or name.rpartition("/")[2] in LICENCES]
+    fail_for([f"{name} is no data" for name in names if name not in data])
     return f"{len(names)} files"
 
 

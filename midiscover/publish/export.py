@@ -55,6 +55,8 @@ class Export:
     """Token ids to their text, for a bundle."""
     rows: list[dict[str, Any]]
     """The SAEs of its sweep, for a bundle."""
+    licence: str | None = None
+    """For the card of a SAELens folder."""
     made_of: str
     """Changes with everything that the files depend on."""
 
@@ -63,7 +65,8 @@ class Export:
         names = self.neuronpedia
         if self.records is None:
             named = f"{names.model}/{names.source}"
-            found = saelens_files(self.storage, self.record, names.facts.model_type, named, names.repository)
+            family, repository = names.facts.model_type, names.repository
+            found = saelens_files(self.storage, self.record, family, named, repository, self.licence)
             return found.items()
         if self.kind == "neuronpedia":
             return names.files(self.records)
@@ -77,13 +80,15 @@ def prepare_export(
     names: NeuronpediaConfig | None = None,
     *,
     repository: str | None = None,
+    licence: str | None = None,
     model: str | None = None,
 ) -> Export:
     """Everything that an export needs, looked up; writes nothing.
 
-    repository: `org/repo` of a hub to which the SAE is pushed. model: the folder of its language model, of which the
-    config is read, where that lies elsewhere than the record says. UserError where a name is not one of Neuronpedia's;
-    NotFoundError where the feature records that an export needs are not made yet.
+    repository: `org/repo` of a hub to which the SAE is pushed. licence: for the card of a SAELens folder. model: the
+    folder of its language model, of which the config is read, where that lies elsewhere than the record says.
+    UserError where a name is not one of Neuronpedia's; NotFoundError where the feature records that an export needs
+    are not made yet.
     """
     if kind not in EXPORTS:
         raise UserError(f"'{kind}' is no export format; known are {', '.join(EXPORTS)}.")
@@ -107,7 +112,8 @@ def prepare_export(
             "repository": repository,
             "rows": rows,
             "version": midiscover.__version__,
-        },
+        }
+        | ({"licence": licence} if licence and kind == "saelens" else {}),
     )
     return Export(
         storage=storage,
@@ -117,6 +123,7 @@ def prepare_export(
         records=records,
         decode=_decoder(identity),
         rows=rows,
+        licence=licence,
         made_of=made_of,
     )
 

@@ -16,7 +16,7 @@ SCHEME = "hf://"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CARD = """---
 library_name: saelens
-tags: [saelens, sparse-autoencoder, interpretability]
+{licence}tags: [saelens, sparse-autoencoder, interpretability]
 ---
 
 # Sparse autoencoders
@@ -43,10 +43,11 @@ def require_token() -> str:
     return token
 
 
-def push(files: Mapping[str, bytes], sae_id: str, repository: str) -> str:
+def push(files: Mapping[str, bytes], sae_id: str, repository: str, licence: str | None = None) -> str:
     """Put an SAE's files into its folder of a repository, which is made if absent; returns the folder's address.
 
-    A repository without a README.md gets one. UserError where the hub can't be reached or refuses.
+    A repository without a README.md gets one, with the licence if one is given. UserError where the hub can't be
+    reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -58,7 +59,8 @@ def push(files: Mapping[str, bytes], sae_id: str, repository: str) -> str:
     try:
         api.create_repo(repository, exist_ok=True)
         if not api.file_exists(repository, "README.md"):
-            contents["README.md"] = _CARD.format(repository=repository).encode()
+            head = f"license: {licence}\n" if licence else ""
+            contents["README.md"] = _CARD.format(repository=repository, licence=head).encode()
         operations: list[Any] = [CommitOperationAdd(path, data) for path, data in contents.items()]
         api.create_commit(repository, operations, commit_message=f"Add {sae_id}")
     except HfHubHTTPError as error:

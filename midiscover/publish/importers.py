@@ -367,15 +367,15 @@ def _settings(
     ours = kind in ARCHITECTURES and ARCHITECTURES[kind].saelens_architecture == architecture
     if ours and isinstance(details, Mapping):
         fields = SAE_KINDS[kind].__dataclass_fields__
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in details.items() if key in fields}
-        given |= sure | {"control": "none", "expansion_factor": None}
+        told = {key: tuple(v) if isinstance(v, list) else v for key, v in details.items() if key in fields}
+        given: dict[str, Any] = {**_UNKNOWN_SPARSITY.get(kind, {}), **told, **sure}
+        given |= {"control": "none", "expansion_factor": None}
         if "k" in given:
             given["k"] = whole_k(given["k"], name)
-        given = _UNKNOWN_SPARSITY.get(kind, {}) | given
         try:
             if "k" in given or "k" not in fields:
                 return SAE_KINDS[kind](**given), (*_FOUND, *given)
         except (TypeError, ValueError):
             pass  # of another tool under the same name
-    given = _UNKNOWN_SPARSITY.get(architecture, {}) | sure
+    given = {**_UNKNOWN_SPARSITY.get(architecture, {}), **sure}
     return SAE_KINDS[architecture](**given), (*_FOUND, *given)

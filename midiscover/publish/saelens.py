@@ -10,6 +10,8 @@ from typing import Any
 
 from midiscover.configio import to_yaml
 from midiscover.hooknames import transformer_lens_hook
+from midiscover.sae.registry import ARCHITECTURES
+from midiscover.saeconfig import UNSTEPPED_CONTROLS
 from midiscover.saes import CFG, SPARSITY, WEIGHTS
 from midiscover.store import layout
 from midiscover.store.documents import dump
@@ -18,6 +20,17 @@ from midiscover.store.storage import Storage
 CARD, SNIPPET = "README.md", "pretrained_saes.yaml"
 SOMEWHERE = "your-organisation/your-repository"
 """Stands for a repository on the hub where none is known."""
+_UNLICENSED = (
+    "None is stated here: whoever publishes the SAE chooses it, within what the licences of the language model and of\n"
+    "the text allow, and `--license` writes it into the head of this card"
+)
+_CONTROLS = {
+    "neurons": "its features are the hook's own dimensions, each with either sign, and were not trained",
+    "frozen_decoder": "its decoder rows are random directions that were not trained",
+    "random_model": "the entries of each weight matrix of its language model are in random order",
+    "untrained": "it is as it was initialised, before any training",
+}
+"""What a control is, in a sentence's second half."""
 _METRICS = {
     "l0": "L0",
     "fvu": "FVU",
@@ -33,10 +46,11 @@ def saelens_files(
     model_type: str | None,
     neuronpedia_id: str,
     repository: str | None = None,
+    licence: str | None = None,
 ) -> dict[str, bytes]:
     """Name -> content. Weights and sparsity are the committed bytes; cfg.json, the card and the snippet are made.
 
-    repository: `org/repo` of a hub where the SAE lies in a folder of its id.
+    repository: `org/repo` of a hub where the SAE lies in a folder of its id. licence: see `PublishConfig.license`.
     """
     sae_id = record["id"]
     files = {WEIGHTS: storage.read(layout.sae_file(sae_id, WEIGHTS))}
@@ -45,7 +59,7 @@ def saelens_files(
     cfg = json.loads(storage.read(layout.sae_file(sae_id, CFG)))
     cfg["metadata"] |= {"neuronpedia_id": neuronpedia_id} | saelens_hooks(cfg["metadata"], model_type)
     files[CFG] = dump(cfg)
-    files[CARD] = card(record, cfg, repository).encode()
+    files[CARD] = card(record, cfg, repository, licence).encode()
     files[SNIPPET] = snippet(record, cfg, repository).encode()
     return files
 
@@ -82,7 +96,7 @@ def snippet(record: Mapping[str, Any], cfg: Mapping[str, Any], repository: str |
     return to_yaml({(repository or SOMEWHERE).rpartition("/")[2]: release})
 
 
-def card(record: Mapping[str, Any], cfg: Mapping[str, Any], repository: str | None) -> str:
+def card(record: Mapping[str, Any], cfg: Mapping[str, Any], repository: str | None, licence: str | None = None) -> str:
     """README.md of an SAE on a hub."""
     origin, metrics, metadata = record["lineage"], record["metrics"], cfg["metadata"]
     model, corpus = origin["model"], origin["corpus"]
@@ -90,21 +104,20 @@ def card(record: Mapping[str, Any], cfg: Mapping[str, Any], repository: str | No
     table = "\n".join(f"| {title} | {value:.4g} |" for title, value in known.items())
     base = f"base_model: {metadata['model_name']}\n" if "/" in str(metadata["model_name"]) else ""
     settings = ", ".join(f"{name} {value}" for name, value in record["sae"].items() if value is not None)
-    verb = "measured" if record.get("imported") else "trained"
     trained = f"settings: {settings}; seed {origin['seed']}"
     if record.get("imported"):
         trained = f"imported from {record['imported'].get('source')}; how it was trained is not known here"
     code = origin["code"]
+    head = f"license: {licence}\n" if licence else ""
     made = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return f"""---
 library_name: saelens
-{base}tags: [saelens, sparse-autoencoder, interpretability]
+{head}{base}tags: [saelens, sparse-autoencoder, interpretability]
 ---
 
 # {record["id"]}
 
-A sparse autoencoder ({record["kind"]}, {record["d_sae"]:,} features) on `{record["hook"]}` of {model["name"]}, {verb}
-by miDiscover on {corpus["source"]}. Inputs are raw activations of width {record["d_in"]:,}; decoder rows have norm 1.
+{_introduction(record)} Inputs are raw activations of width {record["d_in"]:,}; decoder rows have norm 1.
 
 | measured on held-out text | |
 |---|---|
@@ -123,9 +136,8 @@ from midiscover import load_sae
 sae = load_sae("<this folder>")
 ```
 
-In SAELens the hook is `{metadata["hook_name"]}` of `{metadata["model_class_name"]}`; in transformers the module
-`{record["hook"]}`. Where TransformerLens loads the model, it must not process its weights
-(`from_pretrained_no_processing`), or its activations are not those that the SAE was trained on.
+{_places(record, metadata)} Where TransformerLens loads the model, it must not process its weights
+(`from_pretrained_no_processing`), or its activations are not those that the SAE was made for.
 
 ## Where it comes from
 
@@ -137,9 +149,47 @@ In SAELens the hook is `{metadata["hook_name"]}` of `{metadata["model_class_name
 
 ## Licence
 
-None is stated here: whoever publishes the SAE chooses it, within what the licences of the language model and of the
-text allow, and adds `license:` to the head of this card.
+{f"`{licence}`" if licence else _UNLICENSED}.
 """
+
+
+def _introduction(record: Mapping[str, Any]) -> str:
+    """What the SAE is, in a sentence; in two where it is a control."""
+    origin, control = record["lineage"], record["sae"].get("control", "none")
+    model, hook = origin["model"]["name"], _place(record["hook"])
+    if control == "random_model" or origin["model"].get("weights") == "shuffled":
+        model += " with its weights shuffled"
+    about = f"({record['kind']}, {record['d_sae']:,} features)"
+    what = f"A sparse autoencoder {about} on {hook} of {model}"
+    if _transcodes(record):
+        what = f"A transcoder {about} that reads {hook} and predicts {_place(record['output_hook'])} of {model}"
+    verb = "measured" if record.get("imported") or control in UNSTEPPED_CONTROLS else "trained"
+    told = f"{what}, {verb} by miDiscover on {origin['corpus']['source']}."
+    return f"{told} It is a control: {_CONTROLS[control]}." if control in _CONTROLS else told
+
+
+def _places(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """What its hooks are called by those who load it."""
+    told = f"It reads {_hook(record['hook'], metadata, 'hook_name')}."
+    if _transcodes(record):
+        told += f" It predicts {_hook(record['output_hook'], metadata, 'hook_name_out')}."
+    return told
+
+
+def _hook(hook: str, metadata: Mapping[str, Any], key: str) -> str:
+    name = metadata[key]
+    there = f"in SAELens `{name}` of `{metadata['model_class_name']}`"
+    return f"{_place(hook)} in transformers, {'for which SAELens has no hook' if ':' in name else there}"
+
+
+def _place(hook: str) -> str:
+    """`model.layers.3.mlp:in` in words."""
+    path, _, side = hook.partition(":")
+    return f"the input of `{path}`" if side else f"`{path}`"
+
+
+def _transcodes(record: Mapping[str, Any]) -> bool:
+    return ARCHITECTURES[record["kind"]].transcodes
 
 
 def _commit(model: Mapping[str, Any]) -> str:

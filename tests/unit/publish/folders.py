@@ -182,6 +182,7 @@ def cfg_of(sae: Sae, kind: str) -> dict[str, Any]:
         "metadata": {
             "sae_lens_version": "6.54.12",
             "model_name": "microsoft/phi-2",
+            "model_class_name": "AutoModelForCausalLM",
             "hook_name": HOOK,
             "hook_layer": 1,
             "prepend_bos": False,
@@ -247,6 +248,7 @@ def record_of(kind: str, metrics: dict[str, Any]) -> dict[str, Any]:
             "model": {"name": "microsoft/phi-2", "digest": digest, "revision": digest, "dtype": "float32"},
             "corpus": {"id": "c.test", "source": "builtin", "revision": None},
             "harvest": HARVEST,
+            "seed": 0,
             "code": {"version": "0.1.0", "commit": None},
             "versions": {"torch": "2.13.0"},
         },

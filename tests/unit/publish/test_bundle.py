@@ -254,7 +254,7 @@ def test_what_was_put_beside_an_export_outlives_an_interrupted_one(standard: Mad
     beside = tmp_path / "there" / "notes" / "mine.md"
     beside.parent.mkdir()
     beside.write_text("mine")
-    broken = Broken(export.storage, export.record, standard.records, export.neuronpedia, [])
+    broken = Broken(export.storage, export.record, standard.records, export.neuronpedia, export.decode, [])
     for _ in range(2):
         with pytest.raises(Interrupted):
             _write(out, export, broken, "there")

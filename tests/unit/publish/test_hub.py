@@ -8,6 +8,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import yaml
 
 from midiscover.errors import UserError
 from midiscover.publish.hub import push, repository_of, require_token
@@ -37,6 +38,14 @@ def test_each_sae_gets_a_folder_in_one_commit(stand_in: Hub) -> None:
     assert [commit[:2] for commit in stand_in.commits] == [("lab/saes", "Add l1.first")]
     # The weights went by LFS, the rest in the commit itself.
     assert list(stand_in.objects.values()) == [FILES["sae_weights.safetensors"]]
+
+
+def test_a_licence_stands_in_the_head_of_a_new_readme(stand_in: Hub) -> None:
+    push(FILES, "l1.first", "lab/saes")
+    push(FILES, "l1.first", "lab/licensed", "cc-by-4.0")
+    free, licensed = (stand_in.files[name]["README.md"].decode() for name in ("lab/saes", "lab/licensed"))
+    assert "license" not in free
+    assert yaml.safe_load(licensed.split("---")[1])["license"] == "cc-by-4.0"
 
 
 def test_a_readme_that_somebody_wrote_stays(stand_in: Hub) -> None:
