@@ -99,15 +99,13 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
         raise StageError(f"Ray did not start: {last_line(error)} Run the same command again; it continues.") from error
     # Ray puts its own handler in place, which aborts the process and leaves the tracker saying "running".
     signal.signal(signal.SIGTERM, terminate)
+    asked = nodes if address else None
     try:
         with insisting():
-            asked = nodes if address else None
-            try:
-                yield _cluster(ask_for(asked, say) if asked else working_nodes(), local=not address)
-            finally:
-                if asked:
-                    give_back()
+            yield _cluster(ask_for(asked, say) if asked else working_nodes(), local=not address)
     finally:
+        if asked:
+            give_back()
         ray.shutdown()
 
 

@@ -31,17 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import ray
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs import NICENESS
+from jobs.connection import SILENT_SECONDS, connect
 from jobs.progress import PLAIN, Bars, replay
 from jobs.runtime import CLIENT, run_main
 from midiscover import lineage, tables
 from midiscover.config import RunConfig
 from midiscover.configio import to_yaml
-from midiscover.errors import ConfigError, NotFoundError, StageError
+from midiscover.errors import NotFoundError, StageError
 from midiscover.models import STORED, push_model
 from midiscover.store.storage import store_uri
 from midiscover.submission import SubmitArgs, decided_here, parse_submit, submitted_config
@@ -49,12 +49,12 @@ from midiscover.texts import is_local, push_text
 
 PACKAGES = ("midiscover", "jobs", "serve")
 CONFIG = "run.yaml"
-TOKEN_PLACES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-ANSWER_SECONDS = 4.0
 START_SECONDS = 120.0
 """How long the head of a cluster may take until it can start drivers."""
 AWAY_SECONDS = 300.0
 """How long a cluster that was followed may stay away before we give up following."""
+END_SECONDS = 60
+"""How long a driver that is stopped may take for its way out, before Ray kills it; Ray's own default is 3."""
 BROKEN = (RuntimeError, TimeoutError, requests.RequestException, aiohttp.ClientError)
 """What Ray's client raises where the cluster refuses, or the connection to it breaks."""
 _OURS = re.compile(r"[a-z]+(-.+)?-\d{8}-\d{6}-[0-9a-f]{6}")
@@ -78,36 +78,6 @@ def main(argv: list[str]) -> int:
                 return stop(client, args.job)
     except BROKEN as error:
         raise StageError(f"The cluster at {args.cluster} no longer answers: {_in_a_line(error)}") from None
-
-
-def connect(cluster: str) -> JobSubmissionClient:
-    """A client that has been answered. ConfigError where nothing answers within seconds, or the token is wrong."""
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        os.environ.pop(name, None)  # they would go over what was asked for
-    has_token = any(os.environ.get(name) for name in TOKEN_PLACES) or Path("~/.ray/auth_token").expanduser().is_file()
-    os.environ["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
-    try:
-        answer = requests.get(f"{cluster}/api/version", timeout=ANSWER_SECONDS, headers=_token_header())
-    except requests.RequestException as error:
-        raise ConfigError(
-            f"The cluster at {cluster} does not answer ({type(error).__name__}); give --cluster the address of its "
-            "dashboard, for example http://127.0.0.1:8265 behind `ray dashboard ray_cluster.yaml`."
-        ) from None
-    if answer.status_code in (401, 403):
-        raise ConfigError(
-            f"The cluster at {cluster} does not take the token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its own."
-            if has_token
-            else f"The cluster at {cluster} asks for a token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
-        )
-    try:
-        there = answer.json()["ray_version"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"What answers at {cluster} is no Ray dashboard (HTTP {answer.status_code}).") from None
-    if there != ray.__version__:
-        raise ConfigError(
-            f"The cluster at {cluster} runs Ray {there}, and here is {ray.__version__}; use the same one."
-        )
-    return JobSubmissionClient(cluster)
 
 
 def run(client: JobSubmissionClient, args: SubmitArgs) -> int:
@@ -164,6 +134,7 @@ def variables() -> dict[str, str]:
         CLIENT: json.dumps(lineage.versions()),
         "COLUMNS": "120",
         NICENESS: os.environ.get(NICENESS, "15"),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(END_SECONDS),  # read by Ray's supervisor, which gets the job's variables too
     }
     commit = lineage.code()["commit"]
     return told | ({"MIDISCOVER_COMMIT": commit} if commit else {})
@@ -243,10 +214,16 @@ def _followed(client: JobSubmissionClient, job: str, bars: Bars) -> JobDetails:
     """
     shown, rest, away, is_whole = 0, "", None, False
 
-    async def lines() -> None:
+    async def lines() -> bool:
         nonlocal shown, rest, away
-        seen = 0
-        async for text in client.tail_job_logs(job):
+        seen, log = 0, client.tail_job_logs(job)
+        while True:
+            try:
+                text = await asyncio.wait_for(anext(log), SILENT_SECONDS)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:  # a job that is quiet, or a connection whose other end has stopped
+                return False
             away = None
             seen += len(text)
             new = text[max(0, len(text) - (seen - shown)) :] if seen > shown else ""
@@ -266,8 +243,9 @@ def _followed(client: JobSubmissionClient, job: str, bars: Bars) -> JobDetails:
             if is_whole:  # the log came to its end before its job did, as where a node is lost
                 time.sleep(0.5)
             is_whole = False
-            asyncio.run(lines())
-            is_whole = True
+            is_whole = asyncio.run(lines())
+            if not is_whole and info.status.is_terminal():
+                raise TimeoutError("the log of a job that has ended stays silent")
         except BROKEN as error:
             if f"Job {job} does not exist" in str(error):
                 raise StageError(
@@ -368,15 +346,6 @@ def find_job(client: JobSubmissionClient, name: str) -> str:
         what = f"'{name}' fits {', '.join(sorted(fits)[:5])}" if fits else f"There is no job '{name}'"
         raise NotFoundError(f"{what} on the cluster; `midiscover jobs list` shows them.")
     return fits[0]
-
-
-def _token_header() -> dict[str, str]:
-    for name in TOKEN_PLACES:
-        value = os.environ.get(name)
-        if value:
-            return {"Authorization": f"Bearer {value if name == TOKEN_PLACES[0] else Path(value).read_text().strip()}"}
-    path = Path("~/.ray/auth_token").expanduser()
-    return {"Authorization": f"Bearer {path.read_text().strip()}"} if path.is_file() else {}
 
 
 if __name__ == "__main__":

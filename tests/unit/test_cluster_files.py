@@ -26,6 +26,7 @@ from ray.scripts.scripts import start
 from ray.serve.schema import ServeDeploySchema
 
 import midiscover
+from jobs.submit import END_SECONDS
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError
 from midiscover.serving import serve_config
@@ -259,6 +260,8 @@ def test_a_ray_job_runs_what_is_there(stage: str) -> None:
     assert spec["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
     (container,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert "/etc/midiscover" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    # One that is applied by kubectl brings no variables of ours: what stops it reads the head's.
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(END_SECONDS)} in container["env"]
 
 
 def test_the_kustomization_names_what_is_there() -> None:

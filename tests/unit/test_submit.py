@@ -83,7 +83,7 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     assert load_config(tmp_path / "run.yaml") == config
     told = submit.variables()
-    always = {"MIDISCOVER_OWNER", CLIENT, NICENESS}
+    always = {"MIDISCOVER_OWNER", CLIENT, NICENESS, "RAY_JOB_STOP_WAIT_TIME_S"}
     assert always <= told.keys() <= always | {"MIDISCOVER_COMMIT", "COLUMNS"}
     assert not [path for path in files if b"s3cret-s3cret" in path.read_bytes()]
     assert "s3cret" not in json.dumps(told)
