@@ -1,21 +1,26 @@
-"""A sweep on a cluster that has no node yet: it asks for three, gets them from Ray's fake provider, and finishes.
+"""A sweep on a cluster that has no node yet: it asks for three, gets them from Ray's fake provider, and finishes; or it
+is stopped, and none is asked for any more.
 
 The provider starts real raylets; only the machines are not real.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.clusters import local_cluster
+from jobs.board import JOIN_SECONDS
+from tests.clusters import LocalCluster, local_cluster
 from tests.faults.slow import SLOW
-from tests.jobs_cli import command, environment
+from tests.jobs_cli import command, environment, midiscover
 from tests.postgres import fresh_database
+from tests.processes import frozen, is_called
 from tests.runs import weights, write_run
 from tests.s3 import s3_server
 
@@ -55,8 +60,42 @@ def test_a_sweep_gets_the_nodes_that_it_asks_for(tmp_path: Path, postgres_url: s
                 patch.setenv(name, value)
             assert len(weights(f"s3://{server.bucket}/store")) == 4
             # Its provider never counts a node as idle, so that they go can't be seen here; that none is asked for can.
-            ray = Path(sys.executable).with_name("ray")
-            status = subprocess.run(
-                [str(ray), "status", "--address", cluster.gcs], env=driver, capture_output=True, text=True, check=True
-            ).stdout
-            assert "From request_resources:\n (none)\n" in status, status
+            assert asked_for(cluster) == "(none)"
+
+
+def asked_for(cluster: LocalCluster) -> str:
+    """What `ray status` tells of the requests for nodes."""
+    words = [str(Path(sys.executable).with_name("ray")), "status", "--address", cluster.gcs]
+    told = subprocess.run(words, env=environment(cluster.variables), capture_output=True, text=True, check=True).stdout
+    return told.partition("From request_resources:\n ")[2].partition("\n")[0]
+
+
+def test_a_job_that_is_slow_to_stop_gives_its_nodes_back_and_tells_the_tracker(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """What its driver waits for on its way out is frozen, so that it takes longer than Ray's own 3 s."""
+    with s3_server() as server, fresh_database(postgres_url) as database:
+        config = write_run(tmp_path, train=SLOW["train"], resources={"threads": 1, "nodes": 1})
+        nodes = {**server.environment, "MIDISCOVER_DATABASE_URL": database}
+        with local_cluster(tmp_path, 0, nodes, most=1) as cluster:
+            mine = cluster.client() | server.environment
+            store = ("--store", f"s3://{server.bucket}/store")
+            # Beforehand: Ray Data, which makes the corpus, puts requests for nodes of its own in the place of ours.
+            harvested = midiscover("harvest", str(config), *store, env=nodes)
+            assert harvested.code == 0, harvested.err
+            sent = midiscover("sweep", str(config), *store, "--detach", env=mine)
+            assert sent.code == 0, sent.err
+            head, ends, board = psutil.Process(cluster.nodes[0].pid), time.monotonic() + 240, list[psutil.Process]()
+            while not board:
+                assert time.monotonic() < ends, midiscover("jobs", "logs", sent.out.strip(), env=mine).out
+                time.sleep(0.2)
+                board = [one for one in head.children(recursive=True) if is_called(one, ("BoardActor",))]
+            assert asked_for(cluster).startswith("{'CPU': 1}: 1")
+            with frozen(board):
+                began = time.monotonic()
+                stopped = midiscover("jobs", "stop", sent.out.strip(), env=mine)
+                assert time.monotonic() - began > JOIN_SECONDS, "it was waited for"
+            assert stopped.code == 0, stopped.err
+            assert asked_for(cluster) == "(none)"
+            (row,) = json.loads(midiscover("runs", "list", "--json", *store, env=cluster.variables).out)
+            assert row["status"] == "interrupted"
