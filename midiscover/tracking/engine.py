@@ -63,6 +63,10 @@ def parse_url(address: str) -> URL:
         raise TrackingError(
             f"The tracker knows no database of the kind {url.drivername!r}; use sqlite:///path or {EXAMPLE}."
         )
+    if url.drivername != "sqlite" and address.count("@") > 1:  # what follows the first would be taken for the host
+        raise TrackingError(
+            f"The database address has an @ too many; write one in a password as %40, so that it looks like {EXAMPLE}."
+        )
     return url
 
 

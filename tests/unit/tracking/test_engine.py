@@ -213,6 +213,9 @@ def test_names_of_postgresql(given: str) -> None:
         "postgresql://user@127.0.0.1:1/db?password=sesame",
         "postgresql://user:sesame@no-such-host.invalid/db",
         "postgresql://user:sesame@127.0.0.1:1/db?nonsense=sesame",
+        "postgresql://user:open@sesame@127.0.0.1:1/db",
+        "postgresql://user:open@sesame/@127.0.0.1:1/db",
+        "postgresql://user:open@sesame?@127.0.0.1:1/db",
         "sqlite:////no/such/folder/tracker.db",
     ],
 )
@@ -226,6 +229,7 @@ def test_a_bad_address_is_one_sentence_without_the_password(given: str) -> None:
     assert "sesame" not in message
     assert "\n" not in message
     assert message.endswith(".")
+    assert ("write one in a password as %40" in message) == (given.count("@") > 1)
 
 
 @pytest.mark.alone
