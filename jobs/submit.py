@@ -42,6 +42,7 @@ from midiscover import lineage, tables
 from midiscover.config import RunConfig
 from midiscover.configio import to_yaml
 from midiscover.errors import NotFoundError, StageError
+from midiscover.launch import WANDB_PROJECT
 from midiscover.models import STORED, push_model
 from midiscover.store.storage import store_uri
 from midiscover.submission import SubmitArgs, decided_here, parse_submit, submitted_config
@@ -128,7 +129,8 @@ def _submitted(client: JobSubmissionClient, **job: Any) -> None:
 
 
 def variables() -> dict[str, str]:
-    """What the driver is told of here: whose run it is, and the versions it is held against. No secret."""
+    """What the driver is told of here: whose run it is, what versions it is held against, and where its curves go
+    besides. No secret."""
     told = {
         "MIDISCOVER_OWNER": lineage.owner(),
         CLIENT: json.dumps(lineage.versions()),
@@ -136,8 +138,8 @@ def variables() -> dict[str, str]:
         NICENESS: os.environ.get(NICENESS, "15"),
         "RAY_JOB_STOP_WAIT_TIME_S": str(END_SECONDS),  # read by Ray's supervisor, which gets the job's variables too
     }
-    commit = lineage.code()["commit"]
-    return told | ({"MIDISCOVER_COMMIT": commit} if commit else {})
+    maybe = {"MIDISCOVER_COMMIT": lineage.code()["commit"], WANDB_PROJECT: os.environ.get(WANDB_PROJECT)}
+    return told | {name: value for name, value in maybe.items() if value}
 
 
 def portable(config: RunConfig, store: str) -> RunConfig:
@@ -149,7 +151,7 @@ def portable(config: RunConfig, store: str) -> RunConfig:
         evaluate = replace(evaluate, foreign_source=_put_text(evaluate.foreign_source, store))
     config = replace(config, corpus=corpus, evaluate=evaluate)
     if config.model.id == "embedded" or Path(os.path.expanduser(config.model.id)).exists():
-        stored, is_new = push_model(config.model, store)
+        stored, is_new = push_model(config.model, store, beside=True)
         _say_put(stored.name, sum(file.size for file in stored.files.values()), store, is_new=is_new)
         return replace(config, model=replace(config.model, id=f"{STORED}{stored.key}", revision=None))
     return config

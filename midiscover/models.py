@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,15 @@ from midiscover.modelfiles import (
     weight_names,
 )
 from midiscover.store.storage import open_store
-from midiscover.storedmodels import StoredModel, model_files, put_stored, read_part, read_stored, stored_folder
+from midiscover.storedmodels import (
+    StoredModel,
+    is_taken,
+    model_files,
+    put_stored,
+    read_part,
+    read_stored,
+    stored_folder,
+)
 
 __all__ = [
     "HookInfo",
@@ -115,11 +123,13 @@ def resolve_model(config: ModelConfig, store: str | None = None) -> ModelIdentit
     return _hub_identity(config.id, config.revision)
 
 
-def push_model(config: ModelConfig, store: str | None, name: str | None = None) -> tuple[StoredModel, bool]:
+def push_model(
+    config: ModelConfig, store: str | None, name: str | None = None, *, beside: bool = False
+) -> tuple[StoredModel, bool]:
     """Put a local model into a store as `store:<name>`; False: it stood there already. Raises ModelError.
 
     `name` None is what the model calls itself. What it is called in records is that as well, or `name` where it says
-    nothing.
+    nothing. beside: where another model stands by that name, this one is put as `store:<name>-<its digest>`.
     """
     identity = resolve_model(config)
     if identity.folder is None:
@@ -134,6 +144,8 @@ def push_model(config: ModelConfig, store: str | None, name: str | None = None) 
         tokenizer_digest=identity.tokenizer_digest,
         files=model_files(folder),
     )
+    if beside and is_taken(stored, storage):
+        stored = replace(stored, key=f"{key}-{identity.digest[:10]}")
     return stored, put_stored(stored, folder, storage)
 
 

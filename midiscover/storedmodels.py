@@ -115,7 +115,10 @@ def model_files(folder: Path) -> dict[str, StoredFile]:
 def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
     """Write a model's files, then its manifest. False: it stands already. ModelError: another stands by that name."""
     if not _NAME.fullmatch(model.key):
-        raise ModelError(f"{model.key!r} can't be a model's name: letters, digits, '_', '.' and '-'; give --name.")
+        raise ModelError(
+            f"{model.key!r} can't be a model's name: letters, digits, '_', '.' and '-'; give another one with "
+            "`midiscover model push --name`."
+        )
     if _stands(model, storage):
         return False
     for name in model.files:
@@ -137,12 +140,16 @@ def _mapped(path: Path) -> Iterator[memoryview]:
             yield view
 
 
+def is_taken(model: StoredModel, storage: Storage) -> bool:
+    """Whether another model stands in the store by this one's name."""
+    stands = storage.exists(layout.model_manifest(model.key))
+    return stands and read_stored(model.key, storage).digest != model.digest
+
+
 def _stands(model: StoredModel, storage: Storage) -> bool:
-    if not storage.exists(layout.model_manifest(model.key)):
-        return False
-    if read_stored(model.key, storage).digest != model.digest:
+    if is_taken(model, storage):
         raise ModelError(f"The store {storage.uri} holds another model by the name {model.key!r}; give --name.")
-    return True
+    return storage.exists(layout.model_manifest(model.key))
 
 
 def stored_folder(model: StoredModel, *, weights: bool) -> Path:

@@ -54,16 +54,21 @@ def split_cluster(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return (None if known.cluster in (None, "", "none") else known.cluster), rest
 
 
-def _run_parser(actions: Any) -> Parser:
-    run = actions.add_parser("run", help="submit a stage and follow it", allow_abbrev=False)
-    run.add_argument("stage", metavar="STAGE", choices=STAGES, help=", ".join(STAGES))
-    run.add_argument("target", metavar="CONFIG|SWEEP|SAE", nargs="?", default="", help="doctor and calibrate need none")
-    run.add_argument("--store", metavar="URI", help="s3://bucket/prefix; else $MIDISCOVER_STORE")
-    run.add_argument("--force", action="store_true", help="make anew what is already committed")
-    run.add_argument("--tag", action="append", default=[], help="mark the sweep; may stand several times")
-    run.add_argument("--note", help="a sentence kept with the sweep")
-    run.add_argument("--detach", action="store_true", help="do not wait for its end; print the job's id")
-    return run
+def _run_parsers(actions: Any) -> list[Parser]:
+    """Those of `run STAGE`, one for each stage."""
+    run = actions.add_parser("run", help="submit a stage and follow it")
+    stages = run.add_subparsers(dest="stage", required=True, metavar="STAGE", parser_class=Parser)
+    parsers: list[Parser] = [stages.add_parser(stage, allow_abbrev=False) for stage in STAGES]
+    for stage, parser in zip(STAGES, parsers, strict=True):
+        parser.add_argument("target", metavar="CONFIG|SWEEP|SAE", nargs="?", default="", help="what it is about")
+        parser.add_argument("--store", metavar="URI", help="s3://bucket/prefix; else $MIDISCOVER_STORE")
+        parser.add_argument("--force", action="store_true", help="make anew what is already committed")
+        parser.add_argument("--tag", action="append", default=[], help="mark the sweep; may stand several times")
+        parser.add_argument("--note", help="a sentence kept with the sweep")
+        parser.add_argument("--detach", action="store_true", help="do not wait for its end; print the job's id")
+        if stage == "doctor":
+            parser.add_argument("--json", action="store_true", help="as JSON")
+    return parsers
 
 
 def parse_submit(argv: Sequence[str], *, prog: str | None = None, submits: bool = True) -> SubmitArgs:
@@ -80,7 +85,7 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None, submits: bool 
     stop = actions.add_parser("stop", help="end a job; what it has committed is kept")
     for action in (logs, stop):
         action.add_argument("job", metavar="ID", help="a job, or a unique beginning of its id")
-    for action in (listing, logs, stop, *([_run_parser(actions)] if submits else [])):
+    for action in (listing, logs, stop, *(_run_parsers(actions) if submits else [])):
         action.add_argument("--cluster", metavar="URL", default=os.environ.get(CLUSTER), help=f"else ${CLUSTER}")
     known, rest = parser.parse_known_args(list(argv))
     if not known.cluster:
@@ -99,8 +104,11 @@ def parse_submit(argv: Sequence[str], *, prog: str | None = None, submits: bool 
     if not known.target and known.stage not in NEEDS_NOTHING:
         raise ConfigError(f"{known.stage} needs a config, or a sweep or an SAE that it is about.")
     is_config = bool(known.target) and (known.stage in OF_CONFIG or names_config(known.target))
+    if not is_config:
+        _refuse_folder(known.stage, overrides.get("publish.out"))
     flags = [*(["--force"] if known.force else []), *(word for tag in known.tag for word in ("--tag", tag))]
     flags += ["--note", known.note] if known.note else []
+    flags += ["--json"] if getattr(known, "json", False) else []
     return SubmitArgs(
         **given,
         stage=known.stage,
@@ -118,7 +126,19 @@ def submitted_config(args: SubmitArgs) -> RunConfig | None:
     store = store_uri(args.store)
     if not store.startswith("s3://"):
         raise ConfigError(f"The store {store} is a folder here, which the nodes don't see; give --store s3://….")
-    return load_config(find_config(args.target), args.overrides) if args.is_config else None
+    config = load_config(find_config(args.target), args.overrides) if args.is_config else None
+    if config is not None:
+        _refuse_folder(args.stage, config.publish.out)
+    return config
+
+
+def _refuse_folder(stage: str, out: str | None) -> None:
+    """ConfigError where exports would be written to a disk that is gone with its node, or with the job's upload."""
+    if out and stage in ("publish", "pipeline") and not str(out).startswith("s3://"):
+        raise ConfigError(
+            f"publish.out is {out}, a folder of whichever node writes it; give s3://…, or leave it away for the "
+            "store's own exports/."
+        )
 
 
 def decided_here(args: SubmitArgs) -> list[str]:

@@ -97,7 +97,7 @@ def _run(arguments: list[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         raise ConfigError(f"'{verb}' is no verb of midiscover; known are {', '.join(VERBS)}.")
-    if verb in STAGES:
+    if verb in STAGES and not {"-h", "--help"} & set(rest):
         cluster, rest = split_cluster(rest)
         if cluster is not None:
             # What is wrong is said before Ray is loaded and the cluster asked.

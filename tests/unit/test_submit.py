@@ -17,11 +17,12 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from jobs import NICENESS, submit
 from jobs.progress import Bars, replay
 from jobs.runtime import CLIENT, check_client
-from midiscover import configio, lineage, models
+from midiscover import cli, configio, lineage, models
 from midiscover.config import CorpusConfig, EvaluateConfig, ModelConfig, RunConfig
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, NotFoundError, StageError
-from midiscover.submission import parse_submit, split_cluster
+from midiscover.launch import WANDB_PROJECT
+from midiscover.submission import parse_submit, split_cluster, submitted_config
 from tests.tiny import make_tiny_model
 
 URL = "http://127.0.0.1:8265"
@@ -42,6 +43,24 @@ def test_flags_of_a_config_go_into_it_and_those_of_an_id_along() -> None:
     assert args.flags == ("--force", "--tag", "a")
     args = parse_submit(["run", "features", "demo.0123", "--cluster", URL, "--features.max_tokens", "5000"])
     assert (args.is_config, args.overrides, args.flags) == (False, {}, ("--features.max_tokens", "5000"))
+    for line in (["doctor", "demo", "--json"], ["doctor", "--json", "demo"]):
+        args = parse_submit(["run", *line, "--cluster", URL])
+        assert (args.target, args.flags) == ("demo", ("--json",))
+    args = parse_submit(["run", "pipeline", "--force", "--tag", "a", "demo", "--cluster", URL])
+    assert (args.target, args.flags) == ("demo", ("--force", "--tag", "a"))
+
+
+def test_help_is_the_verbs_own_wherever_it_would_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for cluster in ("none", URL):
+        monkeypatch.setenv("MIDISCOVER_CLUSTER", cluster)
+        with pytest.raises(SystemExit):
+            cli.main(["sweep", "--help"])
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert told[0].startswith("usage: midiscover sweep ")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +69,7 @@ def test_flags_of_a_config_go_into_it_and_those_of_an_id_along() -> None:
         (["list"], "No cluster is named: give --cluster URL or set MIDISCOVER_CLUSTER"),
         (["run", "serve", "demo", "--cluster", URL], "invalid choice: 'serve'"),
         (["run", "sweep", "demo", "--cluster", URL, "--lr", "1"], "did you mean --train.lr?"),
+        (["run", "sweep", "demo", "--cluster", URL, "--json"], "'--json' is not a flag"),
         (["logs", "--cluster", URL], "required: ID"),
         (["list", "--cluster", URL, "more"], "'more' is not expected here"),
     ],
@@ -64,6 +84,7 @@ def test_wrong_lines(argv: list[str], sentence: str, monkeypatch: pytest.MonkeyP
 def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret-s3cret")
     monkeypatch.setenv("MIDISCOVER_DATABASE_URL", "postgresql://u:s3cret-s3cret@h/d")
+    monkeypatch.delenv(WANDB_PROJECT, raising=False)
     config = RunConfig(name="mine", model=ModelConfig(id="a/b"))
     size = submit.pack(tmp_path, config)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -91,6 +112,9 @@ def test_what_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert submit.variables()[NICENESS] == "3"
     monkeypatch.delenv(NICENESS)
     assert submit.variables()[NICENESS] == "15"
+    assert WANDB_PROJECT not in told
+    monkeypatch.setenv(WANDB_PROJECT, "curves")
+    assert submit.variables()[WANDB_PROJECT] == "curves"
 
 
 def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,12 +128,35 @@ def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path, monkeypatch
     monkeypatch.setattr(models, "ensure_embedded_model", lambda: tmp_path / "tiny")
     embedded = RunConfig(model=ModelConfig(id="embedded"))
     assert submit.portable(embedded, str(tmp_path / "store")).model.id == "store:tiny"
+    # Somebody else's, by the same name: it keeps its own, and is found again.
+    other = make_tiny_model("llama", tmp_path / "others" / "tiny", seed=1)
+    identity = models.resolve_model(ModelConfig(id=str(other)))
+    for _ in range(2):
+        moved = submit.portable(RunConfig(model=ModelConfig(id=str(other))), str(tmp_path / "store"))
+        assert moved.model.id == f"store:tiny-{identity.digest[:10]}"
+    stored = models.resolve_model(moved.model, str(tmp_path / "store"))
+    assert (stored.name, stored.digest) == ("tiny", identity.digest)
     text, store = str(tmp_path / "text.txt"), str(tmp_path / "store")
     config = RunConfig(corpus=CorpusConfig(source=text), evaluate=EvaluateConfig(foreign_source=text))
     moved = submit.portable(config, store)
     assert moved.corpus.source == moved.evaluate.foreign_source
     assert moved.corpus.source.startswith(f"{store}/texts/")
     assert Path(moved.corpus.source).read_bytes() == Path(text).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["publish", "pipeline"])
+@pytest.mark.parametrize("out", ["./exports", "/mnt/exports"])
+def test_exports_that_a_node_would_keep_to_itself_are_refused(stage: str, out: str) -> None:
+    line = ["run", stage, "demo", "--store", "s3://b/p", "--cluster", URL]
+    with pytest.raises(ConfigError, match=f"publish.out is {out}, a folder of whichever node writes it"):
+        submitted_config(parse_submit([*line, "--publish.out", out]))
+    config = submitted_config(parse_submit([*line, "--publish.out", "s3://b/exports"]))
+    assert config is not None
+    assert config.publish.out == "s3://b/exports"
+    line[:3] = ["run", "publish", "demo.0123"]
+    with pytest.raises(ConfigError, match=f"publish.out is {out}"):
+        submitted_config(parse_submit([*line, f"--publish.out={out}"]))
+    assert submitted_config(parse_submit([*line, "--publish.out", "s3://b/exports"])) is None
 
 
 @pytest.mark.parametrize("native", [False, True])
