@@ -176,6 +176,19 @@ def test_the_ray_cluster_runs_no_work_on_its_head_and_asks_for_a_token() -> None
         assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayservice.yaml"])
+def test_object_stores_fit_into_shared_memory(name: str) -> None:
+    """Of which Ray would else take 30 % of a pod's memory, and, where that is more than there is, the disk."""
+    spec = read(KUBERAY / name)["spec"]
+    spec = spec.get("rayClusterConfig", spec)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        volumes = group["template"]["spec"]["volumes"]
+        (shared,) = [one["emptyDir"] for one in volumes if one["name"] == "shared-memory"]
+        assert shared["medium"] == "Memory"
+        gibibytes = int(re.fullmatch(r"(\d+)Gi", shared["sizeLimit"])[1])
+        assert 0.5 < int(group["rayStartParams"]["object-store-memory"]) / 2**30 / gibibytes < 0.95
+
+
 def test_every_container_of_ours_is_no_root() -> None:
     for name, document in manifests():
         for pod in pods(document):

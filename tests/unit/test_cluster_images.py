@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from ray.scripts.scripts import start
 
 from tests.unit.test_cluster_files import CLUSTER, PINNED, ROOT, complaints, read, with_tools
@@ -29,6 +31,16 @@ def test_compose_publishes_nothing_but_what_the_debug_profile_says() -> None:
     assert all(services[name]["profiles"] == ["debug"] for name in DEBUG)
     for name, service in services.items():
         assert "network_mode" not in service or service["network_mode"] == "none", name
+
+
+def test_object_stores_fit_into_shared_memory() -> None:
+    services = read(CLUSTER / "compose.yaml")["services"]
+    nodes = {name: one for name, one in services.items() if one.get("command", [])[:2] == ["ray", "start"]}
+    assert nodes.keys() == {"ray-head", "ray-worker", "ray-worker-gpu"}
+    for name, service in nodes.items():
+        assert service["shm_size"] == "2gb"
+        known = start.make_context("start", list(service["command"][2:])).params
+        assert 1 * 2**30 < known["object_store_memory"] < 0.95 * 2 * 2**30, name
 
 
 def test_a_misspelt_key_of_a_service_is_found() -> None:
@@ -99,6 +111,25 @@ def test_the_images_install_what_the_tests_ran_with_and_by_hash() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for needed in project["dependencies"]:
         assert re.match(r"[\w-]+", needed)[0] in locked, needed
+    # Nothing else is fetched: torch alone comes without a hash, and what it needs, as what builds ours, is in the lock.
+    text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
+    installs = re.findall(r"pip install([^&\n]+)", text)
+    assert [
+        [flag in line for flag in ("--no-deps", "--require-hashes", "--no-build-isolation")] for line in installs
+    ] == [
+        [True, False, False],
+        [True, True, False],
+        [True, True, False],
+        [True, False, True],
+        [True, False, True],
+    ]
+    assert "^torch==" in installs[0]
+    of_torch = [Requirement(line) for line in importlib.metadata.requires("torch") or []]
+    here = {one.name for one in of_torch if one.marker is None or one.marker.evaluate({"extra": ""})}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in here} <= locked.keys() | of_gpus
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    for needed in map(Requirement, built["requires"]):
+        assert needed.specifier.contains(locked[needed.name]), needed
     without_gpus = subprocess.run(
         ["awk", re.search(r"awk '(.+?)'", (CLUSTER / "Dockerfile").read_text())[1], str(CLUSTER / "requirements.lock")],
         capture_output=True, text=True, check=True,
