@@ -36,7 +36,7 @@ def _everywhere(store: str | None, config: RunConfig | None) -> list[Finding]:
     look: Any = ray.remote(examine)
     # Where an autoscaler is to bring the nodes, one of them tells what they are like.
     nodes = 1 if config is not None and config.resources.nodes else None
-    with ray_session(nodes, lambda line: print(line, file=sys.stderr)):
+    with ray_session(nodes, lambda line: print(f"doctor: {line}", file=sys.stderr)):
         asked = {
             node["NodeID"][:8]: look.options(
                 num_cpus=0,

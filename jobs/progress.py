@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
-_SAID = re.compile(r"(harvest|sweep|features|publish|pipeline|error|midiscover): ")
+_SAID = re.compile(r"(harvest|sweep|features|publish|pipeline|doctor|versions|error|midiscover): ")
 PLAIN = re.compile(r"(?P<stage>[a-z]+): (?P<name>.+): +(?P<percent>\d+) %  (?P<note>.*)")
 
 

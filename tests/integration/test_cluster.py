@@ -125,6 +125,10 @@ def test_the_doctor_looks_at_every_node(world: World) -> None:
     assert done.out.count("reads, writes, and writes only where nothing") == 3
     assert done.out.count("its tables are") == 3
     assert world.server.environment["AWS_SECRET_ACCESS_KEY"] not in done.out
+    told = midiscover("doctor", "--json", "--store", world.store, env=world.mine, timeout=300)
+    machines = {found["machine"] for found in json.loads(told.out)}
+    assert sum("(driver)" in machine for machine in machines) == 1
+    assert len(machines) == 3
 
 
 def stop_at_a_checkpoint(world: World, job: str, following: subprocess.Popen[bytes]) -> Done:

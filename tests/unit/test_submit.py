@@ -345,12 +345,18 @@ def test_jobs_are_found_by_the_beginning_of_their_ids() -> None:
 
 def test_progress_goes_where_it_would_here(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars("job") as bars:
-        for line in ("sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left", "sweep: corpus made", "hook  l1  L0"):
+        for line in (
+            "sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left",
+            "sweep: corpus made",
+            "versions: the cluster has x",
+            "hook  l1  L0",
+        ):
             replay(line, bars)
     told = capsys.readouterr()
     assert told.err.splitlines() == [
         "sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left",
         "sweep: corpus made",
+        "versions: the cluster has x",
     ]
     assert told.out == "hook  l1  L0\n"
 
