@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
-_SAID = re.compile(r"(harvest|sweep|features|publish|pipeline|doctor|versions|error|midiscover): ")
+_SAID = re.compile(
+    r"(harvest|sweep|features|publish|pipeline|doctor|versions|error|midiscover): "
+    r"|Running entrypoint for job |[\d: ,-]+\tINFO job_manager\.py"  # Ray's own, at the head of a job's log
+)
 PLAIN = re.compile(r"(?P<stage>[a-z]+): (?P<name>.+): +(?P<percent>\d+) %  (?P<note>.*)")
 
 

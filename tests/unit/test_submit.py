@@ -349,6 +349,8 @@ def test_progress_goes_where_it_would_here(capsys: pytest.CaptureFixture[str]) -
             "sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left",
             "sweep: corpus made",
             "versions: the cluster has x",
+            "2026-11-28 01:44:06,530\tINFO job_manager.py:581 -- Runtime env is setting up.",
+            "Running entrypoint for job doctor-1: python -m jobs.doctor --json",
             "hook  l1  L0",
         ):
             replay(line, bars)
@@ -357,6 +359,8 @@ def test_progress_goes_where_it_would_here(capsys: pytest.CaptureFixture[str]) -
         "sweep: harvest:  10 %  12,288 tokens, 295/s  366 s left",
         "sweep: corpus made",
         "versions: the cluster has x",
+        "2026-11-28 01:44:06,530\tINFO job_manager.py:581 -- Runtime env is setting up.",
+        "Running entrypoint for job doctor-1: python -m jobs.doctor --json",
     ]
     assert told.out == "hook  l1  L0\n"
 
