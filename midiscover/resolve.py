@@ -238,12 +238,13 @@ def _check_shares(points: Iterable[SaePoint], workers: int) -> None:
 
 
 def auto_pack_size(saes: Sequence[PlannedSae], slots: int) -> int | None:
-    """SAEs at most in a pack so that `slots` devices have work; None where whole groups are enough for them."""
-    groups = make_packs(saes, None, {sae.id for sae in saes})
-    if len(groups) >= slots:
-        return None
-    parts = math.ceil(slots / len(groups))
-    return math.ceil(max(len(pack.saes) for pack in groups) / parts)
+    """SAEs at most in a pack so that `slots` devices have work; None where whole groups are enough for them.
+
+    No device gets a second pack by it, which would read all rows once more: more devices never take longer.
+    """
+    groups = [len(pack.saes) for pack in make_packs(saes, None, {sae.id for sae in saes})]
+    cuts = (size for size in range(1, max(groups)) if sum(math.ceil(count / size) for count in groups) <= slots)
+    return next(cuts, None)
 
 
 def make_packs(saes: Sequence[PlannedSae], pack_size: int | None, missing: Collection[str]) -> list[Pack]:

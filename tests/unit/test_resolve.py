@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, ModelError
-from midiscover.resolve import Resolved, make_crews, make_packs, pool_tokens, resolve
+from midiscover.resolve import Pack, Resolved, auto_pack_size, make_crews, make_packs, pool_tokens, resolve
 from tests.runs import write_run
 
 
@@ -109,6 +110,35 @@ def test_crews_share_a_model_and_its_pools_and_stand_in_the_order_of_their_hooks
             assert len({(sae.harvest_id, sae.point.train.seed) for pack in crew for sae in pack.saes}) == 1
     assert [len(crew) for crew in make_crews(packs, 8, order)] == [1] * 8
     assert sorted(pack.id for crew in make_crews(packs, 8, order) for pack in crew) == sorted(pack.id for pack in packs)
+
+
+def longest_lane(packs: list[Pack], slots: int, reading: int) -> int:
+    """Time of the slot that ends last: each free one takes the next pack, which reads all rows while it steps SAEs."""
+    lanes = [0] * slots
+    for pack in packs:
+        lanes[lanes.index(min(lanes))] += max(reading, len(pack.saes))
+    return max(lanes)
+
+
+@pytest.mark.parametrize("groups", [(5,) * 5, (8,) * 15, (3, 2), (10, 1), (1,) * 9, (24, 7, 7, 1), (30,)])
+def test_more_slots_never_take_longer(tmp_path: Path, groups: tuple[int, ...]) -> None:
+    """Whatever a pass over the rows takes, in steps of an SAE; and no pack that a slot has alone could be smaller."""
+    (sae,) = resolved(tmp_path, harvest={"hooks": HOOK}, grid={}).saes
+    counts = dict(enumerate(groups))
+    saes = [
+        replace(sae, id=f"{group}-{n}", harvest_id=str(group)) for group, count in counts.items() for n in range(count)
+    ]
+    every = {sae.id for sae in saes}
+    before = dict.fromkeys((0, 1, 4, 9), 10**6)
+    for slots in range(1, sum(groups) + 3):
+        packs = make_packs(saes, auto_pack_size(saes, slots), every)
+        for reading, least in before.items():
+            before[reading] = longest_lane(packs, slots, reading)
+            assert before[reading] <= least, (slots, reading)
+        cut = [make_packs(saes, size, every) for size in range(1, max(groups) + 1)]
+        alone = [max(len(pack.saes) for pack in one) for one in cut if len(one) <= slots]
+        assert max(len(pack.saes) for pack in packs) == min(alone, default=max(groups))
+    assert before[0] == 1
 
 
 def test_pairs_take_the_memory_of_rows(tmp_path: Path) -> None:
