@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from midiscover import work
+from midiscover import builtin_text, work
 from midiscover.cli import main
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError
@@ -210,6 +211,28 @@ def test_a_text_that_ends_before_its_limit_has_its_own_size(tmp_path: Path) -> N
     assert whole == pytest.approx(characters / 4.2, rel=1e-3)
     assert total() == total(max_tokens=5_000_000) == whole
     assert total(max_tokens=whole - 100) == whole - 100
+
+
+def test_no_more_tokens_are_planned_than_a_text_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def total(source: object, **limits: int) -> int:
+        given = {"source": str(source), "context_size": 32, "max_tokens": 1_000_000_000}
+        found = work_of(resolved(tmp_path, corpus=given | limits), None)
+        return found.train + found.held_out
+
+    builtin = builtin_text.texts("builtin")
+    assert total("builtin") == pytest.approx(sum(len(text) for part in builtin for text in part) / 4.2, rel=1e-3)
+    assert total("builtin", max_tokens=1_010_000) == 1_010_000, "more than a text of one's own is read for"
+    monkeypatch.setattr(work, "READ_BELOW", 1_000)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    text = "word " * 4_200
+    (folder / "a.txt").write_text(text)
+    (folder / "b.txt").write_text(text)
+    assert total(folder) == 10_000
+    assert total(folder, max_tokens=9_999) == 9_999
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": text}) + "\n")
+    assert 10_000 < total(folder) < 11_000
 
 
 def test_the_text_is_counted_by_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
