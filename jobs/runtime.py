@@ -29,7 +29,7 @@ from ray.exceptions import RayTaskError
 from jobs.nodes import Node, ask_for, give_back, working_nodes
 from midiscover import lineage
 from midiscover.config import ResourcesConfig
-from midiscover.cores import cores, packs_at_once, places_on
+from midiscover.cores import cores, no_room, packs_at_once, places_on
 from midiscover.errors import ConfigError, MiDiscoverError, StageError, TrackingError
 
 LOCAL_LOGICAL_CPUS = 4
@@ -280,11 +280,7 @@ def _checked(stage: str, cluster: Cluster, slots: Slots) -> Slots:
     spare = sum(node.cpus for node in cluster.nodes) - count * slots.cpus
     if fits < count or spare < 1:
         have = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in cluster.nodes)
-        raise StageError(
-            f"The {stage} needs {count} workers of {slots.cpus:g} CPUs and {slots.gpus:g} GPUs and one CPU more; "
-            f"Ray's nodes have {have}. Add nodes, or lower harvest_actors, workers, threads or the GPU shares in "
-            "resources."
-        )
+        raise StageError(no_room(stage, count, slots.cpus, slots.gpus, f"Ray's nodes have {have}"))
     return slots
 
 

@@ -10,6 +10,8 @@ SCALING = 0.9
 """Threads are taken to speed a pack up by their number to this power."""
 SMALL_BELOW = 2**32
 """Multiply-adds of x @ W_enc below which a step is taken by one core. By measurement: tests/bench/RESULTS.md."""
+NODE_CARDS = 8
+"""Cards of a node, where it is not there yet to be asked."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25  # more than 32 MiB glibc does not allow for the second
@@ -25,6 +27,20 @@ def places_on(cards: float, each: float) -> int:
     if each >= 1:
         return int(cards // each)
     return int(cards) * int(1 / each + 1e-9)  # a share never spans two cards: 0.6 of a GPU fits once on each
+
+
+def on_nodes(cards: int, each: float) -> int:
+    """The same on so many cards in nodes of NODE_CARDS, the last of what is left; a worker never spans two nodes."""
+    nodes, rest = divmod(cards, NODE_CARDS)
+    return nodes * places_on(NODE_CARDS, each) + places_on(rest, each)
+
+
+def no_room(stage: str, workers: int, cpus: float, gpus: float, have: str) -> str:
+    """Why a stage does not fit what there is, which `have` says: for people."""
+    return (
+        f"The {stage} needs {workers} workers of {cpus:g} CPUs and {gpus:g} GPUs and one CPU more; {have}. Add nodes, "
+        "or lower harvest_actors, workers, threads, gpus_per_model or the GPU shares in resources."
+    )
 
 
 def packs_at_once(packs: int, *, cores: int, most: int, nodes: int = 1, threads: int | None = None) -> int:

@@ -94,7 +94,8 @@ def plan_sweep(
 ) -> Plan:
     """The stages of a sweep on `gpus` cards of `rates`, or on the cores of a machine.
 
-    bandwidth: bytes/s of the store in all; None: as much as the workers take. streamed: see `ways`.
+    bandwidth: bytes/s of the store in all; None: as much as the workers take. streamed: see `ways`. ConfigError where
+    `resources` asks for more workers than the cards have room for.
     """
     return _Planner(Costs(resolved, work, rates, gpus, cores), bandwidth, streamed).plan()
 

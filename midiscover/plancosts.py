@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from midiscover.cores import SCALING, SMALL_BELOW, packs_at_once, places_on
+from midiscover.cores import NODE_CARDS, SCALING, SMALL_BELOW, no_room, on_nodes, packs_at_once, places_on
+from midiscover.errors import ConfigError
 from midiscover.ids import first_block
 from midiscover.memory import (
     FIXED_BYTES,
@@ -83,11 +84,15 @@ class Costs:
     # How many at once
 
     def models(self, pieces: int | None = None) -> Places:
-        """Language models, where there are so many pieces of work for them; see `jobs.runtime.model_slots`."""
+        """Language models, where there are so many pieces of work for them; see `jobs.runtime.model_slots`.
+
+        ConfigError where that refuses them.
+        """
         resources = self.resources
         if self.gpus:
             share = resources.gpus_per_model if resources.gpus_per_model > 1 else resources.gpus_per_actor
-            count = resources.harvest_actors or max(1, places_on(self.gpus, share))
+            count = resources.harvest_actors or max(1, on_nodes(self.gpus, share))
+            self._check("harvest", count, share)
             sharing = min(count, pieces or count, max(1, places_on(1, share)))
             return Places(min(count, pieces or count), float(sharing), sharing=sharing)
         count = resources.harvest_actors or 1
@@ -97,11 +102,12 @@ class Costs:
         return Places(used, (self.rates.threads / cores) ** SCALING, threads, used)
 
     def slots(self, packs: int) -> Places:
-        """Packs; see `jobs.runtime.pack_slots`."""
+        """Packs; see `jobs.runtime.pack_slots`. ConfigError where that refuses them."""
         resources, workers = self.resources, self.resources.workers
         if self.gpus:
             share = resources.gpus_per_pack
-            count = max(1, min(packs, places_on(self.gpus, share) // workers))
+            count = max(1, min(packs, on_nodes(self.gpus, share) // workers))
+            self._check("sweep", count * workers, share)
             sharing = min(count * workers, max(1, places_on(1, share)))
             return Places(count, float(sharing), sharing=sharing)
         if workers > 1:
@@ -113,10 +119,16 @@ class Costs:
         threads = resources.threads or max(1, self.cores // count)
         return Places(min(count, packs), (self.rates.threads / threads) ** SCALING, threads, min(count, packs))
 
+    def _check(self, stage: str, workers: int, share: float) -> None:
+        """ConfigError for what a sweep would refuse to start on these cards."""
+        if workers > on_nodes(self.gpus, share):
+            have = f"a plan on {self.gpus} GPUs has nodes of {min(self.gpus, NODE_CARDS)} at most"
+            raise ConfigError(no_room(stage, workers, 1, share, have))
+
     def packs(self) -> list[Pack]:
         """As a sweep makes them."""
         saes = self.resolved.saes
-        slots = max(1, places_on(self.gpus, self.resources.gpus_per_pack) // self.resources.workers)
+        slots = max(1, on_nodes(self.gpus, self.resources.gpus_per_pack) // self.resources.workers)
         return make_packs(saes, self.resources.pack_size or auto_pack_size(saes, slots), {sae.id for sae in saes})
 
     def crews(self, packs: Sequence[Pack]) -> int:

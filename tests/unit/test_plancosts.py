@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from jobs.runtime import Cluster, Node, model_slots, pack_slots
 from midiscover import plancosts
+from midiscover.cli import main
+from midiscover.errors import ConfigError, StageError
 from midiscover.memory import FIXED_BYTES, measuring_bytes, training_bytes
 from midiscover.plan import Plan, Stage, plan_sweep
+from midiscover.plancosts import Costs
 from midiscover.rates import StepCost, of_sheet
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.ways import plan_ways
+from tests.runs import write_run
 from tests.unit.test_plan import RATES, WORK, resolved, stage_seconds
 
 FOUR = replace(RATES, threads=4, starts=dict.fromkeys(RATES.starts, 0.0), load_bytes=1e15, write=1e15)
@@ -88,6 +94,43 @@ def test_packs_of_workers_take_as_many_cards(tmp_path: Path) -> None:
 
     assert train(2) == pytest.approx(2 * train(1))
     assert train(4) == pytest.approx(4 * train(1))
+
+
+NODES = {1: (1,), 8: (8,), 12: (8, 4), 64: (8,) * 8}
+"""Nodes of a plan on so many GPUs, by their cards."""
+LAYOUTS = [
+    {}, {"gpus_per_pack": 0.3, "gpus_per_actor": 0.25}, {"workers": 4}, {"gpus_per_model": 3}, {"gpus_per_model": 16},
+    {"harvest_actors": 100}, {"harvest_actors": 100, "gpus_per_actor": 0.1}, {"workers": 16}, {"pack_size": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", LAYOUTS)
+def test_workers_find_the_places_that_a_sweep_gives_them(tmp_path: Path, asked: dict[str, object]) -> None:
+    """And what a sweep refuses, a plan refuses in its words."""
+    run = resolved(tmp_path, grid={"train.seed": [0, 1]}, resources=asked)
+    for gpus, cards in NODES.items():
+        cluster = Cluster(local=False, cores=200, nodes=tuple(Node(200, number) for number in cards))
+        costs = Costs(run, WORK, GPU, gpus, 1)
+        many = len(costs.packs())
+        pairs = [
+            (partial(model_slots, cluster, run.config.resources), costs.models),
+            (partial(pack_slots, cluster, run.config.resources, many), partial(costs.slots, many)),
+        ]
+        for slots, places in pairs:
+            try:
+                count = slots().count
+            except StageError as error:
+                needs = str(error).partition(";")[0]
+                with pytest.raises(ConfigError, match=f"{needs}; a plan on {gpus} GPUs has nodes of"):
+                    places()
+            else:
+                assert places().at_once == count
+
+
+def test_a_plan_refuses_what_no_sweep_would_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(write_run(tmp_path)), "--store", str(tmp_path / "none"), "--gpus", "8"]
+    assert main([*command, "--resources.harvest_actors", "100"]) == 2
+    assert "The harvest needs 100 workers of 1 CPUs and 1 GPUs" in capsys.readouterr().err
 
 
 def test_a_small_sae_alone_in_its_pack_leaves_cores_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
