@@ -7,6 +7,7 @@ already: a plan is of the whole sweep.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from midiscover.ids import variants
 from midiscover.neighbours import MOST_PAIRS, chosen, neighbours
 from midiscover.plancosts import NOTHING, ROW_BYTES, Costs, Held
+from midiscover.plannotes import notes
 from midiscover.rates import Rates
 from midiscover.resolve import Pack, Resolved, by_site, is_spliced, make_crews
 from midiscover.work import Work
@@ -40,9 +42,9 @@ class Stage(NamedTuple):
     seconds: float
     flops: float
     written: float
-    """Bytes to the store."""
+    """Bytes to the store: activations and SAEs."""
     read: float
-    """Bytes from it, of training: an epoch after another."""
+    """Bytes from it, of training: an epoch after another, or once where all rows fit one pool."""
     card: float
     """Bytes of the fullest card; 0 where there are none."""
     host: float
@@ -110,7 +112,7 @@ class _Planner:
         self.stages: list[Stage] = []
         self.spans: list[Span] = []
         self.packs = costs.packs()
-        self.notes = costs.notes(self.packs, streamed=streamed)
+        self.notes = notes(costs, self.packs, streamed=streamed)
 
     def plan(self) -> Plan:
         """All of it."""
@@ -158,23 +160,29 @@ class _Planner:
         places, workers = self.costs.slots(len(self.packs)), self.resolved.config.resources.workers
         lanes: list[list[tuple[str, float]]] = [[] for _ in range(places.at_once)]
         parts = {pack.id: self.costs.parts((pack,), streamed=False) for pack in self.packs}
+        reading, stepping = ([0.0] * places.at_once for _ in range(2))
         size = 0.0
         for pack in self.packs:
-            lane = _shortest(lanes)
+            number = _shortest(lanes)
+            lane = lanes[number]
             # Every worker reads all rows and takes its share of each batch; every part reads them anew.
-            reading = len(parts[pack.id]) * self.costs.rows(pack.saes) * ROW_BYTES * _read_width(pack)
-            arriving = reading / min(self.rates.read, self.bandwidth / (places.at_once * workers))
+            rows = len(parts[pack.id]) * self.costs.rows(pack.saes) * ROW_BYTES * _read_width(pack)
+            arriving = rows / min(self.rates.read, self.bandwidth / (places.at_once * workers))
+            training = self.costs.training(pack, places)
             lane.append(("start", self.costs.again() if lane else self.rates.starts["trial"]))
-            lane.append((pack.hook, max(self.costs.training(pack, places), arriving)))
-            size += workers * reading
+            lane.append((pack.hook, max(training, arriving)))
+            reading[number] += arriving
+            stepping[number] += training
+            size += workers * rows
         seconds = self._lanes("train", lanes)
-        training = max(sum(s for what, s in lane if what != "start") for lane in lanes)
-        arriving = size / min(self.rates.read * places.at_once * workers, self.bandwidth)
-        why = "the store" if arriving > 0.9 * training else "the SAEs' steps"
-        why = why if training > seconds / 2 else "starting trials"
+        longest = max(range(places.at_once), key=lambda number: _seconds(lanes[number]))
+        why = "the store" if reading[longest] > stepping[longest] else "the SAEs' steps"
+        working = sum(s for what, s in lanes[longest] if what != "start")
+        why = why if working > seconds / 2 else "starting trials"
         held = _most(self.costs.holding(part, places, streamed=False) for cut in parts.values() for part in cut)
         flops = self.costs.training_flops(self.resolved.saes)
-        self._add("train", seconds, flops=flops, read=size, held=held, bound=why)
+        written = self.costs.trained_bytes
+        self._add("train", seconds, flops=flops, written=written, read=size, held=held, bound=why)
 
     def _stream(self) -> None:
         costs = self.costs
@@ -184,7 +192,7 @@ class _Planner:
         flops = model_seconds = 0.0
         held: list[Held] = []
         for crew in crews:
-            lane = _shortest(lanes)
+            lane = lanes[_shortest(lanes)]
             starting = costs.again() if lane else self.rates.starts["trial"]
             for part in costs.parts(crew, streamed=True):
                 saes = [sae for pack in part for sae in pack.saes]
@@ -202,7 +210,7 @@ class _Planner:
         starting = min(sum(s for what, s in lane if what == "start") for lane in lanes)
         why = why if starting < seconds / 2 else "loading the language model"
         flops += costs.training_flops(self.resolved.saes)
-        self._add("train", seconds, flops=flops, held=_most(held), bound=why)
+        self._add("train", seconds, flops=flops, written=costs.trained_bytes, held=_most(held), bound=why)
 
     def _evaluate(self) -> None:
         costs, settings = self.costs, self.resolved.config.evaluate
@@ -214,8 +222,9 @@ class _Planner:
         foreign = settings.foreign_tokens if self.resolved.foreign is not None else 0
         flops = loading = 0.0
         memory: list[Held] = []
+        spent = Counter[str]()
         for saes in sites:
-            lane, parts = _shortest(lanes), costs.measured(saes)
+            lane, parts = lanes[_shortest(lanes)], costs.measured(saes)
             weights = sum((sae.d_in + sae.d_out) * sae.d_sae for sae in saes)
             encoding = (held + foreign + spliced) * weights * self.rates.encode
             # Each part has passes of its own.
@@ -225,15 +234,20 @@ class _Planner:
             # What passes of a part after its first do not repeat.
             again = (passes - len(through)) * spliced * costs.before(saes[0])
             to_the_hook = len(parts) * (foreign + (held if self.streamed else 0)) * costs.to_hook(saes[0])
-            computing = to_the_end / self.rates.logits_flops + (to_the_hook - again) / self.rates.model_flops
+            computing = {
+                "the spliced language model": to_the_end / self.rates.logits_flops - again / self.rates.model_flops,
+                "the language model": to_the_hook / self.rates.model_flops,
+                "encoding": encoding,
+            }
+            spent.update(computing)
             model = bool(passes or foreign or self.streamed)
             starting = (costs.load() if model else 0) + (0 if lane else self.rates.starts["worker"])
             loading = max(loading, starting)
-            lane += [("load", starting), (saes[0].point.hook, (encoding + computing) * places.slower)]
+            lane += [("load", starting), (saes[0].point.hook, sum(computing.values()) * places.slower)]
             flops += to_the_end - again + to_the_hook + 2 * (held + foreign + spliced) * weights
             memory += [costs.evaluating(part, places, model=model, spliced=passes > 0) for part in parts]
         seconds = self._lanes("evaluate", lanes)
-        why = "the spliced language model" if spliced else "encoding"
+        ((why, _),) = spent.most_common(1)
         why = why if loading < seconds / 2 else "loading the language model"
         self._add("evaluate", seconds, flops=flops, held=_most(memory), bound=why)
 
@@ -279,9 +293,13 @@ class _Planner:
         self.now += seconds
 
 
-def _shortest(lanes: Sequence[list[tuple[str, float]]]) -> list[tuple[str, float]]:
-    """The worker that is free first."""
-    return min(lanes, key=lambda lane: sum(seconds for _, seconds in lane))
+def _shortest(lanes: Sequence[Sequence[tuple[str, float]]]) -> int:
+    """The number of the worker that is free first."""
+    return min(range(len(lanes)), key=lambda number: _seconds(lanes[number]))
+
+
+def _seconds(lane: Sequence[tuple[str, float]]) -> float:
+    return sum(seconds for _, seconds in lane)
 
 
 def _read_width(pack: Pack) -> int:

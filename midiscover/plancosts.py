@@ -30,7 +30,6 @@ from midiscover.resolve import (
     Resolved,
     auto_pack_size,
     cut_crew,
-    make_crews,
     make_packs,
     pool_tokens,
 )
@@ -44,7 +43,9 @@ ROW_BYTES = 2
 DENSE_SHARE = 0.1
 """Of the features, on the mean over training, where a kind says nothing of its beginning."""
 WEIGHT_BYTES = 4
-"""Of a parameter of an SAE that is evaluated."""
+"""Of a parameter of an SAE that is kept, or evaluated."""
+MEASURED_TABLES = 3.25
+"""Float32 tables [MEASURED_ROWS, d_sae] that measuring an SAE holds at once, of the kind that holds most: 2 to 3.25."""
 LOGIT_TABLES = 2
 """Float32 tables [tokens, vocabulary] that a spliced pass holds: log-probabilities, clean and not."""
 
@@ -151,11 +152,11 @@ class Costs:
         """The SAEs of a site in parts that fit a card, measured one after another; see `jobs.evaluation`."""
         if not self.gpus or not self.rates.memory:
             return [[*saes]]
-        room = int(USABLE * self.rates.memory * self._card_of_model - self._model_on_card())
+        room = int(USABLE * self.rates.memory * self.card_of_model - self.model_on_card())
         return [[saes[i] for i in part] for part in fit_together([sae.sizes for sae in saes], room, measuring_bytes)]
 
     @property
-    def _card_of_model(self) -> float:
+    def card_of_model(self) -> float:
         """The share of a card that a process with a language model has; 1 where it has several."""
         return 1.0 if self.resources.gpus_per_model > 1 else min(1.0, self.resources.gpus_per_actor)
 
@@ -181,9 +182,12 @@ class Costs:
         return before.flops_per_token if before else 0.0
 
     def rows(self, saes: Sequence[PlannedSae]) -> int:
-        """Rows of each hook that a process reads for SAEs: all in each epoch, or a pool where none takes a step."""
-        counts = [self.work.train * sae.point.train.epochs for sae in saes if _is_stepped(sae)]
-        return max(counts, default=min(self.work.train, pool_tokens(saes[0])))
+        """Rows of each hook that a process reads for SAEs: all in each epoch, or once where a pool holds all of them;
+        a pool where no SAE takes a step."""
+        pool = pool_tokens(saes[0])
+        if self.work.train <= pool or not any(map(_is_stepped, saes)):
+            return min(self.work.train, pool)
+        return self.work.train * max(sae.point.train.epochs for sae in saes if _is_stepped(sae))
 
     def passed(self, saes: Sequence[PlannedSae]) -> int:
         """Rows for which a process runs the language model once, of all epochs."""
@@ -211,6 +215,11 @@ class Costs:
         small = [sae for sae in pack.saes if _is_stepped(sae) and _is_small(sae)]
         return 0 if self.gpus else min(places.threads, len(small))
 
+    @property
+    def trained_bytes(self) -> float:
+        """To the store: the weights of all SAEs."""
+        return _weight_bytes(self.resolved.saes)
+
     def training_flops(self, saes: Iterable[PlannedSae]) -> float:
         """Of dense steps: five products of W_enc's or W_dec's size for each token."""
         return sum(
@@ -228,7 +237,7 @@ class Costs:
         """Memory of language models and of the blocks that they fill."""
         block = ROW_BYTES * part.config.harvest.block_tokens * sum(part.hooks.values())
         if self.gpus:
-            return Held(places.sharing * self._model_on_card(), places.sharing * block)
+            return Held(places.sharing * self.model_on_card(), places.sharing * block)
         return Held(0.0, places.sharing * (self.model_bytes + block))
 
     def pools(self, crew: Crew) -> int:
@@ -240,7 +249,7 @@ class Costs:
 
     def holding(self, crew: Crew, places: Places, *, streamed: bool) -> Held:
         """Memory of processes that train such a crew, which may have a language model beside it."""
-        saes = training_bytes([self._sizes(sae) for pack in crew for sae in pack.saes])
+        saes = training_bytes([self.sizes(sae) for pack in crew for sae in pack.saes])
         device = saes + (self.model_bytes if streamed else 0)
         if self.gpus:
             return Held(places.sharing * device, places.sharing * self.pools(crew))
@@ -250,85 +259,20 @@ class Costs:
     def evaluating(self, saes: Sequence[PlannedSae], places: Places, *, model: bool, spliced: bool) -> Held:
         """Memory of processes that measure such SAEs of a site together."""
         table, window = self.resolved.table, self.resolved.config.corpus.context_size
-        device = WEIGHT_BYTES * sum(sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
-        device += 4 * MEASURED_ROWS * max(sae.d_sae for sae in saes)
+        device = _weight_bytes(saes)
+        device += 4 * MEASURED_TABLES * MEASURED_ROWS * max(sae.d_sae for sae in saes)
         device += 4 * LOGIT_TABLES * SPLICED_WINDOWS * window * table.vocab_size if spliced else 0
         if self.gpus:
-            return Held(places.sharing * (device + (self._model_on_card() if model else FIXED_BYTES)), 0.0)
+            return Held(places.sharing * (device + (self.model_on_card() if model else FIXED_BYTES)), 0.0)
         return Held(0.0, places.sharing * (device + (self.model_bytes if model else 0)))
 
-    def _sizes(self, sae: PlannedSae) -> Sizes:
+    def sizes(self, sae: PlannedSae) -> Sizes:
         """Of one process of those that share its batches."""
         return sae.sizes._replace(batch_size=sae.point.train.batch_size // self.resources.workers)
 
-    def _model_on_card(self) -> float:
+    def model_on_card(self) -> float:
+        """Bytes of a card that a language model takes, or its share of one where it is spread over several."""
         return FIXED_BYTES + self.model_bytes / self.resources.gpus_per_model
-
-    # What is said
-
-    def notes(self, packs: Sequence[Pack], *, streamed: bool) -> list[str]:
-        """Sentences about what the rates do not tell of this run, and about what a card does not hold."""
-        return [*self._other_precision(), *self._cut(packs, streamed=streamed), *self._too_large(streamed=streamed)]
-
-    def _other_precision(self) -> list[str]:
-        rates, config = self.rates, self.resolved.config
-        trained = {sae.point.train.dtype for sae in self.resolved.saes}
-        measure = ": `midiscover calibrate` with its settings measures that" if rates.measured else ""
-        return [
-            f"these rates are those of {name} {known}, and the run has {dtype}, which may be several times as slow or "
-            f"as quick{measure}"
-            for name, known, dtypes in (
-                ("model.dtype", rates.model_dtype, {config.model.dtype}),
-                ("train.dtype", rates.train_dtype, trained),
-            )
-            for dtype in sorted(dtypes - {known})
-        ]
-
-    def _too_large(self, *, streamed: bool) -> list[str]:
-        """What no card of these holds, however it is cut."""
-        notes: list[str] = []
-        room = self.room(streamed=streamed)
-        if room is None or self.rates.memory is None:
-            return notes
-        card = self.rates.memory * self._card_of_model
-        if self._model_on_card() > card:
-            needs = f"the language model needs {_gb(self._model_on_card())} of a card, and there are {_gb(card)}"
-            notes.append(f"{needs}; resources.gpus_per_model spreads it over several cards")
-        largest = max(self.resolved.saes, key=lambda sae: training_bytes([self._sizes(sae)]))
-        needed = training_bytes([self._sizes(largest)])
-        if needed > room:
-            beside = " beside the language model" if streamed else ""
-            notes.append(
-                f"an SAE of {largest.d_sae:,} features on {largest.point.hook} needs {_gb(needed)} of a card in "
-                f"training, and there are {_gb(max(0, room))}{beside}"
-            )
-        return notes
-
-    def _cut(self, packs: Sequence[Pack], *, streamed: bool) -> list[str]:
-        """What is more than a card holds at once."""
-        room = self.room(streamed=streamed)
-        if room is None:
-            return []
-        crews: Sequence[Crew] = [(pack,) for pack in packs]
-        if streamed:
-            crews = make_crews(packs, self.crews(packs), list(self.resolved.table.hooks))
-        shared = self.resources.workers > 1
-        parts = [
-            len(fit_together([self._sizes(sae) for sae in crew[0].saes], room) if shared else cut_crew(crew, room))
-            for crew in crews
-        ]
-        cut = sum(number > 1 for number in parts)
-        if not cut:
-            return []
-        most = parts.index(max(parts))
-        crew = crews[most]
-        where = crew[0].hook if len(crew) == 1 else f"{len(crew)} hooks"
-        told = f"{sum(len(pack.saes) for pack in crew)} SAEs of {where} are {parts[most]} times what a card holds"
-        if shared:
-            told += ", and with resources.workers above 1 they are not trained in parts: give resources.pack_size"
-        elif streamed:
-            told += ", and for each part the language model reads the text anew"
-        return [told + (f"; so it is with {cut - 1} more" if cut > 1 else "")]
 
 
 def _is_stepped(sae: PlannedSae) -> bool:
@@ -339,12 +283,12 @@ def _is_small(sae: PlannedSae) -> bool:
     return sae.point.train.batch_size * sae.d_in * sae.d_sae < SMALL_BELOW
 
 
+def _weight_bytes(saes: Sequence[PlannedSae]) -> float:
+    return WEIGHT_BYTES * sum(sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
+
+
 def _step_bytes(sae: PlannedSae) -> int:
     return sae.sizes.step_bytes
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
 
 
 def active(sae: PlannedSae) -> float:

@@ -87,7 +87,9 @@ def test_a_streamed_sweep_runs_one_model_beside_all_packs(tmp_path: Path) -> Non
     first = run.table.hooks["model.layers.0.mlp.down_proj"].flops_per_token
     held_out = 4_000 * (first + to_hook) / 1e9
     assert stage_seconds(streamed)["evaluate"] == pytest.approx(stage_seconds(stored)["evaluate"] + held_out)
-    assert [(stage.written, stage.read) for stage in streamed.stages] == [(0, 0)] * 4
+    saes = 4 * 4 * 96 * 48  # float32
+    assert [(stage.written, stage.read) for stage in streamed.stages] == [(0, 0), (saes, 0), (0, 0), (0, 0)]
+    assert [stage.written for stage in stored.stages] == [0, 24_000 * 2 * 2 * 24, saes, 0, 0]
 
 
 def test_the_settings_or_the_quicker_way_are_taken(tmp_path: Path) -> None:
@@ -117,6 +119,27 @@ def test_a_slow_store_is_named_as_what_bounds_the_harvest(tmp_path: Path) -> Non
     assert slow.bottleneck is harvest
     limited = plan_sweep(run, WORK, RATES, bandwidth=1e4)
     assert stage_seconds(limited)["harvest"] == pytest.approx(harvest.seconds)
+
+
+def test_what_most_of_a_stage_goes_to_is_named(tmp_path: Path) -> None:
+    run = resolved(tmp_path, train={"epochs": 1, "batch_size": 128, "lr": 1e-3})
+    quick = replace(RATES, load_bytes=1e15, starts=dict.fromkeys(RATES.starts, 0.0))
+
+    def bound(name: str, streamed: bool = False, **rates: float) -> str:
+        plan = plan_sweep(run, WORK, replace(quick, **rates), streamed=streamed)
+        return next(stage.bound for stage in plan.stages if stage.name == name)
+
+    assert bound("evaluate") == "the spliced language model"
+    assert bound("evaluate", encode=1e-6) == "encoding"
+    assert bound("evaluate", streamed=True, model_flops=1e6, logits_flops=1e12) == "the language model"
+    # Three packs on two cards: what the one with two of them waits for, and not the mean of both.
+    three = resolved(tmp_path, harvest={"hooks": "model.layers.1.mlp.down_proj"}, grid={"train.seed": [0, 1, 2]})
+    steps = 2 * 20_000 // 128 * 48 * (1e-8 * 96 + 128 * (1e-10 * 96 + 1e-9 * 0.02 * 96))
+    for factor, why in ((1.1, "the store"), (0.9, "the SAEs' steps")):
+        slow = replace(quick, device="GPU", read=20_000 * 2 * 24 / (factor * steps))
+        plan = plan_sweep(three, WORK, slow, gpus=2)
+        assert stage_seconds(plan)["train"] == pytest.approx(2 * steps * max(1, factor))
+        assert next(stage.bound for stage in plan.stages if stage.name == "train") == why
 
 
 def test_gpus_share_models_packs_and_sites(tmp_path: Path) -> None:

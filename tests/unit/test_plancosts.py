@@ -18,6 +18,7 @@ from midiscover.plancosts import Costs
 from midiscover.rates import StepCost, of_sheet
 from midiscover.saeconfig import SAE_KINDS
 from midiscover.ways import plan_ways
+from midiscover.work import Work
 from tests.runs import write_run
 from tests.unit.test_plan import RATES, WORK, resolved, stage_seconds
 
@@ -168,33 +169,55 @@ def test_what_is_streamed_is_cut_as_the_packs_will_be(tmp_path: Path) -> None:
     room = (training_bytes([sizes] * 3) + training_bytes([sizes] * 6)) / 2 + model
     streamed = plan_ways(run, WORK, replace(GPU, memory=room / 0.95), gpus=1)["stream"]
     assert sum(span.what == "language model" for span in streamed.spans) == 2
-    assert streamed.notes == (
-        "6 SAEs of 2 hooks are 2 times what a card holds, and for each part the language model reads the text anew",
+    cut, measured = streamed.notes
+    assert cut == (
+        "6 SAEs of 2 hooks are 2 times what a card holds, and for each part the language model reads the text anew"
     )
+    assert "where it is measured" in measured
     whole = plan_ways(run, WORK, replace(GPU, memory=1e12), gpus=1)["stream"]
     assert sum(span.what == "language model" for span in whole.spans) == 1
     assert whole.notes == ()
     halved = (training_bytes([sizes] * 6) + model // 2) / 0.95
-    assert plan_ways(run, WORK, replace(GPU, memory=halved), gpus=1)["stream"].notes, "4 bytes a parameter, not 2"
+    notes = plan_ways(run, WORK, replace(GPU, memory=halved), gpus=1)["stream"].notes
+    assert notes[0].startswith("6 SAEs of 2 hooks are 2 times what a card holds"), "4 bytes a parameter, not 2"
 
 
 def test_parts_of_a_stored_pack_read_its_rows_each(tmp_path: Path) -> None:
     run = resolved(tmp_path, sae={"d_sae": 20_000}, grid={"sae.l1_coefficient": [1, 2, 3]})
     sizes = run.saes[0].sizes
     tight = replace(GPU, memory=(training_bytes([sizes] * 2) + 1e6) / 0.95)
-    assert stage(plan_sweep(run, WORK, tight, gpus=1), "train").read == 2 * 2 * 2 * 20_000 * 2 * 24
+    assert stage(plan_sweep(run, WORK, tight, gpus=1), "train").read == 2 * 2 * 20_000 * 2 * 24
     shared = replace(run, config=replace(run.config, resources=replace(run.config.resources, workers=2)))
     half = sizes._replace(batch_size=64)  # each of two workers has half of a batch
     narrow = replace(GPU, memory=(training_bytes([half] * 2) + 1e6) / 0.95)
-    (note,) = plan_sweep(shared, WORK, narrow, gpus=2).notes
-    assert "they are not trained in parts: give resources.pack_size; so it is with 1 more" in note
+    cut, measured, left_out = plan_sweep(shared, WORK, narrow, gpus=2).notes
+    assert "they are not trained in parts: give resources.pack_size; so it is with 1 more" in cut
+    assert "where it is measured" in measured
+    told = "what the 2 processes of a pack tell each other in every step is left out of the time"
+    assert left_out == told
     wide = replace(GPU, memory=(training_bytes([half] * 3) + 1e4) / 0.95)
-    assert plan_sweep(shared, WORK, wide, gpus=2).notes == ()
+    assert plan_sweep(shared, WORK, wide, gpus=2).notes == (measured.replace("are 1.1 GB", "are 1.2 GB"), told)
+
+
+def test_what_fits_one_pool_is_read_once(tmp_path: Path) -> None:
+    def read(**train: int) -> float:
+        run = resolved(tmp_path, train={"epochs": 3, "batch_size": 128, "lr": 1e-3} | train)
+        return stage(plan_sweep(run, WORK, RATES), "train").read
+
+    once = 2 * 20_000 * 2 * 24
+    assert read(shuffle_tokens=20_000) == read(epochs=1, shuffle_tokens=5_000) == once
+    assert read(shuffle_tokens=19_999) == 3 * once
 
 
 def test_what_no_card_holds_is_said(tmp_path: Path) -> None:
     run = resolved(tmp_path, sae={"d_sae": 500_000}, grid={"sae.l1_coefficient": [1]})
-    (note,) = plan_sweep(run, WORK, replace(GPU, memory=1.2e9), gpus=1).notes
+    measured, note = plan_sweep(run, WORK, replace(GPU, memory=1.2e9, write=1e15), gpus=1).notes
+    logits, model = 2 * 4 * 8 * 32 * run.table.vocab_size, FIXED_BYTES + 4 * run.table.parameters
+    there = 4 * 500_000 * 48 + 3.25 * 4 * 4_096 * 500_000 + logits + model
+    assert measured == (
+        f"an SAE of 500,000 features on model.layers.0.mlp.down_proj needs {there / 1e9:.1f} GB of a card where it is "
+        "measured beside the language model, and there are 1.1 GB"
+    )
     needed = (training_bytes([run.saes[0].sizes]) / 1e9, 1.2 * 0.95)
     assert (
         "an SAE of 500,000 features on model.layers.0.mlp.down_proj needs {:.1f} GB of a card".format(*needed) in note
@@ -203,6 +226,32 @@ def test_what_no_card_holds_is_said(tmp_path: Path) -> None:
     small = resolved(tmp_path)
     notes = plan_sweep(small, WORK, replace(GPU, memory=FIXED_BYTES + 1.0), gpus=1).notes
     assert any(note.startswith("the language model needs 1.1 GB of a card, and there are 1.1 GB") for note in notes)
+
+
+def test_what_ends_in_an_error_is_said(tmp_path: Path) -> None:
+    run = resolved(tmp_path, train={"epochs": 2, "batch_size": 6_000, "lr": 1e-3})
+    few, enough = (plan_sweep(run, Work(rows, 300, exact=True), RATES).notes for rows in (2_999, 3_000))
+    assert few == (
+        "the sweep will end in an error: train.batch_size 6000 is more than the 2999 training rows of "
+        "model.layers.0.mlp.down_proj give in 2 epochs: lower it, or give more text",
+    )
+    assert enough == ()
+    (note,) = plan_sweep(run, Work(3_000, 0, exact=True), RATES).notes
+    assert note.startswith("the sweep will end in an error: the corpus has no held-out window")
+
+
+def test_checkpoints_that_a_store_would_feel_are_said(tmp_path: Path) -> None:
+    """Two SAEs of 96 features in a pack, 110 KB with their moments, and a store that takes 1 MB/s."""
+
+    def notes(every: float, step: float) -> tuple[str, ...]:
+        run = resolved(tmp_path, train=ONE_EPOCH | {"checkpoint_every": every})
+        return plan_sweep(run, WORK, replace(RATES, steps=dict.fromkeys(SAE_KINDS, StepCost(step, 0.0)))).notes
+
+    size = 12 * 2 * 96 * 48
+    (note,) = notes(size / 1.1e5, 1e-6)
+    assert note.startswith("checkpoints are left out of time and bytes: 0.0 GB of each pack every 1.00")
+    assert notes(size / 0.9e5, 1e-6) == (), "less than a tenth of what a worker writes"
+    assert notes(size / 1.1e5, 1e-9) == (), "the pack ends before the first"
 
 
 def test_another_precision_than_that_of_the_rates_is_said(tmp_path: Path) -> None:
@@ -235,7 +284,7 @@ def test_what_takes_no_step_reads_one_pool_and_needs_no_model(tmp_path: Path) ->
     bare = resolved(tmp_path, evaluate={"ce_tokens": 0})
     evaluate = stage(plan_sweep(bare, WORK, RATES), "evaluate")
     assert evaluate.seconds == pytest.approx(3 + 2 * 4_000 * 2 * 48 * 96 * 1e-10), "a worker starts, and loads no model"
-    assert evaluate.host == 2 * 48 * 96 * 4 + 4_096 * 96 * 4
+    assert evaluate.host == 2 * 48 * 96 * 4 + 3.25 * 4_096 * 96 * 4
 
 
 def test_memory_of_each_stage(tmp_path: Path) -> None:
@@ -244,7 +293,7 @@ def test_memory_of_each_stage(tmp_path: Path) -> None:
     step, logits = 4 * 128 * (6 * 96 + 8 * 48), 2 * 4 * 8 * 32 * run.table.vocab_size
     stored, streamed = (plan_ways(run, WORK, RATES)[way] for way in ("store", "stream"))
     block = 2 * run.config.harvest.block_tokens * 2 * 24
-    measured = model + 2 * 48 * 96 * 4 + 4_096 * 96 * 4 + logits
+    measured = model + 2 * 48 * 96 * 4 + 3.25 * 4_096 * 96 * 4 + logits
     assert [one.host for one in stored.stages] == [0, model + block, kept + step + rows, measured, 0]
     assert stage(streamed, "train").host == model + 2 * kept + step + 2 * rows
     assert all(one.card == 0 for one in stored.stages)
