@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from rich.console import Group, RenderableType
@@ -17,8 +17,10 @@ from midiscover.tables import Fitted, empty
 SETTING = "resources.activations"
 BAR = 24
 """Columns of the stages over time."""
-SPARED = ("report", "start", "longest")
+SPARED = ("report", "start", "longest", "of ideal", "GPU hours", "evaluate", "harvest", "train")
 """Columns of several numbers of GPUs that a narrow terminal does without, in this order."""
+SPARED_OF_WAYS = ("TFLOP", "GB read", "GB of RAM", "GPU hours", "GB stored", "GB of\u00a0a\u00a0card")
+"""The same of both ways to have activations."""
 SHAPE = (576, 4608, 4096, 60)
 """d_in, d_sae, tokens and L0 at which step times are printed."""
 
@@ -65,11 +67,29 @@ def _amounts(plan: Plan, stage: Stage) -> list[str]:
 
 def ways_table(plans: Mapping[str, Plan], chosen: str, price: float | None) -> RenderableType:
     """The same sweep with activations stored and streamed; the way that is taken is marked."""
+    return _sparing(partial(_ways_table, plans, chosen, price), SPARED_OF_WAYS)
+
+
+def _ways_table(plans: Mapping[str, Plan], chosen: str, price: float | None, spared: Sequence[str]) -> Table:
     first = plans[chosen]
-    table = empty("way", "", ">time", *_amount_titles(first), *_cost_titles(first, price))
+    titles = ["way", "", ">time", *_amount_titles(first), *_cost_titles(first, price)]
+    rows: list[list[RenderableType]] = []
     for way, plan in plans.items():
         mark = Text("taken" if way == chosen else "", style="bold cyan")
-        table.add_row(way, mark, duration(plan.seconds), *_amounts(plan, totals(plan)), *_costs(plan, price))
+        rows.append([way, mark, duration(plan.seconds), *_amounts(plan, totals(plan)), *_costs(plan, price)])
+    return _without(spared, titles, rows)
+
+
+def _sparing(build: Callable[[Sequence[str]], Table], spared: Sequence[str]) -> Fitted:
+    """A table that leaves out as many of these columns, in their order, as do not fit."""
+    return Fitted(*(partial(build, spared[:less]) for less in range(len(spared) + 1)))
+
+
+def _without(spared: Sequence[str], titles: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:
+    shown = [place for place, title in enumerate(titles) if title.removeprefix(">") not in spared]
+    table = empty(*(titles[place] for place in shown))
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     return table
 
 
@@ -84,30 +104,31 @@ def _costs(plan: Plan, price: float | None) -> list[str]:
 
 def scaling_table(plans: Mapping[int, tuple[str, Plan]], price: float | None) -> RenderableType:
     """The same sweep on more and more GPUs, each with its way to have activations."""
-    return Fitted(*(partial(_scaling_table, plans, price, SPARED[:less]) for less in range(len(SPARED) + 1)))
+    return _sparing(partial(_scaling_table, plans, price), SPARED)
 
 
 def _scaling_table(plans: Mapping[int, tuple[str, Plan]], price: float | None, spared: Sequence[str]) -> Table:
     ways = [way for way, _ in plans.values()]
     names = list(dict.fromkeys(stage.name for _, plan in plans.values() for stage in plan.stages))
-    names = [name for name in names if name not in spared]
     _, fewest = plans[min(plans)]
     way_title = ["activations"] if len(set(ways)) > 1 else []
-    longest = ["longest"] if "longest" not in spared else []
     stages = (f">{name}" for name in names)
-    table = empty(">GPUs", *way_title, *stages, ">in all", *_cost_titles(fewest, price), ">of ideal", *longest)
+    titles = [">GPUs", *way_title, *stages, ">in all", *_cost_titles(fewest, price), ">of ideal", "longest"]
+    rows: list[list[str]] = []
     for count, (way, plan) in plans.items():
         times = [sum(stage.seconds for stage in plan.stages if stage.name == name) for name in names]
-        table.add_row(
-            str(count),
-            *([way] if way_title else []),
-            *(duration(seconds) if seconds else "" for seconds in times),
-            duration(plan.seconds),
-            *_costs(plan, price),
-            percent(fewest.gpu_hours / plan.gpu_hours),
-            *([plan.bottleneck.name] if longest else []),
+        rows.append(
+            [
+                str(count),
+                *([way] if way_title else []),
+                *(duration(seconds) if seconds else "" for seconds in times),
+                duration(plan.seconds),
+                *_costs(plan, price),
+                percent(fewest.gpu_hours / plan.gpu_hours),
+                plan.bottleneck.name,
+            ]
         )
-    return table
+    return _without(spared, titles, rows)
 
 
 def inputs(plan: Plan) -> str:
@@ -117,13 +138,18 @@ def inputs(plan: Plan) -> str:
     source = f"measured {rates.measured[:10]}" if rates.measured else "reckoned from its data sheet, not measured"
     if rates.instead_of:
         source += f" ({rates.instead_of} is of another version of miDiscover; `midiscover calibrate` measures it anew)"
-    many = f"{plan.saes} SAE{'s' if plan.saes > 1 else ''} in {plan.packs} pack{'s' if plan.packs > 1 else ''}"
+    many = f"{saes(plan)} in {plan.packs} pack{'s' if plan.packs > 1 else ''}"
     return (
         f"{many}, {about}{work.train:,} training and {work.held_out:,} held-out tokens; rates of {rates.device}, "
         f"{source}: language model {rates.model_flops / 1e12:,.3g} TFLOP/s in {rates.model_dtype}, SAEs' steps in "
         f"{rates.train_dtype}, store {rates.write / 1e6:,.0f} MB/s written and {rates.read / 1e6:,.0f} read by a "
         "worker."
     )
+
+
+def saes(plan: Plan) -> str:
+    """How many SAEs it has, in words."""
+    return f"{plan.saes} SAE{'s' if plan.saes > 1 else ''}"
 
 
 def rates_table(rates: Rates) -> RenderableType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -88,8 +89,8 @@ def _check(known: argparse.Namespace) -> None:
         raise ConfigError("--price is that of a GPU; say how many with --gpus.")
     for name in ("price", "bandwidth"):
         value = getattr(known, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} is {value:g}; it must be above 0.")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name} is {value:g}; it must be a number above 0.")
     if known.out is not None and known.out.suffix.lower() not in PICTURES:
         raise ConfigError(f"--out {known.out} ends in none of {', '.join(PICTURES)}, the kinds of pictures there are.")
     if known.out is not None:
@@ -159,7 +160,7 @@ def _draw(resolved: Resolved, plan: Plan, out: Path) -> None:
 
     where = f"{plan.gpus} x {plan.rates.device}" if plan.gpus else plan.rates.device
     title = f"{resolved.config.name}: {plantables.duration(plan.seconds)} on {where}"
-    subtitle = f"{plan.saes} SAEs, {plan.work.train:,} training tokens; a plan, by rates; pale: starting"
+    subtitle = f"{plantables.saes(plan)}, {plan.work.train:,} training tokens; a plan, by rates; pale: starting"
     figures.save(figures.schedule_chart([span._asdict() for span in plan.spans], title, subtitle), out)
 
 

@@ -11,7 +11,7 @@ from midiscover.palette import categories
 from midiscover.summary import Row
 
 MOST_LANES = 40
-"""Workers that are drawn, of each stage the first; more would be hairlines."""
+"""Workers that are drawn, of each stage the first and the one that ends last; more would be hairlines."""
 STARTING = ["load", "start", "driver", "ray"]
 """What is no work yet."""
 
@@ -20,8 +20,9 @@ def schedule_chart(spans: Sequence[Row], title: str, subtitle: str) -> Chart:
     """A bar for everything a worker does: `stage, what, lane, begin, end`, in seconds."""
     lanes = list(dict.fromkeys(str(span["lane"]) for span in spans))
     stages = list(dict.fromkeys(str(span["stage"]) for span in spans))
-    shown = _thinned(lanes, stages)
-    unit, divisor = ("Minutes", 60.0) if max(float(span["end"]) for span in spans) > 600 else ("Seconds", 1.0)
+    shown = _thinned(spans, lanes, stages)
+    end = max(float(span["end"]) for span in spans)
+    unit, divisor = ("Hours", 3600.0) if end >= 7200 else ("Minutes", 60.0) if end > 600 else ("Seconds", 1.0)
     values = [
         {
             **{name: str(span[name]) for name in ("stage", "what", "lane")},
@@ -49,12 +50,21 @@ def schedule_chart(spans: Sequence[Row], title: str, subtitle: str) -> Chart:
         .properties(width=PLOT_WIDTH, height={"step": 22})
     )
     left = len(lanes) - len(shown)
-    told = [subtitle, *([f"{left:,} more workers do alike: the first of each stage are drawn"] if left else [])]
-    return finish(alt.layer(bars), title, told)
+    words = f"{left:,} more workers are not drawn; of each stage the first are, and the one that ends last"
+    return finish(alt.layer(bars), title, [subtitle, *([words] if left else [])])
 
 
-def _thinned(lanes: Sequence[str], stages: Sequence[str]) -> list[str]:
+def _thinned(spans: Sequence[Row], lanes: Sequence[str], stages: Sequence[str]) -> list[str]:
     if len(lanes) <= MOST_LANES:
         return list(lanes)
     each = max(1, MOST_LANES // len(stages))
-    return [lane for stage in stages for lane in [one for one in lanes if one.startswith(f"{stage} ")][:each]]
+    ends: dict[str, float] = {}
+    for span in spans:
+        ends[span["lane"]] = max(ends.get(span["lane"], 0.0), span["end"])
+    shown: list[str] = []
+    for stage in stages:
+        own = [lane for lane in lanes if lane.startswith(f"{stage} ")]
+        last = max(own, key=ends.__getitem__)
+        first = own[:each]
+        shown += first if last in first else [*own[: each - 1], last]
+    return shown

@@ -98,3 +98,22 @@ def test_a_plan_with_more_workers_than_are_drawn_says_so() -> None:
         told = json.dumps(figures.schedule_chart(some, "a plan", "by rates").to_dict())
         assert ("more workers" in told) is (left is not None)
         assert left is None or left in told
+
+
+def test_of_many_workers_the_one_that_ends_last_is_drawn() -> None:
+    def drawn(ends: dict[int, float]) -> tuple[list[str], str]:
+        spans = [
+            {"stage": stage, "what": "work", "lane": f"{stage} {i}", "begin": 0.0, "end": ends.get(i, 5.0)}
+            for stage in ("harvest", "train")
+            for i in range(64)
+        ]
+        tree = figures.schedule_chart(spans, "a plan", "by rates").to_dict()
+        encoding = tree["layer"][0]["encoding"]
+        return encoding["y"]["sort"], encoding["x"]["title"].partition(" ")[0]
+
+    def lanes(*numbers: int) -> list[str]:
+        return [f"{stage} {i}" for stage in ("harvest", "train") for i in numbers]
+
+    assert drawn({40: 9.0}) == (lanes(*range(19), 40), "Seconds")
+    assert drawn({3: 7200.0}) == (lanes(*range(20)), "Hours")
+    assert drawn({3: 7199.0}) == (lanes(*range(20)), "Minutes")
