@@ -10,6 +10,10 @@ SCALING = 0.9
 """Threads are taken to speed a pack up by their number to this power."""
 SMALL_BELOW = 2**32
 """Multiply-adds of x @ W_enc below which a step is taken by one core. By measurement: tests/bench/RESULTS.md."""
+SPARSE_BELOW = 0.12
+"""Share of entries that fire below which a sparse code is made. By measurement: tests/bench/step.py."""
+SPARSE_BELOW_ON_GPU = 0.008
+"""The same where kernels gather the entries. By measurement: tests/bench/gpu_kinds.py."""
 NODE_CARDS = 8
 """Cards of a node, where it is not there yet to be asked."""
 

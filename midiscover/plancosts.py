@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from midiscover.cores import NODE_CARDS, SCALING, SMALL_BELOW, no_room, on_nodes, packs_at_once, places_on
+from midiscover.cores import (
+    NODE_CARDS,
+    SCALING,
+    SMALL_BELOW,
+    SPARSE_BELOW,
+    SPARSE_BELOW_ON_GPU,
+    no_room,
+    on_nodes,
+    packs_at_once,
+    places_on,
+)
 from midiscover.errors import ConfigError
 from midiscover.ids import first_block
 from midiscover.memory import (
@@ -201,12 +211,13 @@ class Costs:
     def training(self, pack: Pack, places: Places) -> float:
         """Seconds of the steps of a pack. Small SAEs have a core each, so that few of them leave cores idle."""
         cores = self._cores(pack, places)
+        sparse = SPARSE_BELOW_ON_GPU if self.gpus else SPARSE_BELOW  # more features cost no more: products are dense
         seconds = 0.0
         for sae in pack.saes:
             slower = (self.rates.threads / cores) ** SCALING if cores and _is_small(sae) else places.slower
             tokens = sae.point.train.batch_size // self.resources.workers
             cost, rows = self.rates.step(sae.point.sae.kind), sae.d_in + sae.d_out
-            step = cost.seconds(rows=rows, d_sae=sae.d_sae, tokens=tokens, l0=active(sae))
+            step = cost.seconds(rows=rows, d_sae=sae.d_sae, tokens=tokens, l0=min(active(sae), sparse * sae.d_sae))
             seconds += slower * self.steps(sae) * step
         return seconds
 

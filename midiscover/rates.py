@@ -101,9 +101,11 @@ SHEETS = {
     "h200": Sheet("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9),
     "h100": Sheet("NVIDIA H100 SXM", 989e12, 67e12, 3.35e12, 80e9),
     "a100": Sheet("NVIDIA A100 80GB SXM", 312e12, 19.5e12, 2.04e12, 80e9),
+    "a100-40g": Sheet("NVIDIA A100 40GB SXM", 312e12, 19.5e12, 1.555e12, 40e9),
     "l40s": Sheet("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9),
     "l4": Sheet("NVIDIA L4", 121e12, 30.3e12, 0.3e12, 24e9),
     "a10": Sheet("NVIDIA A10", 125e12, 31.2e12, 0.6e12, 24e9),
+    "a10g": Sheet("NVIDIA A10G", 70e12, 31.5e12, 0.6e12, 24e9),
 }
 MODEL_SHARE, STEP_SHARE = 0.45, 0.65
 """Of a sheet's FLOP/s: what a harvest and the products of an SAE's step are taken to reach. An H200 reached 0.40, or
@@ -123,7 +125,7 @@ STARTS = {"driver": 8.0, "ray": 2.0, "worker": 10.0, "trial": 12.0, "figures": 5
 
 def of_sheet(name: str, model_dtype: str, train_dtype: str) -> Rates:
     """Rates reckoned from a data sheet, for a run's `model.dtype` and `train.dtype`. ConfigError for an unknown GPU."""
-    sheet = SHEETS.get(slug(name))
+    sheet = find_sheet(name)
     if sheet is None:
         raise ConfigError(f"--gpu {name} is not known; known are {', '.join(SHEETS)}, and what the store has rates of.")
     peaks = {"bfloat16": sheet.flops, "float32": sheet.plain}
@@ -147,6 +149,18 @@ def of_sheet(name: str, model_dtype: str, train_dtype: str) -> Rates:
         starts=STARTS,
         memory=sheet.memory,
     )
+
+
+def find_sheet(device: str) -> Sheet | None:
+    """The data sheet of a GPU by its key or its name, in any spelling: A100-80G and NVIDIA A100-SXM4-80GB are a100.
+
+    A word that is neither of the sheet nor the size of its memory makes another GPU, such as a PCIe card.
+    """
+    words = {word for word in _words(device) if not word.startswith("hbm")}
+    for key, sheet in SHEETS.items():
+        if _words(key) <= words <= _words(sheet.name) | {f"{sheet.memory / 1e9:.0f}g"}:
+            return sheet
+    return None
 
 
 def write_rates(storage: Storage, rates: Rates) -> str:
@@ -175,7 +189,7 @@ def _find(storage: Storage, device: str) -> str:
     known = {key.rpartition("/")[2].removesuffix(".json"): key for key in storage.list(layout.RATES)}
     wanted = slug(device)
     # Whole words: a10 is no a100, and l4 no l40s.
-    fits = [wanted] if wanted in known else sorted(name for name in known if f"-{wanted}-" in f"-{name}-")
+    fits = [wanted] if wanted in known else sorted(name for name in known if _words(wanted) <= _words(name))
     if len(fits) > 1:
         raise ConfigError(
             f"The store {storage.uri} has rates of several devices called {device}: {', '.join(fits)}; name one of "
@@ -204,7 +218,7 @@ def known_rates(storage: Storage | None, device: str, model_dtype: str, train_dt
             pass
         else:
             is_ours = json.loads(storage.read(key)).get("v") == VERSION
-            if is_ours or slug(device) not in SHEETS:
+            if is_ours or find_sheet(device) is None:
                 return read_rates(storage, device)
             older = key
     return replace(of_sheet(device, model_dtype, train_dtype), instead_of=older)
@@ -213,3 +227,8 @@ def known_rates(storage: Storage | None, device: str, model_dtype: str, train_dt
 def slug(device: str) -> str:
     """A device's name as a file's."""
     return re.sub(r"[^a-z0-9]+", "-", device.casefold()).strip("-")
+
+
+def _words(device: str) -> set[str]:
+    """Those of a device's name, with units as Ray writes them: 80GB is 80g, SXM4 is sxm."""
+    return {re.sub(r"^(\d+g)b$|^(sxm)\d$", r"\1\2", word) for word in slug(device).split("-")}

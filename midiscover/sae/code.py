@@ -17,13 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midiscover.cores import SPARSE_BELOW, SPARSE_BELOW_ON_GPU
 from midiscover.sae.pattern import Pattern, kernels_of, places_of, positive
 from midiscover.sae.products import Decoded, DecodedWithNorms, EncodedJump, EncodedRelu, Product
 
-SPARSE_BELOW = 0.12
-"""Share of entries that fire below which a sparse code is made. By measurement: tests/bench/step.py."""
-SPARSE_BELOW_ON_GPU = 0.008
-"""The same where kernels gather the entries. By measurement: tests/bench/gpu_kinds.py."""
 SPARSE_FROM = 2**25
 """Multiply-adds of x @ W_enc from which a sparse code is made; below, its many small calls take what they save."""
 LOOKED_AT = 64

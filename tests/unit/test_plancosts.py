@@ -150,6 +150,20 @@ def test_a_small_sae_alone_in_its_pack_leaves_cores_idle(tmp_path: Path, monkeyp
     assert (train(1), train(2)) == pytest.approx((two / 2, two)), "large ones take their steps on all cores"
 
 
+@pytest.mark.parametrize(("gpus", "share"), [(0, 0.12), (1, 0.008)])
+def test_a_code_that_is_not_sparse_costs_no_more_for_more_features(tmp_path: Path, gpus: int, share: float) -> None:
+    rates = replace(GPU, steps=dict.fromkeys(SAE_KINDS, StepCost(0.0, 0.0, 1e-6)))
+
+    def train(k: int) -> float:
+        run = resolved(tmp_path, sae={"kind": "topk", "d_sae": 1_000, "k": k}, grid={}, train=ONE_EPOCH)
+        return stage_seconds(plan_sweep(run, WORK, rates, gpus=gpus))["train"]
+
+    again = 0 if gpus else 0.5  # the second of two packs
+    of_one = 20_000 // 128 * 48 * 128 * 1e-6
+    assert train(4) == pytest.approx(again + 2 * of_one * 4)
+    assert train(200) == train(500) == pytest.approx(again + 2 * of_one * share * 1_000)
+
+
 def test_each_pack_of_a_torch_trainer_starts_anew(tmp_path: Path) -> None:
     def starts(gpus: int, **resources: object) -> list[float]:
         run = resolved(tmp_path, grid={"train.seed": [0, 1, 2]}, resources=resources)

@@ -14,7 +14,7 @@ from midiscover.calibrate import _passes
 from midiscover.cli import main
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, NotFoundError
-from midiscover.rates import known_rates, of_sheet, read_rates, write_rates
+from midiscover.rates import SHEETS, known_rates, of_sheet, read_rates, write_rates
 from midiscover.resolve import resolve
 from midiscover.store.local import LocalStorage
 from tests.runs import write_run
@@ -56,6 +56,27 @@ def test_a_name_is_made_of_whole_words(tmp_path: Path) -> None:
         read_rates(storage, "a10")
     with pytest.raises(ConfigError, match="several devices called h100: nvidia-h100-80gb-hbm3, nvidia-h100-pcie;"):
         known_rates(storage, "h100", *HALF)
+
+
+@pytest.mark.parametrize(
+    ("name", "sheet"),
+    [
+        ("NVIDIA H200", "h200"), ("nvidia h100 sxm", "h100"), ("NVIDIA H100 80GB HBM3", "h100"), ("A100-80G", "a100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"), ("a100-40g", "a100-40g"), ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("A10G", "a10g"), ("l4", "l4"), *((sheet.name, key) for key, sheet in SHEETS.items()),
+    ],
+)  # fmt: skip
+def test_a_sheet_is_found_by_any_name_of_its_gpu(tmp_path: Path, name: str, sheet: str) -> None:
+    assert of_sheet(name, *HALF) == of_sheet(sheet, *HALF)
+    assert of_sheet(sheet, *HALF).device == SHEETS[sheet].name
+    write_rates(LocalStorage(tmp_path), replace(RATES, device="NVIDIA A100-SXM4-80GB"))
+    assert (known_rates(LocalStorage(tmp_path), name, *HALF).measured is not None) == (sheet == "a100")
+
+
+@pytest.mark.parametrize("name", ["h100-pcie", "a1000", "a100-64g", "a", "gpu", ""])
+def test_another_gpu_has_no_sheet(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--gpu {name} is not known"):
+        of_sheet(name, *HALF)
 
 
 def test_rates_of_an_older_midiscover_are_refused(tmp_path: Path) -> None:
