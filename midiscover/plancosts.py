@@ -211,7 +211,8 @@ class Costs:
     def training(self, pack: Pack, places: Places) -> float:
         """Seconds of the steps of a pack. Small SAEs have a core each, so that few of them leave cores idle."""
         cores = self._cores(pack, places)
-        sparse = SPARSE_BELOW_ON_GPU if self.gpus else SPARSE_BELOW  # more features cost no more: products are dense
+        # More features cost no more: products are dense. Rates of a CPU may stand for a GPU's, but have no memory.
+        sparse = SPARSE_BELOW_ON_GPU if self.rates.memory else SPARSE_BELOW
         seconds = 0.0
         for sae in pack.saes:
             slower = (self.rates.threads / cores) ** SCALING if cores and _is_small(sae) else places.slower

@@ -152,7 +152,7 @@ def test_a_small_sae_alone_in_its_pack_leaves_cores_idle(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("gpus", "share"), [(0, 0.12), (1, 0.008)])
 def test_a_code_that_is_not_sparse_costs_no_more_for_more_features(tmp_path: Path, gpus: int, share: float) -> None:
-    rates = replace(GPU, steps=dict.fromkeys(SAE_KINDS, StepCost(0.0, 0.0, 1e-6)))
+    rates = replace(GPU, memory=1e12 if gpus else None, steps=dict.fromkeys(SAE_KINDS, StepCost(0.0, 0.0, 1e-6)))
 
     def train(k: int) -> float:
         run = resolved(tmp_path, sae={"kind": "topk", "d_sae": 1_000, "k": k}, grid={}, train=ONE_EPOCH)
