@@ -160,7 +160,8 @@ def _draw(resolved: Resolved, plan: Plan, out: Path) -> None:
 
     where = f"{plan.gpus} x {plan.rates.device}" if plan.gpus else plan.rates.device
     title = f"{resolved.config.name}: {plantables.duration(plan.seconds)} on {where}"
-    subtitle = f"{plantables.saes(plan)}, {plan.work.train:,} training tokens; a plan, by rates; pale: starting"
+    about = "" if plan.work.exact else "about "
+    subtitle = f"{plantables.saes(plan)}, {about}{plan.work.train:,} training tokens; a plan, by rates; pale: starting"
     figures.save(figures.schedule_chart([span._asdict() for span in plan.spans], title, subtitle), out)
 
 

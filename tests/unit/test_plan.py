@@ -278,6 +278,7 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
     assert "4 SAEs in 2 packs, about 22,707 training and 1,293 held-out tokens; rates of CPU" in told
     assert "Longest: " in told
     assert "harvest 1" in picture.read_text()
+    assert "4 SAEs, about 22,707 training tokens" in picture.read_text()
     loud = tmp_path / "PLAN.PNG"
     assert main(["plan", str(config), "--store", str(store), "--out", str(loud)]) == 0
     assert loud.read_bytes().startswith(b"\x89PNG")
