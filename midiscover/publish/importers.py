@@ -370,12 +370,12 @@ def _settings(
         told = {key: tuple(v) if isinstance(v, list) else v for key, v in details.items() if key in fields}
         given: dict[str, Any] = {**_UNKNOWN_SPARSITY.get(kind, {}), **told, **sure}
         given |= {"control": "none", "expansion_factor": None}
-        if "k" in given:
-            given["k"] = whole_k(given["k"], name)
         try:
+            if "k" in given:
+                given["k"] = whole_k(given["k"], name)
             if "k" in given or "k" not in fields:
                 return SAE_KINDS[kind](**given), (*_FOUND, *given)
-        except (TypeError, ValueError):
-            pass  # of another tool under the same name
+        except (TypeError, ValueError, UserError):
+            pass  # of another tool under the same name, or of BatchTopK, whose k may be a fraction there
     given = {**_UNKNOWN_SPARSITY.get(architecture, {}), **sure}
     return SAE_KINDS[architecture](**given), (*_FOUND, *given)
