@@ -104,6 +104,7 @@ class LocalStorage:
                 base = Path(parent).relative_to(self.root)
                 keys += [(base / name).as_posix() for name in names if is_key(name)]
                 folders[:] = [name for name in folders if is_key(name)]
+            self._require_root()
         return sorted(keys)
 
     def entries(self, prefix: str) -> list[Entry]:
@@ -121,7 +122,10 @@ class LocalStorage:
     def exists(self, key: str) -> bool:
         """See `Storage.exists`."""
         with self._explained("look for", key):
-            return self.local_path(key).is_file()
+            found = self.local_path(key).is_file()
+            if not found:
+                self._require_root()
+            return found
 
     def version(self, key: str) -> str:
         """See `Storage.version`: size and time of the last change."""
@@ -173,12 +177,18 @@ class LocalStorage:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _require_root(self) -> None:
+        """StoreFailedError where the folder itself is gone: nothing is known of what it held, and it is not empty."""
+        if not os.path.isdir(self.root):  # False as well where it may not be looked at
+            raise StoreFailedError(f"The store {self.uri} is not there any more.")
+
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if isinstance(error, FileNotFoundError) and verb in ("read", "look for"):
+                self._require_root()
                 raise
             raise StoreFailedError(f"Can't {verb} {key} in the store {self.uri}: {error.strerror}.") from error
 

@@ -41,7 +41,7 @@ from midiscover.harvest import Harvester
 from midiscover.models import hook_table, resolve_model
 from midiscover.resolve import resolve
 from midiscover.store import layout
-from midiscover.store.local import LocalStorage
+from midiscover.store.storage import open_store
 from tests.bench.harvest import Bench, StampedBoard, machine, model_place, stamp
 from tests.clusters import local_cluster
 from tests.jobs_cli import midiscover
@@ -133,7 +133,7 @@ def _bench(folder: Path, args: argparse.Namespace) -> Bench:
     )
     resolved = resolve(config)
     place = model_place(resolved, Slots(count=2, cpus=1, gpus=0, threads=1))
-    bench = Bench(resolved=resolved, storage=LocalStorage(folder / "store"), place=place, stamps=folder / "stamps")
+    bench = Bench(resolved=resolved, storage=open_store(str(folder / "store")), place=place, stamps=folder / "stamps")
     with bench.prepared() as prepared, Bars("bench") as bars:
         ensure_corpus(prepared, bars)
     return bench

@@ -60,8 +60,8 @@ from midiscover.reading import CPU_BATCH_TOKENS, position_mask, row_mask
 from midiscover.resolve import Resolved, resolve
 from midiscover.store import layout
 from midiscover.store.blocks import commit_block, commit_tokens, read_manifest
-from midiscover.store.local import LocalStorage
 from midiscover.store.manifest import BlockSpan
+from midiscover.store.storage import Storage, open_store
 from midiscover.tracking import Tracker
 
 GOAL, FLOOR = 0.93, 0.85
@@ -131,7 +131,7 @@ class Bench:
     """What every loop needs; pickles."""
 
     resolved: Resolved
-    storage: LocalStorage
+    storage: Storage
     place: ModelPlace
     stamps: Path
 
@@ -233,7 +233,7 @@ def _prepare(folder: Path, args: argparse.Namespace) -> Bench:
     resolved = resolve(config)
     slots = Slots(count=1, cpus=1, gpus=int(gpu), threads=1 if gpu else args.threads)
     place = model_place(resolved, slots)
-    bench = Bench(resolved=resolved, storage=LocalStorage(folder / "store"), place=place, stamps=folder / "stamps")
+    bench = Bench(resolved=resolved, storage=open_store(str(folder / "store")), place=place, stamps=folder / "stamps")
     with bench.prepared() as prepared, Bars("bench") as bars:
         ensure_corpus(prepared, bars)
     return bench

@@ -21,6 +21,7 @@ from midiscover.errors import CorpusError, CorruptError, NotFoundError
 from midiscover.mixing import Mixed, mix
 from midiscover.packing import Windows
 from midiscover.store.local import LocalStorage
+from midiscover.store.storage import open_store
 from midiscover.texts import SourceIdentity, resolve_source
 
 WORDS = 900
@@ -55,7 +56,7 @@ def build(
     source = folder / "texts.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     cfg = CorpusConfig(**{"source": str(source), "context_size": 48, "held_out": 0.3} | settings)
-    storage = LocalStorage(folder / "store")
+    storage = open_store(str(folder / "store"))
     lineage = {"tokenizer": "test"}
     manifest = build_corpus(cfg, resolve_source(cfg), tokenizer or make_tokenizer(), storage, "c.test", lineage=lineage)
     return Corpus.open(storage, "c.test"), manifest
@@ -280,7 +281,7 @@ def test_progress_ends_at_all_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(60)))
     cfg = CorpusConfig(source=str(tmp_path / "a.jsonl"), held_out=0.3)
     seen: list[int] = []
-    storage = LocalStorage(tmp_path / "store")
+    storage = open_store(str(tmp_path / "store"))
     manifest = build_corpus(
         cfg, resolve_source(cfg), make_tokenizer(), storage, "c.p", lineage={}, progress=seen.append
     )
@@ -326,7 +327,7 @@ def test_a_source_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: py
     texts = make_texts(3000, longest=60)
     (tmp_path / "a.jsonl").write_text("\n".join([*(json.dumps({"text": text}) for text in texts), "oops"]))
     cfg = CorpusConfig(source=str(tmp_path / "a.jsonl"))
-    storage = LocalStorage(tmp_path / "store")
+    storage = open_store(str(tmp_path / "store"))
     with pytest.raises(CorpusError, match=r"a\.jsonl, line 3001 is not JSON"):
         build_corpus(cfg, resolve_source(cfg), make_tokenizer(), storage, "c.b", lineage={})
     assert (tmp_path / "store").exists(), "shards had been written"

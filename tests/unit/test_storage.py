@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from midiscover.errors import CorruptError, StoreError
+from midiscover.errors import CorruptError, StoreError, StoreFailedError
 from midiscover.store import layout, s3
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage, open_store
@@ -54,6 +54,19 @@ def test_absent_objects(storage: LocalStorage) -> None:
     for reading in (storage.read, storage.version, lambda key: storage.read_into(key, [])):
         with pytest.raises(FileNotFoundError):
             reading("a/b")
+
+
+def test_a_folder_that_is_gone_is_no_empty_store(storage: LocalStorage) -> None:
+    storage.write("saes/a/record.json", b"{}")
+    away = storage.root.rename(storage.root.with_name("elsewhere"))
+    for asking in (storage.read, storage.version, storage.exists, storage.list, storage.entries):
+        with pytest.raises(StoreFailedError, match=r"The store .* is not there any more"):
+            asking("saes/a/record.json")
+    with pytest.raises(StoreFailedError, match="is not there any more"):
+        storage.list("")
+    assert not storage.root.exists(), "asking makes no folder"
+    away.rename(storage.root)
+    assert storage.list("") == ["saes/a/record.json"]
 
 
 def test_create_keeps_the_first(storage: LocalStorage) -> None:

@@ -22,6 +22,7 @@ from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.verify import subject_of_folder, verify
 from midiscover.saes import find_sae, sae_ids
 from midiscover.store.local import LocalStorage
+from midiscover.store.storage import open_store
 from tests.unit.features.naive import D_IN, D_SAE
 from tests.unit.publish import folders
 
@@ -62,7 +63,7 @@ def make(root: Path, kind: str, rows: list[dict[str, Any]]) -> Made:
         rows=rows,
         made_of="0123456789",
     )
-    write_export(export, LocalStorage(root / "bundle"))
+    write_export(export, open_store(str(root / "bundle")))
     assert export.records is not None
     return Made(sae, root / "bundle", export.records, export)
 
@@ -208,7 +209,7 @@ def test_pictures_can_be_opened_and_show_something(standard: Made, jumprelu: Mad
 
 
 def test_equal_records_give_equal_bytes(standard: Made, tmp_path: Path) -> None:
-    write_export(standard.export, LocalStorage(tmp_path / "again"))
+    write_export(standard.export, open_store(str(tmp_path / "again")))
     for path in standard.folder.rglob("*"):
         if path.is_file():
             other = tmp_path / "again" / path.relative_to(standard.folder)
