@@ -272,11 +272,13 @@ def test_without_a_key_there_are_so_many_at_once_and_so_much_time_and_no_place_o
         guard = guarded(App(waits=asyncio.Event()), limits={"seconds": 0.5, "concurrent": 2, "concurrent_per_key": 2})
         open_ones = [asyncio.create_task(ask(guard, "POST", "/login", b"key=")) for _ in range(2)]
         await asyncio.sleep(0.05)
-        more = await ask(guard, "GET", "/health")
+        probes = [asyncio.create_task(ask(guard, method, "/health")) for method in ("GET", "HEAD")]
+        more = await ask(guard, "GET", "/login")
         assert (more.status, more.problem()["detail"]) == (429, "Without a key there are 2 requests under way already.")
         with_key = await ask(guard, x_api_key=text_of("read"))
         assert (with_key.status, with_key.problem()["detail"][:20]) == (503, "No answer within 0.5")
         assert [answer.status for answer in await asyncio.gather(*open_ones)] == [503, 503]
+        assert [answer.status for answer in await asyncio.gather(*probes)] == [503, 503], "an application that waits"
 
     asyncio.run(asyncio.wait_for(work(), 20))
 
@@ -367,6 +369,16 @@ def test_a_session_lasts_as_long_as_its_key_and_half_a_day_and_serves_own_pages_
     keys[:] = [api_key("read", revoked=True)]
     access.refresh()
     assert run(guard, cookie=cookie).status == 401
+
+
+@pytest.mark.parametrize("others", ["a b=c; ", 'x={"y": [1,2]}; ', "é=ü; ", "odd; =; ", f"{COOKIE}2=x; ", ""])
+def test_cookies_of_others_on_this_host_are_no_matter(others: str) -> None:
+    keys = [api_key("read")]
+    guard = guarded(App(), keys)
+    ours = f"{COOKIE}={guard._access.session(keys[0])}"
+    assert run(guard, cookie=f"{others}{ours}").status == 200
+    assert run(guard, cookie=f"{ours}; {others}").status == 200
+    assert run(guard, cookie=others).status == 401
 
 
 def test_keys_stay_good_while_the_database_is_away() -> None:
