@@ -7,10 +7,14 @@ itself decodes it. An id that the tokenizer does not have (phi-2 has 51,200 embe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 OUT_OF_RANGE = "<|outofrange|>"
+PIECE = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers write for bytes that are no whole character."""
+_MOST_PIECES = 8
+"""Tokens that are tried together; a character has 4 bytes at most, but a token may end one and begin the next."""
 _VISIBLE = {"\n": "↵", "\t": "→", "\r": "↵"}
 
 
@@ -35,6 +39,25 @@ class TokenStrings:
     def __call__(self, ids: Iterable[int]) -> list[str]:
         """One string for each id."""
         return [self._string(int(token)) for token in ids]
+
+    def in_text(self, ids: Sequence[int]) -> list[str]:
+        """The same for ids that follow each other in a text: each piece of a character as that character."""
+        strings = self(ids)
+        start = 0
+        while start < len(ids):
+            end = start + 1
+            while end <= min(len(ids), start + _MOST_PIECES) and PIECE in strings[end - 1]:
+                text = self._tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False)
+                before, after = strings[start].partition(PIECE)[0], strings[end - 1].rpartition(PIECE)[2]
+                if PIECE not in text and text.startswith(before) and text.endswith(after):
+                    whole = text[len(before) : len(text) - len(after)]
+                    strings[start:end] = [whole] * (end - start)
+                    strings[start], strings[end - 1] = before + strings[start], strings[end - 1] + after
+                    start = end - 1
+                    break
+                end += 1
+            start += 1
+        return strings
 
     def _string(self, token: int) -> str:
         if token not in self._known:

@@ -38,7 +38,7 @@ from midiscover.saes import LoadedSae
 from midiscover.serving import ServeConfig
 from midiscover.steer import Change, Piece, Sampling, chat_text, generate
 from midiscover.store.storage import open_store
-from midiscover.tokens import TokenStrings
+from midiscover.tokens import PIECE, TokenStrings
 from serve.answers import answer_query
 from serve.batching import TokenBatcher
 from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
@@ -46,8 +46,6 @@ from serve.problems import of_error
 from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
 
 Result = TypeVar("Result")
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What tokenizers write for bytes that are no whole character yet."""
 LOADERS = 4
 log = logging.getLogger("midiscover.serve")
 
@@ -127,14 +125,14 @@ class Interpreter:
         found = await self._batcher.submit(items) if queries else [[] for _ in items]
         self._refuse_large(sum(one.value.size + one.values.size for each in found for one in each))
         return await self._in_tokenising(
-            lambda: [self._answer(item, each) for item, each in zip(items, found, strict=True)]
+            lambda: [self._answer(item, each, front) for item, each in zip(items, found, strict=True)]
         )
 
     @answers_problems
     async def tokenise(self, text: str, front: Front) -> TextAnswer:
         """The tokens alone."""
         ((ids, dropped),) = await self._in_tokenising(lambda: self._tokens([text], front, []))
-        return self._answer(_Item(ids, dropped, []), [])
+        return self._answer(_Item(ids, dropped, []), [], front)
 
     @answers_problems
     async def concept(self, name: str, saes: Sequence[str], top: int) -> dict[str, Any]:
@@ -195,7 +193,7 @@ class Interpreter:
                 counted = made
                 texts = {side: self._text(made) for side, made in piece.token_ids.items()}
                 if not piece.done:  # the beginning of a character would be another one in the next piece
-                    texts = {side: text.rstrip(UNFINISHED) for side, text in texts.items()}
+                    texts = {side: text.rstrip(PIECE) for side, text in texts.items()}
                 yield SteerPiece(texts, piece.done, prompt)
         except MiDiscoverError as error:
             yield problem_of(error)
@@ -273,10 +271,12 @@ class Interpreter:
         bos: Any = self.lm.tokenizer.bos_token_id
         return self.lm.tokenizer.eos_token_id if bos is None else bos
 
-    def _answer(self, item: _Item, found: list[Found]) -> TextAnswer:
+    def _answer(self, item: _Item, found: list[Found], front: Front) -> TextAnswer:
         ids = item.ids[item.front :]
         special = [token in self._specials for token in ids]
-        return TextAnswer(ids, self.strings(ids), special, self._begins(ids), found)
+        # Neuronpedia's server names each token by itself.
+        strings = self.strings.in_text(ids) if front == "corpus" else self.strings(ids)
+        return TextAnswer(ids, strings, special, self._begins(ids), found)
 
     def _begins(self, ids: Sequence[int]) -> bool:
         """Whether with BOS."""

@@ -23,6 +23,8 @@ function element(name, text, className) {
 
 const fixed = (value, digits) => (value === null || value === undefined ? "-" : value.toFixed(digits));
 const shown = (token) => token.replace(/\n/g, "↵\n");
+const BLANKS = { "\n": "line break", "\r": "line break", "\t": "tab" };
+const spoken = (token) => (token.trim() ? token : [...token].map((one) => BLANKS[one] ?? "space").join(" "));
 
 function problem(error) {
   at("problem").hidden = !error;
@@ -31,12 +33,12 @@ function problem(error) {
 
 async function listSaes() {
   const { saes } = await ask("/saes");
-  const order = [...saes].sort((a, b) => b.promoted - a.promoted || (a.metrics.fvu ?? 9) - (b.metrics.fvu ?? 9));
+  const order = [...saes].sort((a, b) => b.promoted - a.promoted || (a.metrics?.fvu ?? 9) - (b.metrics?.fvu ?? 9));
   for (const sae of order) {
     at("sae").append(new Option(sae.id, sae.id));
     const row = element("tr");
     row.append(element("td", sae.id), element("td", sae.hook), element("td", sae.d_sae.toLocaleString("en"), "number"),
-      element("td", fixed(sae.metrics.l0, 1), "number"), element("td", fixed(sae.metrics.fvu, 3), "number"),
+      element("td", fixed(sae.metrics?.l0, 1), "number"), element("td", fixed(sae.metrics?.fvu, 3), "number"),
       element("td", sae.promoted ? "yes" : ""));
     at("saes").append(row);
   }
@@ -69,7 +71,7 @@ function colour() {
     const depth = share > 0 ? 0.05 + 0.95 * Math.log10(1 + 9 * share) : 0;
     token.style.setProperty("background-color", depth ? `rgba(${TOKEN.join(",")},${depth})` : "transparent");
     token.style.setProperty("color", depth ? ink(depth) : "");
-    token.setAttribute("aria-label", `${token.dataset.token} ${fixed(value, 2)}`);
+    token.setAttribute("aria-label", `${spoken(token.dataset.token)} ${fixed(value, 2)}`);
   });
 }
 
