@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from midiscover.errors import CorruptError
@@ -14,11 +16,15 @@ from midiscover.store.storage import Storage
 
 VERSION = 1
 Entry = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
-def promoted(storage: Storage) -> list[Entry]:
-    """What is promoted in a store. CorruptError where promoted.json can't be read."""
-    return entries_of(storage, standing_bytes(storage))
+def promoted(storage: Storage, tell: Callable[[str], None] = log.warning) -> list[Entry]:
+    """What is promoted in a store. CorruptError where promoted.json can't be read.
+
+    tell: takes a sentence about each entry that is left out, as it names no SAE.
+    """
+    return entries_of(storage, standing_bytes(storage), tell)
 
 
 def standing_bytes(storage: Storage) -> bytes | None:
@@ -29,15 +35,26 @@ def standing_bytes(storage: Storage) -> bytes | None:
         return None
 
 
-def entries_of(storage: Storage, data: bytes | None) -> list[Entry]:
-    """What the file lists. CorruptError where it can't be read."""
+def entries_of(storage: Storage, data: bytes | None, tell: Callable[[str], None] = log.warning) -> list[Entry]:
+    """What the file lists; tell as of `promoted`. CorruptError where it can't be read."""
     if data is None:
         return []
+    where = f"{layout.PROMOTED} in {storage.uri}"
     try:
         document = json.loads(data)
-        entries = [entry | {"sweep": entry.get("sweep")} for entry in document["saes"]]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{layout.PROMOTED} in {storage.uri} can't be read: {error}.") from None
+        found = list(document["saes"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CorruptError(f"{where} can't be read: {error}.") from None
     if document.get("v") != VERSION:
-        raise CorruptError(f"{layout.PROMOTED} in {storage.uri} has version {document.get('v')}; this reads {VERSION}.")
+        raise CorruptError(f"{where} has version {document.get('v')}; this reads {VERSION}.")
+    entries: list[Entry] = []
+    for number, entry in enumerate(found, 1):
+        if isinstance(entry, dict) and _is_sae(entry.get("id")):
+            entries.append(entry | {"sweep": entry.get("sweep")})
+        else:
+            tell(f"Entry {number} of {where} has no id of an SAE and is left out.")
     return entries
+
+
+def _is_sae(name: Any) -> bool:
+    return isinstance(name, str) and "/" not in name and layout.is_key(name)

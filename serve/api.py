@@ -10,9 +10,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from midiscover.features.labels import label
-from serve.catalog import Hosted
 from serve.context import Context, answered, as_json, context_of
 from serve.exchange import Edit, Found, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.hosted import Hosted
 from serve.problems import ProblemError
 from serve.streams import events
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Container, Set
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partialmethod
@@ -25,14 +26,16 @@ from unittest.mock import patch
 import ray
 from ray import serve
 from ray._private.parameter import RayParams
+from ray.serve.schema import ApplicationStatusOverview
 
 from midiscover.configio import to_tree
 from midiscover.cores import cores
-from midiscover.errors import ConfigError, MiDiscoverError, StageError
+from midiscover.errors import ConfigError, CorruptError, MiDiscoverError, NotFoundError, StageError
 from midiscover.serving import ServeArgs, ServeConfig, parse_serve, serve_config
 from midiscover.store.storage import Storage, open_store
 from midiscover.tracking import Tracker
-from serve.catalog import Catalog, Hosted
+from serve.catalog import Catalog
+from serve.hosted import Hosted
 from serve.replicas import Ingress, InterpreterReplica, first_of_models
 from serve.together import KEEP_ALIVE_SECONDS, Address, Together
 
@@ -50,23 +53,34 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application(serve_config(args))
 
 
-def application(config: ServeConfig, at: Address | None = None) -> serve.Application:
+def application(config: ServeConfig, at: Address | None = None, without: Container[str] = ()) -> serve.Application:
     """The deployments for what the store holds now. MiDiscoverErrors for a store or SAE that is not there.
 
     at: where one process with everything shall listen; None: ingress and interpreters, behind Serve's own HTTP.
+    without: names of interpreters that are left out, as they do not start.
     """
     storage = open_store(config.store, create=False, patient=False)
     catalog = Catalog(storage, config)
     catalog.refresh()
+    if not catalog.hosted:
+        for told in catalog.promoted_wrong:
+            raise CorruptError(told)
+        for told in catalog.missing.values():
+            raise NotFoundError(told)
+    for told in (*catalog.promoted_wrong, *catalog.missing.values()):
+        _say(f"left out: {told}")
     tree, firsts = to_tree(config), first_of_models(catalog.hosted)
     if at is not None:
         together: Any = serve.deployment(Together, name=TOGETHER, **_replica_options(config))
         return together.bind(tree, at)
-    handles = {
-        model: _interpreter(config, sae.neuronpedia_model, len(firsts)).bind(
-            tree, dict(sae.record), sae.neuronpedia_model
-        )
+    names = {
+        model: INTERPRETER if len(firsts) == 1 else f"{INTERPRETER}-{sae.neuronpedia_model}"
         for model, sae in firsts.items()
+    }
+    handles = {
+        model: _interpreter(config, names[model]).bind(tree, dict(sae.record), sae.neuronpedia_model)
+        for model, sae in firsts.items()
+        if names[model] not in without
     }
     deployment = serve.deployment(
         name=INGRESS,
@@ -80,7 +94,7 @@ def application(config: ServeConfig, at: Address | None = None) -> serve.Applica
     return deployment(serve.ingress()(Ingress)).bind(tree, handles)
 
 
-def _interpreter(config: ServeConfig, name: str, models: int) -> Any:
+def _interpreter(config: ServeConfig, name: str) -> Any:
     """The deployment of one language model."""
     most = config.max_replicas or config.replicas
     scaling: dict[str, Any] = {"num_replicas": config.replicas}
@@ -96,7 +110,7 @@ def _interpreter(config: ServeConfig, name: str, models: int) -> Any:
         }
     return serve.deployment(
         InterpreterReplica,
-        name=INTERPRETER if models == 1 else f"{INTERPRETER}-{name}",
+        name=name,
         max_ongoing_requests=config.limits.concurrent,
         max_queued_requests=WAITING,
         **_replica_options(config),
@@ -152,7 +166,14 @@ def _require_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"{host}:{port} can't be listened on: {error.strerror}; give another --port.") from None
+            raise ConfigError(
+                f"{_place(host, port)} can't be listened on: {error.strerror}; give another --port."
+            ) from None
+
+
+def _place(host: str, port: int) -> str:
+    """As in an address: what has colons of its own in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_together(config: ServeConfig) -> bool:
@@ -233,23 +254,43 @@ def _run(args: ServeArgs) -> str:
         },
     )
     _deploy(args)
-    return f"http://{args.host}:{args.port}"
+    return f"http://{_place(args.host, args.port)}"
 
 
 def _deploy(args: ServeArgs) -> None:
-    """What is deployed already and has not changed goes on."""
+    """What is deployed already and has not changed goes on; an interpreter that does not start is left out."""
     # All share the cores of this machine, so none is set aside for a replica: training takes what is left.
     config = args.config if os.environ.get("RAY_ADDRESS") else replace(args.config, cpus=0)
     at = (args.host, args.port) if _is_together(config) else None
     prefix = None if at else "/"
-    try:
-        serve.run(application(config, at), name=NAME, route_prefix=prefix, logging_config={"log_level": "ERROR"})
-    except MiDiscoverError:
-        raise
-    except Exception as error:  # Serve tells of a replica that did not start in many lines
-        status = serve.status().applications.get(NAME)
-        told = " ".join((status.message if status else str(error)).split())[-600:]
-        raise StageError(f"The application did not start: {told}") from error
+    without: set[str] = set()
+    while True:
+        app = application(config, at, without)
+        try:
+            serve.run(app, name=NAME, route_prefix=prefix, logging_config={"log_level": "ERROR"})
+            return
+        except Exception as error:  # Serve tells of a replica that did not start in many lines
+            status = serve.status().applications.get(NAME)
+            if status is None:
+                raise StageError(f"The application did not start: {error}") from error
+            failed, rest = _interpreters(status, without)
+            if not failed or not rest:
+                raise StageError(f"The application did not start: {_told(status)}") from error
+            _say(f"left out: {_told(status)}")
+            without |= failed
+
+
+def _interpreters(status: ApplicationStatusOverview, without: Set[str]) -> tuple[set[str], set[str]]:
+    """Names of those that did not start, and of the others, but for those that were left out."""
+    found = {name: one.status.value for name, one in status.deployments.items() if name.startswith(INTERPRETER)}
+    failed = {name for name, one in found.items() if one in ("DEPLOY_FAILED", "UNHEALTHY")}
+    return failed - without, found.keys() - failed - without
+
+
+def _told(status: ApplicationStatusOverview) -> str:
+    """What Serve says of an application, and the end of what it says of each deployment, which has the reason."""
+    parts = [status.message, *(deployment.message for deployment in status.deployments.values())]
+    return " ".join(" ".join(part.split())[-600:] for part in parts if part)
 
 
 def _say(text: str) -> None:

@@ -15,8 +15,9 @@ from midiscover.store import layout
 from midiscover.store.documents import read_json
 from serve import exchange
 from serve.api import SaeName, Strict, Text
-from serve.catalog import Hosted, Listing
+from serve.catalog import Listing
 from serve.context import Context, context_of, in_thread
+from serve.hosted import Hosted
 from serve.problems import ProblemError
 
 router = APIRouter(tags=["browse"])
@@ -38,17 +39,22 @@ class Health(BaseModel):
 
 
 @router.get("/health", response_model=Health)
+@router.head("/health", include_in_schema=False)
 async def health(context: Given) -> Health:
     """Open to everybody; says no more than a monitor needs."""
-    catalog, access, reasons = context.catalog, context.access, []
-    if catalog.away_since is not None:
-        reasons.append("the store does not answer; what is loaded goes on being served")
-    if access.away_since is not None:
-        reasons.append("the tracking database does not answer; the keys known last are good")
-    if catalog.broken:
-        reasons.append(f"{len(catalog.broken)} SAEs of the store can't be read")
-    if catalog.damaged:
-        reasons.append(f"the feature records of {len(catalog.damaged)} SAEs are damaged")
+    catalog = context.catalog
+    idle = sorted({sae.model_name for sae in catalog.hosted if sae.model not in context.models})
+    told = {
+        "the store does not answer; what is loaded goes on being served": catalog.away_since is not None,
+        "what the store holds can't be looked through; the log has the reason": catalog.stuck is not None,
+        "the tracking database does not answer; the keys known last are good": context.access.away_since is not None,
+        "something is wrong with promoted.json; the log has the reason": catalog.promoted_wrong,
+        f"{len(catalog.missing)} SAEs or sweeps that are to be hosted are not in the store": catalog.missing,
+        f"{len(catalog.broken)} SAEs of the store can't be read": catalog.broken,
+        f"the feature records of {len(catalog.damaged)} SAEs are damaged": catalog.damaged,
+        f"no interpreter runs {', '.join(idle)}; its SAEs can't be asked": idle,
+    }
+    reasons = [reason for reason, holds in told.items() if holds]
     status: Literal["ok", "degraded"] = "degraded" if reasons else "ok"
     return Health(status=status, reasons=reasons, version=midiscover.__version__, saes=len(catalog.hosted))
 
@@ -200,13 +206,15 @@ async def search_features(
     if (label_text is None) == (token is None):
         raise ProblemError(422, "Give label or token.")
     wanted = (label_text or token or "").strip().casefold()
-    if not wanted:
-        raise ProblemError(422, "The label or token to look for is blank; give at least a letter of it.")
+    if label_text is not None and not wanted:
+        raise ProblemError(422, "The label to look for is blank; give at least a letter of it.")
     asked_of = [context.hosted(sae)] if sae else context.catalog.hosted
 
     def fits(listing: Listing, row: Row) -> bool:
         if label_text is not None:
             return wanted in listing.labels[row["index"]]
+        if not wanted:  # of tokens that are blank each is itself
+            return token in row["top_tokens"]
         return any(one.strip().casefold() == wanted for one in row["top_tokens"])
 
     def scan() -> list[Hit]:

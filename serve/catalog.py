@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from midiscover.errors import CorruptError, NotFoundError, StoreError, StoreFailedError, UserError
@@ -20,12 +19,12 @@ from midiscover.features.labels import label
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.frontier import is_control
 from midiscover.promoted import promoted
-from midiscover.publish.names import model_id, source_id, source_set
 from midiscover.serving import ALL, MIB, PROMOTED, ServeConfig
 from midiscover.store import layout
 from midiscover.store.documents import folders_with, read_json
 from midiscover.store.storage import Storage
 from midiscover.targets import find_stored, find_target
+from serve.hosted import Hosted, require_record, told_apart
 
 FEATURES_BYTES = 2048 * MIB
 """Of all feature records that are kept in memory: enough for the rows of 24 SAEs with 20,480 features, and for the
@@ -38,61 +37,6 @@ ABSENT_SECONDS = 5.0
 """How long it is taken for granted that features which were not written down still are not."""
 LISTED = ("index", "count", "firing_rate", "mean", "max", "std", "top_tokens", "pos_tokens")
 log = logging.getLogger("midiscover.serve")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hosted:
-    """One SAE."""
-
-    id: str
-    record: Mapping[str, Any]
-    is_promoted: bool
-    by_id: bool = False
-    """Whether its id is its source, as another one has what Neuronpedia would call it."""
-
-    @property
-    def model(self) -> tuple[str, str]:
-        """Digest of the language model, and whether its weights were shuffled."""
-        model = self.record["lineage"]["model"]
-        return model["digest"], model.get("weights", "trained")
-
-    @property
-    def model_name(self) -> str:
-        """Of the language model, as its maker calls it."""
-        return self.record["lineage"]["model"]["name"]
-
-    @property
-    def neuronpedia_model(self) -> str:
-        """What Neuronpedia would call its model; made of the digest where the name holds nothing to make one of."""
-        try:
-            return model_id(self.model_name)
-        except UserError:
-            return f"model-{self.model[0][:8]}"
-
-    @property
-    def set(self) -> str:
-        """What Neuronpedia would call its source set."""
-        return source_set(self.record)
-
-    @property
-    def source(self) -> str:
-        """Its name for Neuronpedia's clients, which no other SAE of its model has here."""
-        return self.id if self.by_id else self.usual_source
-
-    @property
-    def usual_source(self) -> str:
-        """What Neuronpedia would call it."""
-        return source_id(self.record, self.set)
-
-    def summary(self) -> dict[str, Any]:
-        """For listings."""
-        record = self.record
-        names = ("id", "hook", "output_hook", "layer", "kind", "d_in", "d_sae", "created", "metrics")
-        return {name: record.get(name) for name in names} | {
-            "model": self.model_name,
-            "promoted": self.is_promoted,
-            "neuronpedia": {"modelId": self.neuronpedia_model, "source": self.source},
-        }
 
 
 class Listing(NamedTuple):
@@ -111,6 +55,13 @@ class Catalog:
         self.storage, self.config = storage, config
         self._records: dict[str, dict[str, Any]] = {}
         self._broken: dict[str, str] = {}
+        self._chosen: Sequence[str] = ()
+        self.missing: Mapping[str, str] = {}
+        """What was to be hosted and is not in the store, and why."""
+        self.promoted_wrong: Sequence[str] = ()
+        """What is wrong with promoted.json."""
+        self.stuck: str | None = None
+        """Why what the store holds can't be looked through, though it answers."""
         self._damaged: set[str] = set()
         self._hosted: dict[str, Hosted] = {}
         self._features: OrderedDict[str, tuple[float, FeatureRecords]] = OrderedDict()
@@ -122,17 +73,28 @@ class Catalog:
         self._ended = threading.Event()
 
     def refresh(self) -> None:
-        """Look once. NotFoundError for an SAE that is named and is not there; errors of a store that is away."""
-        chosen = {entry["id"] for entry in promoted(self.storage)}
-        names = self._wanted(chosen)
+        """Look once. StoreErrors and OSErrors of a store that is away; what is wrong with an SAE is its own."""
+        there = set(folders_with(self.storage, layout.SAES, "record.json"))
+        self._look_at_promoted()
+        names = self._wanted(there)
+        with self._lock:
+            self._records = {name: record for name, record in self._records.items() if name in names}
+            self._broken = {name: problem for name, problem in self._broken.items() if name in names}
         hosted = {}
-        for name in names:
+        for name in sorted(names):
             record = self._record(name)
             if record is None or (is_control(record["sae"]) and self.config.follows):
                 continue
-            hosted[name] = Hosted(id=name, record=record, is_promoted=name in chosen)
+            hosted[name] = Hosted(id=name, record=record, is_promoted=name in self._chosen)
+        if self._hosted and not hosted:
+            self._require_contents()
         with self._lock:
-            self._hosted = _told_apart(hosted)
+            self._hosted = told_apart(hosted)
+
+    def _require_contents(self) -> None:
+        """StoreFailedError where the store has lost all its folders, as one whose disk is no longer mounted."""
+        if not any("/" in key for key in self.storage.list("")):
+            raise StoreFailedError(f"The store {self.storage.uri} had SAEs and holds nothing now; is it mounted?")
 
     def watch(self) -> None:
         """Go on looking, in a thread of its own, until `close`."""
@@ -174,13 +136,17 @@ class Catalog:
         listed = f"; hosted are {', '.join(names[:3])}{more}" if names else "; none is hosted"
         raise NotFoundError(f"There is no SAE '{prefix}' here{listed}.")
 
-    def default(self) -> Hosted:
-        """The promoted SAE with the lowest FVU, else that of all. NotFoundError where none is hosted."""
+    def default(self, models: Container[tuple[str, str]] | None = None) -> Hosted:
+        """The promoted SAE with the lowest FVU, else that of all. NotFoundError where none is hosted.
+
+        models: the language models that run; an SAE of another one is taken only where there is no other SAE.
+        """
         hosted = self.hosted
-        pool = [one for one in hosted if one.is_promoted] or hosted
+        pool = [one for one in hosted if models is None or one.model in models] or hosted
+        pool = [one for one in pool if one.is_promoted] or pool
         if not pool:
             raise NotFoundError("No SAE is hosted; train one, or promote one that is there.")
-        return min(pool, key=lambda one: ((one.record["metrics"] or {}).get("fvu") or float("inf"), one.id))
+        return min(pool, key=_by_fvu)
 
     def by_source(self, model: str, source: str) -> Hosted:
         """The SAE of this source. NotFoundError where there is none, UserError where several would have the name."""
@@ -316,16 +282,41 @@ class Catalog:
         if is_new:
             log.warning("features_damaged", extra={"fields": {"sae": sae_id, "reason": str(error)}})
 
-    def _wanted(self, chosen: Iterable[str]) -> list[str]:
-        names: dict[str, None] = {}
+    def _look_at_promoted(self) -> None:
+        """Where promoted.json can't be read, what was promoted before stays so."""
+        wrong: list[str] = []
+        try:
+            self._chosen = [entry["id"] for entry in promoted(self.storage, wrong.append)]
+        except (StoreError, OSError):
+            raise  # it says nothing of this file
+        except Exception as error:  # whatever somebody else wrote there
+            wrong = [str(error)]
+        for told in wrong:
+            if told not in self.promoted_wrong:
+                log.warning("promoted_wrong", extra={"fields": {"reason": told}})
+        self.promoted_wrong = wrong
+
+    def _wanted(self, there: Set[str]) -> set[str]:
+        """What is to be hosted, of the SAEs that are there; keeps why the rest is missing."""
+        names: set[str] = set()
+        missing: dict[str, str] = {}
         for wanted in self.config.saes:
             if wanted == ALL:
-                names |= dict.fromkeys(folders_with(self.storage, layout.SAES, "record.json"))
+                names |= there
             elif wanted == PROMOTED:
-                names |= dict.fromkeys(chosen)
+                names |= there & set(self._chosen)
+                missing |= {sae: f"{sae} is promoted and not in the store." for sae in set(self._chosen) - there}
             else:
-                names |= dict.fromkeys(find_target(self.storage, wanted).saes)
-        return sorted(names)
+                try:
+                    names |= set(find_target(self.storage, wanted).saes)
+                except (StoreError, OSError):
+                    raise
+                except Exception as error:  # of this one alone: it is gone, or its sweep.json is damaged
+                    missing[wanted] = str(error)
+        for name in missing.keys() - self.missing.keys():
+            log.warning("sae_missing", extra={"fields": {"sae": name, "reason": missing[name]}})
+        self.missing = missing
+        return names
 
     def _record(self, name: str) -> dict[str, Any] | None:
         """None, with the reason kept, for one that makes no sense: the others go on."""
@@ -336,8 +327,7 @@ class Catalog:
             record = read_json(self.storage, layout.record(name))
             if record is None:
                 return None
-            hosted = Hosted(id=name, record=record, is_promoted=False)
-            _ = hosted.model, hosted.source, is_control(record["sae"]), hosted.summary()
+            require_record(record, name)
         except StoreError:
             raise  # it says nothing of this one
         except Exception as error:  # a record that somebody else wrote can hold anything
@@ -357,33 +347,27 @@ class Catalog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self.config.refresh_seconds):
+            stuck = None
             try:
                 self.refresh()
                 self.renew_features()
                 self.away_since = None
-            except Exception as error:  # a store that is away must not end the thread
+            except (StoreError, OSError) as error:  # a store that is away must not end the thread
                 if self.away_since is None:
                     self.away_since = time.time()
                     log.warning("store_away", extra={"fields": {"reason": str(error)}})
+            except Exception as error:  # nor must what nobody foresaw
+                self.away_since, stuck = None, f"{type(error).__name__}: {error}"
+                if stuck != self.stuck:
+                    log.exception("catalog_stuck", extra={"fields": {"reason": stuck}})
+            self.stuck = stuck
+
+
+def _by_fvu(one: Hosted) -> tuple[float, str]:
+    fvu = one.record["metrics"].get("fvu")
+    return float("inf") if fvu is None else fvu, one.id
 
 
 def _in_memory(records: FeatureRecords) -> int:
     """Bytes."""
     return records.bytes + ROW_BYTES * records.d_sae
-
-
-def _told_apart(hosted: Mapping[str, Hosted]) -> dict[str, Hosted]:
-    """Those of one source by their ids, but for one that alone of them is promoted.
-
-    A source says neither which of a layer's hooks is read nor how the SAE was trained, and whoever steers by its
-    features must know.
-    """
-    namesakes: dict[tuple[str, str], list[Hosted]] = {}
-    for one in hosted.values():
-        namesakes.setdefault((one.neuronpedia_model, one.usual_source), []).append(one)
-    found = dict(hosted)
-    for group in namesakes.values():
-        chosen = [one for one in group if one.is_promoted] or group
-        by_id = group if len(chosen) > 1 else [one for one in group if one is not chosen[0]]
-        found |= {one.id: replace(one, by_id=True) for one in by_id}
-    return found

@@ -16,8 +16,9 @@ from midiscover.features.records import FeatureRecords
 from midiscover.serving import ServeConfig
 from midiscover.tracking import Tracker
 from serve.access import Access
-from serve.catalog import Catalog, Hosted
+from serve.catalog import Catalog
 from serve.exchange import Front, Model, Problem, Query, TextAnswer
+from serve.hosted import Hosted
 from serve.problems import ProblemError, of_error
 
 Result = TypeVar("Result")
@@ -70,7 +71,7 @@ class Context:
     def chosen(self, names: Sequence[str]) -> list[Hosted]:
         """The SAEs of these names, each once, all of one language model; the default one where none is named."""
         if not names:
-            return [asked(self.catalog.default)]
+            return [asked(lambda: self.catalog.default(self.models))]
         if len(names) > self.config.limits.saes:
             raise ProblemError(422, f"{len(names)} SAEs are asked; at most {self.config.limits.saes} are at once.")
         found = {sae.id: sae for sae in map(self.hosted, names)}

@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
 from pydantic.alias_generators import to_camel
 
 from serve.api import MOST_PROMPT
-from serve.catalog import Hosted
 from serve.context import Context, answered, aside, asked
 from serve.exchange import Found, Query, TextAnswer
+from serve.hosted import Hosted
 from serve.problems import ProblemError
 
 Prompt = Annotated[StrictStr, Field(min_length=1, max_length=MOST_PROMPT)]

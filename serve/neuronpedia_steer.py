@@ -11,9 +11,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, StrictStr
 
 from serve.api import MOST_PROMPT, last_piece, started
-from serve.catalog import Hosted
 from serve.context import Context, context_of
 from serve.exchange import Edit, SteerPiece, SteerRequest
+from serve.hosted import Hosted
 from serve.neuronpedia import Name, Prompt, Seed, Wire, number, source, twice
 from serve.problems import ProblemError
 from serve.streams import events

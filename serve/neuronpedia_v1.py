@@ -235,12 +235,13 @@ async def tokenize(request: TokenizeRequest, context: Given) -> dict[str, Any]:
 @router.get("/capabilities")
 async def capabilities(context: Given) -> dict[str, Any]:
     """Which models and sources there are, and what can be done with them."""
-    models = {sae.neuronpedia_model: sae for sae in context.catalog.hosted}
+    running = [sae for sae in context.catalog.hosted if sae.model in context.models]
+    models = {sae.neuronpedia_model: sae for sae in running}
     return {
         "models": [
             {"id": name, "name": sae.model_name, **(await context.model(sae).facts())} for name, sae in models.items()
         ],
-        "sources": [{"model": sae.neuronpedia_model, "source": sae.source} for sae in context.catalog.hosted],
+        "sources": [{"model": sae.neuronpedia_model, "source": sae.source} for sae in running],
         "steerMethods": ["SIMPLE_ADDITIVE", "ORTHOGONAL_DECOMP"],
         "limits": {
             name: getattr(context.config.limits, name) for name in ("texts", "tokens", "top_k", "numbers", "new_tokens")

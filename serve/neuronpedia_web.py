@@ -15,9 +15,9 @@ from pydantic import Field, StrictStr
 from midiscover.config import NeuronpediaConfig
 from midiscover.features.labels import label
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
-from serve.catalog import Hosted
 from serve.context import Context, as_json, context_of, in_thread
 from serve.exchange import Query
+from serve.hosted import Hosted
 from serve.neuronpedia import (
     NO_DFA,
     All,

@@ -21,9 +21,10 @@ from midiscover.serving import ServeConfig, serve_config
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker
 from serve.access import Access
-from serve.catalog import Catalog, Hosted
+from serve.catalog import Catalog
 from serve.context import Context
 from serve.exchange import Front, Model, Problem, Query, SteerPiece, SteerRequest, TextAnswer
+from serve.hosted import Hosted
 from serve.logs import structured
 from serve.problems import ProblemError
 
@@ -68,8 +69,11 @@ class InterpreterReplica:
 
     async def steer(self, request: SteerRequest) -> AsyncIterator[SteerPiece | Problem]:
         """See `exchange.Model`."""
-        async for piece in self._inner.steer(request):
-            yield piece
+        try:
+            async for piece in self._inner.steer(request):
+                yield piece
+        finally:
+            self._meter.tell(await self._inner.facts())
 
     async def facts(self) -> dict[str, Any]:
         """See `exchange.Model`."""

@@ -10,14 +10,15 @@ from typing import Any
 
 import uvicorn
 
-from midiscover.errors import MiDiscoverError
+from midiscover.errors import StageError
 from midiscover.serving import serve_config
-from serve.catalog import Hosted
 from serve.logs import structured
 from serve.replicas import InterpreterReplica, RequestMeter, first_of_models, watched_context
 
 KEEP_ALIVE_SECONDS = 30
 """Of a connection on which nothing comes."""
+AGAIN_SECONDS = 60.0
+"""How long a language model that could not be loaded is left alone before it is tried again."""
 Address = tuple[str, int]
 """Host and port."""
 log = logging.getLogger("midiscover.serve")
@@ -31,31 +32,41 @@ class Together:
     """
 
     def __init__(self, tree: dict[str, Any], at: Address) -> None:
+        """StageError, with the reasons, where SAEs are hosted and none of their language models can be loaded."""
         structured()
         from serve.web import create_app
 
         self._server: HttpServer | None = None
         self._tree, self._config = tree, serve_config(tree)
         self._models: dict[tuple[str, str], InterpreterReplica] = {}
+        self._failed: dict[tuple[str, str], tuple[float, str]] = {}
         self._context = watched_context(self._config, self._models)
-        for sae in first_of_models(self._context.catalog.hosted).values():
-            self._add(sae)
+        self._load_models()
+        if self._failed and not self._models:
+            raise StageError("; ".join(told for _, told in self._failed.values()))
         threading.Thread(target=self._follow, name="models", daemon=True).start()
         self._server = HttpServer(create_app(self._context, RequestMeter()), at, self._config.limits.seconds)
 
-    def _add(self, sae: Hosted) -> None:
-        self._models[sae.model] = InterpreterReplica(self._tree, dict(sae.record), sae.neuronpedia_model)
+    def _load_models(self) -> None:
+        """Those that hosted SAEs read; one that can't be loaded takes no other down."""
+        for model, sae in first_of_models(self._context.catalog.hosted).items():
+            at, before = self._failed.get(model, (-math.inf, ""))
+            if model in self._models or time.monotonic() - at < AGAIN_SECONDS:
+                continue
+            try:
+                self._models[model] = InterpreterReplica(self._tree, dict(sae.record), sae.neuronpedia_model)
+                self._failed.pop(model, None)
+            except Exception as error:  # of the model, its disk or the card; it may only be out of reach
+                told = f"{sae.model_name}, which {sae.id} reads, can't be loaded: {str(error) or type(error).__name__}"
+                self._failed[model] = (time.monotonic(), told)
+                if told != before:
+                    log.warning("model_broken", extra={"fields": {"sae": sae.id, "reason": told}})
 
     def _follow(self) -> None:
         """Load the language models of SAEs that come later."""
         while True:
             time.sleep(self._config.refresh_seconds)
-            for model, sae in first_of_models(self._context.catalog.hosted).items():
-                if model not in self._models:
-                    try:
-                        self._add(sae)
-                    except MiDiscoverError as error:  # tried again: the model may only be out of reach
-                        log.warning("model_broken", extra={"fields": {"sae": sae.id, "reason": str(error)}})
+            self._load_models()
 
     def check_health(self) -> None:
         """See `InterpreterReplica.check_health`."""

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_every_route_needs_a_key(api: Served) -> None:
     for _, method, path in known:
         concrete = path.replace("{index}", "0").replace("{sae}", "x").replace("{run_id}", "x").replace("{job}", "x")
         answer = api.client.request(method, concrete, json={} if method in ("POST", "PUT") else None)
-        is_open = (method, path) in {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
+        is_open = (method, path) in {("GET", "/health"), ("HEAD", "/health"), ("GET", "/login"), ("POST", "/login")}
         # The log-in itself answers 401 to what is no key.
         assert (answer.status_code == 401) is not is_open or path == "/login", (method, path, answer.status_code)
 
@@ -91,6 +92,35 @@ def test_an_error_that_nobody_foresaw_is_a_problem_as_any_other(
     assert "bucket" not in answer.text
     (line,) = [record for record in caplog.records if record.getMessage() == "failed"]
     assert line.fields == {"request": answer.json()["request_id"], "error": "ZeroDivisionError"}  # type: ignore[attr-defined]
+
+
+def test_health_is_asked_by_head_as_well_and_a_log_in_of_many_fields_is_none(api: Served) -> None:
+    assert api.client.head("/health").status_code == 200
+    for form in ("key=a&b&c&d&e=1&f=2", "&".join(["key=a"] * 5), "a;b=%ff", ""):
+        answer = api.client.post("/login", content=form, headers={"Content-Type": "application/x-www-form-urlencoded"})
+        assert (answer.status_code, "not valid here" in answer.text) == (401, True), form
+
+
+def test_a_model_that_no_interpreter_runs_is_named_and_asked_of_by_nobody_who_names_no_sae(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(store) as one:
+        catalog, running = one.context.catalog, one.interpreter.lm.identity
+        best = catalog.default()
+        model = {**best.record["lineage"]["model"], "digest": "f" * 12, "name": "org/away"}
+        record = {**best.record, "lineage": {**best.record["lineage"], "model": model}}
+        monkeypatch.setitem(catalog._hosted, best.id, replace(best, record=record))
+        health = one.client.get("/health").json()
+        assert health["reasons"] == ["no interpreter runs org/away; its SAEs can't be asked"]
+        told = one.get("/v1/capabilities")
+        assert told.status_code == 200
+        assert [found["model"] for found in told.json()["models"]] == [running.name]
+        assert best.source not in [found["source"] for found in told.json()["sources"]]
+        assert len(told.json()["sources"]) == 3
+        answer = one.post("/interpret", {"text": "The river"})
+        assert answer.status_code == 200
+        assert best.id not in answer.json()["texts"][0]["saes"]
+        assert one.post("/interpret", {"text": "The river", "sae": best.id}).status_code == 503
 
 
 @pytest.mark.parametrize(
@@ -185,8 +215,11 @@ def test_search_by_token_by_label_and_by_text(api: Served) -> None:
     assert sorted(hit["feature"] for hit in hits) == expected
     assert api.get("/search", params={"label": "never fired"}).json()["features"] == []
     assert api.get("/search").status_code == 422
-    for blank in ({"label": "  "}, {"token": " "}):
-        assert "is blank" in api.get("/search", params=blank).json()["detail"]
+    assert "is blank" in api.get("/search", params={"label": "  "}).json()["detail"]
+    for blank in (" ", "\n"):  # which are tokens
+        hits = api.get("/search", params={"token": blank, "sae": name, "limit": 200}).json()["features"]
+        expected = [row["index"] for row in rows if row["count"] and blank in row["top_tokens"]]
+        assert sorted(hit["feature"] for hit in hits) == expected
     here, there = "The river ran.", "The engine stood."
     found = api.post("/search", {"text": here, "without": there, "sae": name, "top_k": 4}).json()
     query = Query(sae=name, kind="values", features=tuple(range(96)))

@@ -20,8 +20,8 @@ from midiscover.errors import MiDiscoverError, StoreFailedError
 from midiscover.features.records import open_features
 from midiscover.store.local import LocalStorage
 from serve import catalog as catalog_module
-from serve.catalog import Hosted
 from serve.exchange import Query
+from serve.hosted import Hosted
 from tests.served import Served, api, served, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
