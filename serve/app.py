@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import secrets
@@ -288,9 +289,12 @@ def _interpreters(status: ApplicationStatusOverview, without: Set[str]) -> tuple
 
 
 def _told(status: ApplicationStatusOverview) -> str:
-    """What Serve says of an application, and the end of what it says of each deployment, which has the reason."""
-    parts = [status.message, *(deployment.message for deployment in status.deployments.values())]
-    return " ".join(" ".join(part.split())[-600:] for part in parts if part)
+    """What Serve says of an application, and the end of what it says of each deployment: of a traceback the error."""
+    ends: list[str] = []
+    for deployment in status.deployments.values():
+        lines = reversed(deployment.message.strip().splitlines())
+        ends.append(" ".join(reversed(list(itertools.takewhile(lambda line: not line.startswith(" "), lines)))))
+    return " ".join(" ".join(part.split())[-600:] for part in (status.message, *ends) if part)
 
 
 def _say(text: str) -> None:
