@@ -193,6 +193,19 @@ def test_tokens_are_one_stop_of_the_tab_key(api: Served, browser: Any) -> None:
         page.context.close()
 
 
+def test_every_token_has_a_name(api: Served, browser: Any) -> None:
+    with live(api) as address:
+        page = logged_in(api, browser, address)
+        tokens = ["a", "\n", " ", "\t\n", " b"]
+        silent = {"features": [], "per_token": [[] for _ in tokens]}
+        answer = {"model": "m", "texts": [{"text": "".join(tokens), "tokens": tokens, "saes": {"x": silent}}]}
+        page.route("**/interpret", lambda route: route.fulfill(json=answer))
+        interpreted(page, "a")
+        names = page.locator("#tokens > span").evaluate_all("all => all.map(one => one.ariaLabel)")
+        assert names == ["a 0.00", "line break 0.00", "space 0.00", "tab line break 0.00", " b 0.00"]
+        page.context.close()
+
+
 def test_what_is_not_there_is_said(api: Served, browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(api) as address:
         page = logged_in(api, browser, address)

@@ -233,6 +233,15 @@ def test_search_by_token_by_label_and_by_text(api: Served) -> None:
     )
 
 
+def test_pieces_of_a_character_are_named_by_it_but_for_neuronpedia(api: Served) -> None:
+    text = "a \u4e2d\U0001f600"
+    tokens = api.post("/interpret", {"text": text}).json()["texts"][0]["tokens"]
+    assert tokens == ["a", " ", *["\u4e2d"] * 3, *["\U0001f600"] * 4]
+    model = api.context.catalog.default().neuronpedia_model
+    theirs = api.post("/v1/tokenize", {"model": model, "text": text, "prependBos": False}).json()["tokenStrings"]
+    assert theirs == ["a", " ", *["\ufffd"] * 7]
+
+
 def test_steering_is_streamed_and_whole(api: Served) -> None:
     body = {"prompt": "The river", "features": [{"feature": 3, "value": 6.0}], "max_new_tokens": 6, "seed": 5}
     before = api.interpreter.done["generated_tokens"]

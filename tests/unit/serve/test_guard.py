@@ -379,25 +379,3 @@ def test_cookies_of_others_on_this_host_are_no_matter(others: str) -> None:
     assert run(guard, cookie=f"{others}{ours}").status == 200
     assert run(guard, cookie=f"{ours}; {others}").status == 200
     assert run(guard, cookie=others).status == 401
-
-
-def test_keys_stay_good_while_the_database_is_away() -> None:
-    calls = 0
-
-    def load() -> list[ApiKey]:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise OSError("away")
-        return [api_key("read")]
-
-    access = Access(load)
-    access.refresh()
-    access.watch(0.01)
-    ends = asyncio.new_event_loop()
-    ends.run_until_complete(asyncio.sleep(0.2))
-    ends.close()
-    access.close()
-    assert calls > 2
-    assert access.away_since is not None
-    assert access.key(text_of("read")) is not None

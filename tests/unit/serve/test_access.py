@@ -1,0 +1,31 @@
+"""The keys of a deployment, as the tracker has them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from midiscover.tracking.keys import ApiKey
+from serve.access import Access
+from tests.unit.serve.test_guard import api_key, text_of
+
+
+def test_keys_stay_good_while_the_database_is_away() -> None:
+    calls = 0
+
+    def load() -> list[ApiKey]:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError("away")
+        return [api_key("read")]
+
+    access = Access(load)
+    access.refresh()
+    access.watch(0.01)
+    ends = asyncio.new_event_loop()
+    ends.run_until_complete(asyncio.sleep(0.2))
+    ends.close()
+    access.close()
+    assert calls > 2
+    assert access.away_since is not None
+    assert access.key(text_of("read")) is not None
