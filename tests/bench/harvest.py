@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     starts.append(start)
                 else:
                     run = in_child({"bare": _bare, "naive": _naive}[loop], bench)
-                shutil.rmtree(bench.storage.local_path(layout.harvest_folder(bench.resolved.harvest_id)))
+                shutil.rmtree(Path(bench.storage.uri, layout.harvest_folder(bench.resolved.harvest_id)))
                 bench.stamps.unlink()
                 runs[loop].append(run)
                 print(f"repeat {repeat + 1}: {loop}: {run.steady:,.0f} tokens/s, {run.seconds:.1f} s", flush=True)
