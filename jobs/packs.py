@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from ray import PlacementGroupID, tune
 from ray import train as ray_train
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
@@ -104,8 +105,9 @@ def _train_worker(config: dict[str, Any]) -> None:
         run_crew_tries(job, tuple(pack for pack in crew if _may_start(job, pack)))
         return
     group = TorchGroup()
-    allowed = [_may_start(job, pack) for pack in crew] if group.rank == 0 else None
-    crew = tuple(pack for pack, may in zip(crew, group.from_first(allowed), strict=True) if may)
+    # Told by Ray: where what torch sends between cards fails, it fails again, and who is refused must end without it.
+    allowed = broadcast_from_rank_zero([_may_start(job, pack) for pack in crew] if group.rank == 0 else [])
+    crew = tuple(pack for pack, may in zip(crew, allowed, strict=True) if may)
     try:
         run_crew(job, crew, group)
     except Exception as error:

@@ -83,17 +83,19 @@ class Recorder:
                 self.mirror.points(event.key, event.data)
                 self._tensorboard(event.key, event.data)
             case "failed":
+                again = event.key in self.failures  # by a process that was started anew: no step forward
                 self.failures[event.key] = event.data
                 self.track(lambda tracker: tracker.sae_status(event.key, "failed", event.data))
                 self.mirror.dropped(event.key, "failed", event.data)
                 self.bars.say(f"{event.key} failed: {event.data}")
+                return not again
             case "retired":
                 self.track(lambda tracker: tracker.sae_status(event.key, "retired", event.data))
                 self.mirror.dropped(event.key, "retired", event.data)
                 self.bars.say(f"{event.key} {event.data}")
             case "retry":
                 self.say_of(event.key, event.data)
-        return event.kind in ("trained", "failed", "retired")
+        return event.kind in ("trained", "retired")
 
     def say_of(self, pack: str, text: str) -> None:
         """A line about a pack."""

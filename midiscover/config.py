@@ -285,7 +285,7 @@ class ResourcesConfig:
     pack_size: int | None = None
     """SAEs at most in a pack; null: all that read one hook, or fewer where GPUs would stay idle. 1: the plain grid."""
     gpus_per_pack: float = 1.0
-    """GPU share of a pack, or of each of its workers, where there are GPUs."""
+    """GPU share of a pack, where there are GPUs; each of several workers has a whole one."""
     workers: int = 1
     """Processes that train a pack together, each on its share of every batch, in a TorchTrainer: for SAEs of which one
     card is too slow. Numbers are those of one process but for the order of sums."""
@@ -328,6 +328,10 @@ class ResourcesConfig:
         for name in ("gpus_per_actor", "gpus_per_pack"):
             value = getattr(self, name)
             _require(0 < value <= 1, f"resources.{name} must be a share of one GPU, above 0 and at most 1")
+        _require(
+            self.workers == 1 or self.gpus_per_pack == 1,
+            "resources.gpus_per_pack must be 1 where resources.workers is above 1: workers of a pack can't share a GPU",
+        )
         _require(self.max_failures >= 0, "resources.max_failures must be 0 or above")
         _require(self.stall_seconds > 0, "resources.stall_seconds must be above 0")
 

@@ -38,6 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     for name in ("run_crew", "run_crew_tries"):
         monkeypatch.setattr(packs, name, lambda _job, crew, _group=None: found.append(tuple(p.id for p in crew)))
     monkeypatch.setattr(packs, "TorchGroup", Group)
+    monkeypatch.setattr(packs, "broadcast_from_rank_zero", lambda allowed: allowed)
     monkeypatch.setattr(packs, "get_current_placement_group", lambda: None)
     monkeypatch.setattr(packs, "_in_torch_trainer", lambda job, crew: packs._train_worker({"job": job, "crew": crew}))
     monkeypatch.setattr(packs.tune, "report", lambda _: None)
@@ -155,3 +156,25 @@ def test_several_workers_do_not_try_for_ever_what_no_card_holds(
     packs._train_worker({"job": given, "crew": (PACK,)})
     assert started == [()]
     assert "1 SAEs are too many for a card" in failed(given)["sae"]
+
+
+def test_workers_that_can_not_talk_to_each_other_end(
+    tmp_path: Path, started: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes through torch.distributed fails: after ten tries nothing does, and Train has no more to start."""
+    given = job(tmp_path, "ray_train", 2)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("NCCL error: Duplicate GPU detected")
+
+    def run(_job: Any, crew: tuple[Pack, ...], group: Group) -> None:
+        for _ in crew:
+            group.from_first(None)
+
+    monkeypatch.setattr(Group, "from_first", fails)
+    monkeypatch.setattr(packs, "run_crew", run)
+    for _ in range(packs.MAX_DEATHS):
+        with pytest.raises(RuntimeError, match="Duplicate GPU"):
+            packs._train_worker({"job": given, "crew": (PACK,)})
+    packs._train_worker({"job": given, "crew": (PACK,)})
+    assert failed(given) == {"sae": "its process died 10 times without a new checkpoint"}

@@ -51,3 +51,15 @@ def test_what_is_refused_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert bars.said[-1] == "the tracker refused 2 entries"
     assert sum("waits until the database is back" in text for text in bars.said) == 1
     assert sum("the tracking database is back" in text for text in bars.said) == 1
+
+
+def test_an_sae_that_fails_again_is_no_step_forward(tmp_path: Path) -> None:
+    """So that the watchdog ends a stage in which nothing else happens."""
+    storage, sweep = open_store(str(tmp_path / "store")), samples.sweep()
+    with Tracker.open(f"sqlite:///{tmp_path / 'tracker.db'}", storage) as tracker:
+        recorder = Recorder(sweep["id"], tracker, storage, Bars())  # type: ignore[arg-type]
+        recorder.track(lambda tracker: tracker.start_sweep(sweep))
+        first, second = sweep["sae_ids"][:2]
+        told = [Event("failed", sae, f"try {i}") for i, sae in enumerate((first, first, second, first))]
+        assert [recorder.on_event(event) for event in told] == [True, False, True, False]
+    assert recorder.failures == {first: "try 3", second: "try 2"}
