@@ -54,6 +54,33 @@ def test_shares_of_a_gpu_never_span_two_cards() -> None:
     assert pack_slots(gpu_nodes(1, 1), resources, packs=5).count == 5
 
 
+@pytest.mark.parametrize(
+    ("nodes", "share", "count"),
+    [
+        ([Node(4, 4)], 1.0, 3),
+        ([Node(8, 8)], 1.0, 7),
+        ([Node(1, 1), Node(1, 1)], 1.0, 1),
+        ([Node(8, 1)], 0.125, 7),
+        ([Node(9, 8)], 1.0, 8),
+    ],
+)
+def test_where_cards_are_as_many_as_cpus_one_waits(nodes: list[Node], share: float, count: int) -> None:
+    """For Ray's own tasks need a CPU; what is asked for by number is refused instead."""
+    cluster = Cluster(local=False, cores=int(nodes[0].cpus), nodes=tuple(nodes))
+    resources = ResourcesConfig(gpus_per_pack=share, gpus_per_actor=share)
+    assert pack_slots(cluster, resources, packs=40).count == count
+    assert model_slots(cluster, resources).count == count
+    assert pack_slots(cluster, resources, packs=1).count == 1
+    with pytest.raises(StageError, match=rf"needs {count + 1} workers of 1 CPUs"):
+        model_slots(cluster, ResourcesConfig(gpus_per_actor=share, harvest_actors=count + 1))
+
+
+def test_packs_of_several_workers_leave_a_cpu() -> None:
+    cluster = Cluster(local=False, cores=8, nodes=(Node(8, 8),))
+    slots = pack_slots(cluster, ResourcesConfig(workers=2), packs=40)
+    assert (slots.count, slots.workers) == (3, 2)
+
+
 def test_a_model_takes_whole_cards_of_one_node() -> None:
     resources = ResourcesConfig(gpus_per_model=4, gpus_per_actor=0.5)
     slots = model_slots(gpu_nodes(8, 4, 2), resources)
