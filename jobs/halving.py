@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -9,14 +10,26 @@ from typing import Any, TypeVar
 import torch
 
 from midiscover.memory import USABLE
+from midiscover.sae.replay import end_pools
 
 Part = TypeVar("Part", bound=Sequence[Any])
 
 
 def room_of_card(share: float) -> int:
-    """Bytes that a process with `share` of this card (or with whole ones) may use on it; cards of a cluster differ."""
+    """Bytes that a process with `share` of this card (or with whole ones) may use on it; cards of a cluster differ.
+
+    Asked between two pieces of work: what the one before has left in this process is free again.
+    """
+    _give_back()
     free, total = torch.cuda.mem_get_info()
     return int(USABLE * min(free, total * min(1.0, share)))
+
+
+def _give_back() -> None:
+    """Give the card what PyTorch keeps of work that is over."""
+    gc.collect()
+    end_pools()
+    torch.cuda.empty_cache()
 
 
 def _halves(part: Part) -> tuple[Part, Part] | None:
@@ -45,6 +58,6 @@ def in_parts(
             if two is None:
                 raise
         # Outside the handler, so that what the error's traceback held is free by now.
-        torch.cuda.empty_cache()
+        _give_back()
         on_halving(part)
         left.extendleft(reversed(two))

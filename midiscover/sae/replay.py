@@ -96,3 +96,8 @@ def _pool(device: torch.device) -> Any:
             torch.zeros(1, device=device)
         _keepers[index] = keeper
     return _keepers[index].pool()
+
+
+def end_pools() -> None:
+    """Between packs: the memory of recordings that are gone is PyTorch's again, and the card's where it is asked to."""
+    _keepers.clear()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
+from jobs.halving import in_parts, room_of_card
 from midiscover.configio import load_config
 from midiscover.memory import FIXED_BYTES, Sizes, fit_together, measuring_bytes, training_bytes
 from midiscover.resolve import resolve
+from midiscover.sae import replay
 from tests.runs import write_run
 
 
@@ -53,3 +57,49 @@ def test_parts_are_in_order_fit_and_are_as_few_as_can_be(widths: tuple[int, ...]
         n + 1 for n in range(len(saes)) for cuts in itertools.combinations(range(1, len(saes)), n) if fits(cuts)
     )
     assert len(parts) == fewest
+
+
+class Card:
+    """A pretended card of 100 bytes, of which PyTorch keeps what is freed, as it does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used = self.kept = 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 - self.used - self.kept - self.pool, 100))
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty)
+        monkeypatch.setattr(replay, "_keepers", {0: "a graph"})
+        self.pool = 20
+
+    def empty(self) -> None:
+        self.kept, self.pool = 0, self.pool if replay._keepers else 0
+
+    def train(self) -> None:
+        """Allocates 60 bytes, which a circle of objects holds when it is over."""
+        slot = type("Slot", (), {})()
+        slot.itself = slot
+        weakref.finalize(slot, self.free)
+        self.used += 60
+
+    def free(self) -> None:
+        self.used, self.kept = self.used - 60, self.kept + 60
+
+
+def test_what_the_crew_before_took_is_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its SAEs, what PyTorch keeps of them, and the pool of its recordings."""
+    card = Card(monkeypatch)
+    card.train()
+    assert torch.cuda.mem_get_info() == (20, 100)
+    assert room_of_card(1.0) == 95
+    assert room_of_card(0.5) == 47
+
+
+def test_halves_have_the_room_of_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, found = Card(monkeypatch), list[int]()
+
+    def work(part: list[int]) -> None:
+        found.append(torch.cuda.mem_get_info()[0])
+        if len(part) > 1:
+            card.train()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    in_parts([[1, 2]], work)
+    assert found == [80, 100, 100]
