@@ -28,7 +28,7 @@ from midiscover.evaluate import SpliceResult, reconstruction_metrics, splice_met
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.live import held_out_windows, usable_rows
 from midiscover.lm import LanguageModel, load_tokenizer
-from midiscover.memory import MEASURED_ROWS, MODEL_BYTES, fit_together, measuring_bytes
+from midiscover.memory import MEASURED_ROWS, MODEL_BYTES, fit_together, measuring_bytes, spliced_bytes
 from midiscover.packing import Windows
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, is_spliced
@@ -108,7 +108,9 @@ def _parts(planned: Sequence[PlannedSae], resolved: Resolved, slots: Slots) -> l
     if not slots.gpus:
         return [[*planned]] if planned else []
     model = MODEL_BYTES[resolved.config.model.dtype] * resolved.table.parameters // max(1, int(slots.gpus))
-    parts = fit_together([p.sizes for p in planned], room_of_card(slots.gpus) - model, measuring_bytes)
+    splices = resolved.config.evaluate.ce_tokens and any(map(is_spliced, planned))
+    tables = spliced_bytes(resolved.config.corpus.context_size, resolved.table.vocab_size) if splices else 0
+    parts = fit_together([p.sizes for p in planned], room_of_card(slots.gpus) - model - tables, measuring_bytes)
     return [[planned[i] for i in part] for part in parts]
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 from midiscover.corpus import Corpus
 from midiscover.errors import ModelError
 from midiscover.lm import LanguageModel
-from midiscover.memory import SPLICED_WINDOWS
+from midiscover.memory import spliced_windows
 from midiscover.prefix import Prefix
 from midiscover.reading import position_mask, row_mask
 from midiscover.sae.base import Sae
@@ -113,8 +113,9 @@ def splice_metrics(
     places = [first + held_out * i // count for i in range(count)]
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.int32)
     prefix = Prefix(model.model, {hook, output_hook or hook})
-    for start in range(0, count, SPLICED_WINDOWS):
-        parts = [corpus.windows(place, place + 1) for place in places[start : start + SPLICED_WINDOWS]]
+    at_once = spliced_windows(corpus.manifest.context_size, model.vocab_size)
+    for start in range(0, count, at_once):
+        parts = [corpus.windows(place, place + 1) for place in places[start : start + at_once]]
         ids, doc = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
         codes = position_mask(ids, doc, special, mask_first=mask_first)
         splice = _Splice(hook, output_hook or hook, codes, outlier_norm)
@@ -152,6 +153,7 @@ def _splice_batch(
         logits = run({})
     prefix.check(lambda: run({}), logits)
     clean = list(log_probabilities(logits, counted))
+    del logits  # as large as what every replacement makes
     on_tokens(tokens.numel())
     result.tokens += int(counted.sum())
     result.clean += [_cross_entropy(p, wanted) for p, wanted in zip(clean, targets, strict=True)]

@@ -20,7 +20,9 @@ USABLE = 0.95
 MEASURED_ROWS = 4096
 """Held-out rows that SAEs are measured on at a time; bounds the table [rows, d_sae] of their features."""
 SPLICED_WINDOWS = 8
-"""Windows per spliced forward pass; bounds the [tokens, vocabulary] tables of logits and of log-probabilities."""
+"""Windows per spliced forward pass at most."""
+SPLICED_LOGITS = 2**28
+"""Numbers in its table [tokens, vocabulary] at most, or one window's: 1 GiB in float32."""
 
 
 class Sizes(NamedTuple):
@@ -53,6 +55,16 @@ def measuring_bytes(saes: Sequence[Sizes]) -> int:
     """Memory of SAEs that are measured together, beside the context and the language model: weights, one's features."""
     weights = sum(4 * sae.d_sae * (sae.d_in + sae.d_out) for sae in saes)
     return weights + max((sae._replace(batch_size=MEASURED_ROWS).step_bytes for sae in saes), default=0)
+
+
+def spliced_windows(context_size: int, vocabulary: int) -> int:
+    """Windows per spliced forward pass."""
+    return max(1, min(SPLICED_WINDOWS, SPLICED_LOGITS // (context_size * vocabulary)))
+
+
+def spliced_bytes(context_size: int, vocabulary: int) -> int:
+    """Memory of a spliced pass's tables: log-probabilities without a replacement, logits with one, two of a window."""
+    return 4 * (2 * spliced_windows(context_size, vocabulary) + 2) * context_size * vocabulary
 
 
 def fit_together(

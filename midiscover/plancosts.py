@@ -25,11 +25,11 @@ from midiscover.memory import (
     FIXED_BYTES,
     MEASURED_ROWS,
     MODEL_BYTES,
-    SPLICED_WINDOWS,
     USABLE,
     Sizes,
     fit_together,
     measuring_bytes,
+    spliced_bytes,
     training_bytes,
 )
 from midiscover.rates import Rates
@@ -40,6 +40,7 @@ from midiscover.resolve import (
     Resolved,
     auto_pack_size,
     cut_crew,
+    is_spliced,
     make_packs,
     pool_tokens,
 )
@@ -56,8 +57,6 @@ WEIGHT_BYTES = 4
 """Of a parameter of an SAE that is kept, or evaluated."""
 MEASURED_TABLES = 3.25
 """Float32 tables [MEASURED_ROWS, d_sae] that measuring an SAE holds at once, of the kind that holds most: 2 to 3.25."""
-LOGIT_TABLES = 2
-"""Float32 tables [tokens, vocabulary] that a spliced pass holds: log-probabilities, clean and not."""
 
 
 class Places(NamedTuple):
@@ -162,7 +161,9 @@ class Costs:
         """The SAEs of a site in parts that fit a card, measured one after another; see `jobs.evaluation`."""
         if not self.gpus or not self.rates.memory:
             return [[*saes]]
-        room = int(USABLE * self.rates.memory * self.card_of_model - self.model_on_card())
+        splices = self.resolved.config.evaluate.ce_tokens and any(map(is_spliced, saes))
+        tables = self._spliced_bytes if splices else 0
+        room = int(USABLE * self.rates.memory * self.card_of_model - self.model_on_card() - tables)
         return [[saes[i] for i in part] for part in fit_together([sae.sizes for sae in saes], room, measuring_bytes)]
 
     @property
@@ -270,13 +271,16 @@ class Costs:
 
     def evaluating(self, saes: Sequence[PlannedSae], places: Places, *, model: bool, spliced: bool) -> Held:
         """Memory of processes that measure such SAEs of a site together."""
-        table, window = self.resolved.table, self.resolved.config.corpus.context_size
         device = _weight_bytes(saes)
         device += 4 * MEASURED_TABLES * MEASURED_ROWS * max(sae.d_sae for sae in saes)
-        device += 4 * LOGIT_TABLES * SPLICED_WINDOWS * window * table.vocab_size if spliced else 0
+        device += self._spliced_bytes if spliced else 0
         if self.gpus:
             return Held(places.sharing * (device + (self.model_on_card() if model else FIXED_BYTES)), 0.0)
         return Held(0.0, places.sharing * (device + (self.model_bytes if model else 0)))
+
+    @property
+    def _spliced_bytes(self) -> int:
+        return spliced_bytes(self.resolved.config.corpus.context_size, self.resolved.table.vocab_size)
 
     def sizes(self, sae: PlannedSae) -> Sizes:
         """Of one process of those that share its batches."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
+from midiscover import memory
 from midiscover.corpus import Corpus
 from midiscover.errors import ModelError
 from midiscover.evaluate import SplicedSums, SpliceResult, reconstruction_metrics, splice_metrics
 from midiscover.lm import LanguageModel
+from midiscover.memory import spliced_bytes, spliced_windows
 from midiscover.sae.base import Sae
 from midiscover.sae.registry import make_sae
 from midiscover.saeconfig import SkipTranscoderConfig, StandardConfig
@@ -123,6 +126,50 @@ def test_the_token_budget_is_kept(model: LanguageModel, corpus: Corpus) -> None:
         on_tokens=seen.append,
     )
     assert sum(seen) == 3 * CONTEXT * 3  # clean, zero, one SAE
+
+
+def test_the_logits_of_a_large_vocabulary_are_made_of_fewer_windows(
+    model: LanguageModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums are those of eight windows at a time, for each window is added up by itself and in its turn."""
+
+    def found() -> tuple[SpliceResult, list[int]]:
+        seen: list[int] = []
+        how = {"max_tokens": 16 * CONTEXT, "mask_first": True, "outlier_norm": 10, "on_tokens": seen.append}
+        return splice_metrics(model, corpus, HOOK, {"s": random_sae()}, **how), seen
+
+    eight, wide = found()
+    monkeypatch.setattr(memory, "SPLICED_LOGITS", 3 * CONTEXT * model.vocab_size)
+    three, narrow = found()
+    assert (max(wide), max(narrow)) == (8 * CONTEXT, 3 * CONTEXT)
+    assert three.clean == pytest.approx(eight.clean, rel=1e-6)
+    assert three.metrics("s") == pytest.approx(eight.metrics("s"), rel=1e-4)
+
+
+def test_windows_of_a_pass_by_hand() -> None:
+    """Those of phi-2's sweep are eight still; a table of 2**28 numbers is Gemma's of two windows of 512."""
+    assert spliced_windows(512, 51_200) == 8
+    assert spliced_windows(512, 256_000) == 2
+    assert spliced_windows(8192, 256_000) == 1
+    assert spliced_bytes(512, 256_000) == 4 * (2 + 2 + 2) * 512 * 256_000
+
+
+def test_logits_are_gone_before_the_next_ones_are_made(
+    model: LanguageModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    plain = LanguageModel.logits
+
+    def logits(self: LanguageModel, *args: object, **how: object) -> Tensor:
+        alive.append(sum(one() is not None for one in made))
+        out = plain(self, *args, **how)  # type: ignore[arg-type]  # as they came
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(LanguageModel, "logits", logits)
+    splice_metrics(model, corpus, HOOK, {"s": random_sae()}, max_tokens=8 * CONTEXT, mask_first=True, outlier_norm=10)
+    assert alive == [0] * 3, "clean, zero and one SAE"
 
 
 def test_reconstruction_metrics_see_every_row_once() -> None:

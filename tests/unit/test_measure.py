@@ -239,11 +239,15 @@ def test_parts_that_fit_a_card_are_reckoned(tmp_path: Path, monkeypatch: pytest.
     resolved = resolve(config)
     sae = resolved.saes[0]
     weights = 4 * (sae.d_sae * sae.d_in + sae.d_sae * sae.d_out)
-    beside = 4 * resolved.table.parameters + sae.sizes._replace(batch_size=MEASURED_ROWS).step_bytes
+    tables = 4 * (2 * 8 + 2) * config.corpus.context_size * resolved.table.vocab_size
+    beside = tables + 4 * resolved.table.parameters + sae.sizes._replace(batch_size=MEASURED_ROWS).step_bytes
     room = int((3 * weights + beside) / 0.95) + 1000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * room, 2 * room))
     half = Slots(count=2, cpus=1, gpus=0.5, threads=1)
     assert [len(part) for part in _parts(resolved.saes, resolved, half)] == [3, 1]
+    plain = resolve(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, ce_tokens=0)))
+    assert tables > weights
+    assert [len(part) for part in _parts(plain.saes, plain, half)] == [4], "where nothing is spliced"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (weights, 2 * room))
     assert [len(part) for part in _parts(resolved.saes, resolved, half)] == [1, 1, 1, 1]
     assert [len(part) for part in _parts(resolved.saes, resolved, SLOTS)] == [4]

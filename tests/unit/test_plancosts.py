@@ -304,7 +304,7 @@ def test_what_takes_no_step_reads_one_pool_and_needs_no_model(tmp_path: Path) ->
 def test_memory_of_each_stage(tmp_path: Path) -> None:
     run = resolved(tmp_path, train=ONE_EPOCH | {"shuffle_tokens": 4_000})
     model, kept, rows = 4 * run.table.parameters, 16 * 2 * 96 * 50, 2 * 8_000 * 24
-    step, logits = 4 * 128 * (6 * 96 + 8 * 48), 2 * 4 * 8 * 32 * run.table.vocab_size
+    step, logits = 4 * 128 * (6 * 96 + 8 * 48), 4 * (2 * 8 + 2) * 32 * run.table.vocab_size
     stored, streamed = (plan_ways(run, WORK, RATES)[way] for way in ("store", "stream"))
     block = 2 * run.config.harvest.block_tokens * 2 * 24
     measured = model + 2 * 48 * 96 * 4 + 3.25 * 4_096 * 96 * 4 + logits
@@ -344,7 +344,8 @@ def test_saes_are_measured_in_parts_that_fit_a_card(tmp_path: Path, streamed: bo
     run = replace(run, saes=run.saes[3:])
     assert {sae.point.hook for sae in run.saes} == {"model.layers.1.mlp.down_proj"}
     sizes, model = run.saes[0].sizes, FIXED_BYTES + 4 * run.table.parameters
-    tight = replace(GPU, memory=(model + measuring_bytes([sizes] * 2) + 1e3) / 0.95)
+    tables = 4 * (2 * 8 + 2) * run.config.corpus.context_size * run.table.vocab_size
+    tight = replace(GPU, memory=(model + measuring_bytes([sizes] * 2) + tables + 1e3) / 0.95)
     wide = replace(GPU, memory=1e12)
     parts, whole = (
         stage(plan_sweep(run, WORK, rates, gpus=1, streamed=streamed), "evaluate") for rates in (tight, wide)
