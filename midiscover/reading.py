@@ -26,6 +26,9 @@ CPU_BATCH_TOKENS = 4096
 """Fixed on CPU: the last bits of a matrix product depend on the batch's shape, and blocks are promised bit for bit."""
 GPU_BATCH_TOKENS = 16_384
 
+_idle: list[torch.cuda.Stream] = []
+"""Streams that nobody uses. PyTorch keeps what is freed for the stream that it was taken on, so they are few."""
+
 
 def position_mask(ids: Tensor, doc: Tensor, special: Tensor, *, mask_first: bool) -> Tensor:
     """Mask codes [windows, context_size] that follow from the tokens alone: special tokens, first position, padding.
@@ -75,10 +78,16 @@ class Computed(NamedTuple):
         if self.ready is None:
             yield
             return
-        stream = torch.cuda.Stream()
-        stream.wait_event(self.ready)
-        with torch.cuda.stream(stream):
-            yield
+        try:
+            stream = _idle.pop()
+        except IndexError:
+            stream = torch.cuda.Stream()
+        try:
+            stream.wait_event(self.ready)
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            _idle.append(stream)
 
 
 class Reader:

@@ -226,10 +226,10 @@ class _Loop:
     def _normalise(self, raw: Tensor | Pair) -> tuple[Tensor, Tensor]:
         device, source = self.worker.device, self.source
         if isinstance(raw, Tensor):
-            x = (raw.to(device, non_blocking=True).float() - self.mean_in) * source.inputs.scale
+            x = (_sent(raw, device).float() - self.mean_in) * source.inputs.scale
             return x, x
-        x = (raw.x.to(device, non_blocking=True).float() - self.mean_in) * source.inputs.scale
-        y = (raw.y.to(device, non_blocking=True).float() - self.mean_out) * source.outputs.scale
+        x = (_sent(raw.x, device).float() - self.mean_in) * source.inputs.scale
+        y = (_sent(raw.y, device).float() - self.mean_out) * source.outputs.scale
         return x, y
 
     def _reports(self, slot: Slot, step: int) -> bool:
@@ -263,6 +263,14 @@ class _Loop:
             members.append(fields)
         learned = {"source": self.source.state()} if isinstance(self.source, Remembering) else {}
         return pack_state(tensors, {"step": step, "members": members} | learned)
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows on their way to a device. Nobody waits until a GPU has done the steps before, as it would be for rows in
+    memory that is not pinned: the next batch is picked meanwhile."""
+    if device.type == "cuda" and rows.device.type == "cpu":
+        rows = rows.pin_memory()  # which PyTorch keeps until it is copied
+    return rows.to(device, non_blocking=True)
 
 
 class _Checkpoint(NamedTuple):

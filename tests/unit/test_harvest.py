@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from midiscover import reading
 from midiscover.config import CorpusConfig, HarvestConfig, ModelConfig
 from midiscover.corpus import Corpus, build_corpus
 from midiscover.errors import StageError
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel
 from midiscover.models import resolve_model
-from midiscover.reading import position_mask, row_mask
+from midiscover.reading import Computed, position_mask, row_mask
 from midiscover.store.blocks import Mask, block_plan, committed, read_block, read_tokens
 from midiscover.store.storage import Storage, open_store
 from midiscover.texts import resolve_source
@@ -190,3 +196,28 @@ def test_row_masks_name_outliers_and_non_finite_rows() -> None:
     assert row_mask(codes, norm, 10).tolist() == expected
     assert row_mask(codes, norm, 100).tolist()[3] == Mask.USABLE
     assert row_mask(torch.tensor([2], dtype=torch.uint8), torch.tensor([1.0]), 10).tolist() == [Mask.PADDING]
+
+
+def test_writers_have_as_many_streams_as_work_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many hooks and spans there are: PyTorch keeps memory for each stream by itself."""
+    made: list[Any] = []
+
+    def stream() -> Any:
+        made.append(SimpleNamespace(waited=[]))
+        made[-1].wait_event = made[-1].waited.append
+        return made[-1]
+
+    monkeypatch.setattr(reading, "_idle", [])
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    at_once = threading.Barrier(3)
+
+    def write(span: int) -> None:
+        computed: Any = Computed(torch.empty(0), torch.empty(0), {}, {}, span)  # type: ignore[arg-type]  # its event
+        with computed.beside():
+            at_once.wait(60)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(12)))
+    assert len(made) == 3
+    assert sorted(span for one in made for span in one.waited) == list(range(12))
