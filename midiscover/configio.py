@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import platform
 import re
 import types
 import typing
@@ -22,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from midiscover.config import RunConfig, SaePoint
+from midiscover.cores import native_bfloat16
 from midiscover.errors import ConfigError
 from midiscover.hooknames import expand_braces
 from midiscover.saeconfig import SAE_KINDS, SaeConfig
@@ -115,24 +115,15 @@ def build_config(tree: Mapping[str, Any]) -> RunConfig:
 
 def resolve_dtypes(config: RunConfig) -> RunConfig:
     """Replace `auto` by what this machine computes in natively, so that ids and records name a real dtype."""
-    native = "bfloat16" if native_bfloat16() else "float32"
     model, train = config.model, config.train
+    if "auto" not in (model.dtype, train.dtype):
+        return config
+    native = "bfloat16" if native_bfloat16() else "float32"
     if model.dtype == "auto":
         model = dataclasses.replace(model, dtype=native)
     if train.dtype == "auto":
         train = dataclasses.replace(train, dtype=native)
     return dataclasses.replace(config, model=model, train=train)
-
-
-@cache
-def native_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: an NVIDIA driver, or the CPU's own flags."""
-    if Path("/proc/driver/nvidia/version").exists():
-        return True
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()) is not None
-    return platform.system() == "Darwin" and platform.machine() == "arm64" and "M1" not in platform.processor()
 
 
 def expand_grid(config: RunConfig) -> list[SaePoint]:

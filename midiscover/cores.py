@@ -1,10 +1,16 @@
-"""How many cores and cards there are to share, how packs share them, and how a process that computes sets itself up."""
+"""How many cores and cards there are to share, what they are made for, how packs share them, and how a process that
+computes sets itself up."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
 
 SCALING = 0.9
 """Threads are taken to speed a pack up by their number to this power."""
@@ -16,7 +22,11 @@ SPARSE_BELOW_ON_GPU = 0.008
 """The same where kernels gather the entries. By measurement: tests/bench/gpu_kinds.py."""
 NODE_CARDS = 8
 """Cards of a node, where it is not there yet to be asked."""
+CARDS_SECONDS = 20.0
+"""How long the driver of NVIDIA's cards may take to name them; it wakes each one up."""
 
+_DRIVER, _CPUS = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
+_BFLOAT16_FROM = 8.0  # Ampere's compute capability
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25  # more than 32 MiB glibc does not allow for the second
 
@@ -24,6 +34,27 @@ _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25  # more than 32 MiB glibc does not all
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def native_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware: its NVIDIA cards, else its CPU by its flags."""
+    if _DRIVER.exists():
+        oldest = _oldest_card()
+        return oldest is None or oldest >= _BFLOAT16_FROM
+    if _CPUS.exists():
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _CPUS.read_text()) is not None
+    return platform.system() == "Darwin" and platform.machine() == "arm64" and "M1" not in platform.processor()
+
+
+def _oldest_card() -> float | None:
+    """The least compute capability of this machine's cards; None where nobody says it, as without `nvidia-smi`."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=CARDS_SECONDS).stdout
+        return min(map(float, told.split()))
+    except (OSError, subprocess.SubprocessError, ValueError):  # ValueError: no card, or a driver that does not know
+        return None
 
 
 def places_on(cards: float, each: float) -> int:

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 
 from midiscover import tables
 from midiscover.config import ModelConfig
-from midiscover.configio import native_bfloat16
+from midiscover.cores import native_bfloat16
 from midiscover.evaluate import reconstruction_metrics
 from midiscover.models import model_folder, resolve_model
 from midiscover.sae.registry import folded_sae

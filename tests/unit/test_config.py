@@ -15,11 +15,11 @@ from midiscover.configio import (
     expand_grid,
     find_config,
     load_config,
-    native_bfloat16,
     parse_value,
     to_tree,
     to_yaml,
 )
+from midiscover.cores import native_bfloat16
 from midiscover.errors import ConfigError
 from midiscover.launch import parse_calibrate, parse_doctor, parse_job, parse_overrides
 from midiscover.saeconfig import StandardConfig, TopKConfig

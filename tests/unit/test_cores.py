@@ -6,8 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+
+from midiscover import cores
+from midiscover.cores import native_bfloat16
 
 SCRIPT = """
 import resource, sys
@@ -39,3 +44,54 @@ def test_freed_memory_is_not_asked_for_again() -> None:
     assert threads == 1
     assert before > 70_000, "glibc gave the memory back after each of them"
     assert after < 100
+
+
+@pytest.mark.parametrize(
+    ("told", "native"),
+    [
+        ("8.0\n", True),
+        ("10.0\n9.0\n", True),
+        ("9.0\n7.5\n", False),
+        ("7.0\n", False),
+        ("[N/A]\n", True),
+        ("", True),
+        ('Field "compute_cap" is not a valid field to query.\n', True),
+        (None, True),
+    ],
+)
+def test_cards_before_ampere_are_no_bfloat16_machines(
+    told: str | None, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An A100, an H100 beside a B200, a T4 beside an H100, a V100; where nobody says, a card counts as a new one."""
+    driver, asked = tmp_path / "version", tmp_path / "asked"
+    driver.write_text("NVRM version")
+    if told is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho \"$@\" >> {asked}\ncat <<'END'\n{told}END\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(cores, "_DRIVER", driver)
+    native_bfloat16.cache_clear()
+    try:
+        assert [native_bfloat16(), native_bfloat16()] == [native, native]
+    finally:
+        native_bfloat16.cache_clear()
+    if told is not None:
+        assert asked.read_text() == "--query-gpu=compute_cap --format=csv,noheader\n", "asked once"
+
+
+def test_a_driver_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, driver = tmp_path / "nvidia-smi", tmp_path / "version"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    driver.write_text("NVRM version")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(cores, "_DRIVER", driver)
+    monkeypatch.setattr(cores, "CARDS_SECONDS", 0.2)
+    native_bfloat16.cache_clear()
+    began = time.monotonic()
+    try:
+        assert native_bfloat16()
+    finally:
+        native_bfloat16.cache_clear()
+    assert time.monotonic() - began < 30

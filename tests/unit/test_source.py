@@ -1,4 +1,6 @@
-"""Pairs of two hooks against a naive version in memory: the rows that both may use, in one order, from any batch on."""
+"""Pairs of two hooks against a naive version in memory: the rows that both may use, in one order, from any batch on.
+
+How rows get to the device."""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from midiscover.store.blocks import HookManifest
 from midiscover.store.loader import normalisation
 from midiscover.store.local import LocalStorage
 from midiscover.store.order import pools, row_order
-from midiscover.train import Pair
+from midiscover.train import Pair, _sent
 from tests.harvests import HARVEST, HOOK, row_numbers, write_harvest
 
 OUTPUT, D_IN, D_OUT = "model.layers.1.mlp", 6, 10
@@ -216,3 +218,29 @@ def test_iterate_pairs_gives_the_common_rows_in_order(
     for found, acts in ((0, hooks.x), (1, hooks.y)):
         expected = acts[at][keep][:max_rows]
         assert torch.equal(torch.cat([acts[:0], *(pair[found] for pair in pairs)]), expected)
+
+
+class Rows:
+    """A pretended tensor; says what was done to get it to a device."""
+
+    def __init__(self, place: str, *done: object) -> None:
+        self.device, self.done = torch.device(place), done
+
+    def pin_memory(self) -> Rows:
+        """PyTorch refuses what is no CPU's."""
+        assert self.device.type == "cpu"
+        return Rows("cpu", *self.done, "pinned")
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> Rows:
+        """With the word that lets a copy go on by itself."""
+        assert non_blocking
+        return Rows(str(device), *self.done, "copied")
+
+
+@pytest.mark.parametrize(
+    ("place", "device", "done"),
+    [("cpu", "cuda", ("pinned", "copied")), ("cuda", "cuda", ("copied",)), ("cpu", "cpu", ("copied",))],
+)
+def test_rows_go_to_a_gpu_from_memory_that_nobody_waits_for(place: str, device: str, done: tuple[str, ...]) -> None:
+    sent = _sent(Rows(place), torch.device(device))  # type: ignore[arg-type]  # pretended: there may be no GPU
+    assert (sent.device, sent.done) == (torch.device(device), done)

@@ -18,7 +18,7 @@ from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.registry import make_sae
 from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
 from midiscover.saeconfig import StandardConfig, TopKConfig
-from midiscover.train import Diverged, Member, Retired, Trained, _sent, train
+from midiscover.train import Diverged, Member, Retired, Trained, train
 
 D_IN, ROWS, BATCH = 10, 160, 16
 TRAIN = TrainConfig(batch_size=BATCH, epochs=3, lr=1e-2, report_every=4, checkpoint_every=1e-9, dead_window=40)
@@ -251,32 +251,6 @@ def test_a_diverged_sae_that_is_to_be_resampled_leaves_its_pack_alone(source: Me
     first, second = train([wild, members()[0]], source, MemoryWorker())
     assert isinstance(first, Diverged)
     assert isinstance(second, Trained)
-
-
-class Rows:
-    """A pretended tensor; says what was done to get it to a device."""
-
-    def __init__(self, place: str, *done: object) -> None:
-        self.device, self.done = torch.device(place), done
-
-    def pin_memory(self) -> Rows:
-        """PyTorch refuses what is no CPU's."""
-        assert self.device.type == "cpu"
-        return Rows("cpu", *self.done, "pinned")
-
-    def to(self, device: torch.device, *, non_blocking: bool) -> Rows:
-        """With the word that lets a copy go on by itself."""
-        assert non_blocking
-        return Rows(str(device), *self.done, "copied")
-
-
-@pytest.mark.parametrize(
-    ("place", "device", "done"),
-    [("cpu", "cuda", ("pinned", "copied")), ("cuda", "cuda", ("copied",)), ("cpu", "cpu", ("copied",))],
-)
-def test_rows_go_to_a_gpu_from_memory_that_nobody_waits_for(place: str, device: str, done: tuple[str, ...]) -> None:
-    sent = _sent(Rows(place), torch.device(device))  # type: ignore[arg-type]  # pretended: there may be no GPU
-    assert (sent.device, sent.done) == (torch.device(device), done)
 
 
 def test_schedules_follow_their_formulas() -> None:
