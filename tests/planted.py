@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -194,9 +195,10 @@ def scores(trained: Trained, source: PlantedSource, held_out: Rows) -> Scores:
             features = sae.encode(x)
             sums.update(y, sae.output(x, features), features)
     cosines = atom_cosines(sae, source)
-    share = recovered(cosines) if len(cosines) <= HUNGARIAN_ATOMS else recovered_by_maximum(cosines, source.planted)
     found = sums.result()
-    return Scores(share, float(cosines.amax(1).mean()), found["fvu"], found["l0"], found["dead_share"])
+    return Scores(
+        _share(cosines, source.planted), float(cosines.amax(1).mean()), found["fvu"], found["l0"], found["dead_share"]
+    )
 
 
 def atom_cosines(sae: Sae, source: PlantedSource) -> Tensor:
@@ -213,9 +215,17 @@ def atom_cosines(sae: Sae, source: PlantedSource) -> Tensor:
     return normalize(wanted, dim=1) @ normalize(sae.W_dec.detach(), dim=1).T
 
 
+def _share(cosines: Tensor, planted: PlantedDictionary) -> float:
+    """Of atoms that are recovered, matched where that can be: benches on GPUs of others have no scipy."""
+    if len(cosines) <= HUNGARIAN_ATOMS:
+        with suppress(ModuleNotFoundError):
+            return recovered(cosines)
+    return recovered_by_maximum(cosines, planted)
+
+
 def recovered(cosines: Tensor) -> float:
     """Share of atoms whose partner in the best one-to-one matching [n_true, d_sae] reaches RECOVERED."""
-    from scipy.optimize import linear_sum_assignment  # where it is called: benches on GPUs of others have no scipy
+    from scipy.optimize import linear_sum_assignment
 
     atoms, features = linear_sum_assignment(cosines.cpu().double().numpy(), maximize=True)
     return float((cosines.cpu()[atoms, features] >= RECOVERED).double().sum() / len(cosines))
