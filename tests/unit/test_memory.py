@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ class Card:
 
     def train(self) -> None:
         """Allocates 60 bytes, which a circle of objects holds when it is over."""
-        slot = type("Slot", (), {})()
+        slot: Any = type("Slot", (), {})()
         slot.itself = slot
         weakref.finalize(slot, self.free)
         self.used += 60

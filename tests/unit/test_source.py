@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -242,5 +242,5 @@ class Rows:
     [("cpu", "cuda", ("pinned", "copied")), ("cuda", "cuda", ("copied",)), ("cpu", "cpu", ("copied",))],
 )
 def test_rows_go_to_a_gpu_from_memory_that_nobody_waits_for(place: str, device: str, done: tuple[str, ...]) -> None:
-    sent = _sent(Rows(place), torch.device(device))  # type: ignore[arg-type]  # pretended: there may be no GPU
+    sent: Any = _sent(Rows(place), torch.device(device))  # type: ignore[arg-type]  # pretended: there may be no GPU
     assert (sent.device, sent.done) == (torch.device(device), done)
