@@ -12,6 +12,7 @@ added direction is taken out before it is added (`ORTHOGONAL_DECOMP` of Neuronpe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -83,9 +84,10 @@ def generate(
     ids = torch.tensor([list(prompt)] * len(sides))
     cache: Any = None
     for _ in range(sampling.new_tokens):
-        where.look(ids)
+        past = 0 if cache is None else ids.shape[1] - 1
+        where.look(ids[:, past:])
         # The hooks stand during one pass only: between two, others may use the model.
-        logits, cache = _next(lm, ids, cache, edits)
+        logits, cache = _next(lm, ids[:, past:], past, cache, edits)
         chosen = []
         for row, side in enumerate(sides):
             token = _drawn(logits[row], made[side], sampling, draw[side])
@@ -93,7 +95,7 @@ def generate(
             if not ended[side]:
                 made[side].append(token)
             chosen.append(token)
-        ids = torch.tensor(chosen)[:, None]
+        ids = torch.cat([ids, torch.tensor(chosen)[:, None]], dim=1)
         if all(ended.values()):
             break
         yield Piece({side: list(tokens) for side, tokens in made.items()}, False)
@@ -115,11 +117,21 @@ def chat_text(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 @torch.inference_mode()
-def _next(lm: LanguageModel, ids: Tensor, cache: Any, edits: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """Logits [rows, vocab_size] after the last position, float32 on the CPU, and the model's cache."""
+def _next(lm: LanguageModel, ids: Tensor, past: int, cache: Any, edits: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Logits [rows, vocab_size] after the last position, float32 on the CPU, and the model's cache of all up to there.
+
+    past: positions before `ids` [rows, tokens], which `cache` holds. A model that keeps no such cache, as Mamba, gives
+    None for it: it reads the whole text anew for each token.
+    """
+    takes = inspect.signature(lm.model.forward).parameters
+    keeps = "past_key_values" in takes
+    given: dict[str, Any] = {"past_key_values": cache} if keeps else {}
+    if "position_ids" in takes:
+        # Left to themselves, Bamba and MiniMax count from 0 in every pass.
+        given["position_ids"] = torch.arange(past, past + ids.shape[1], device=lm.device)[None]
     with lm.hooked(edits):
-        found = lm.model(input_ids=ids.to(lm.device), past_key_values=cache, use_cache=True)
-    return found.logits[:, -1].float().cpu(), found.past_key_values
+        found = lm.model(input_ids=ids.to(lm.device), use_cache=keeps, **given)
+    return found.logits[:, -1].float().cpu(), getattr(found, "past_key_values", None)
 
 
 def _drawn(logits: Tensor, made: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:

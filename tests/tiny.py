@@ -63,11 +63,20 @@ def make_tiny_model(
 
     `extra_rows` are embedding rows without a token, as phi-2 has; `prepends_bos` None is what the family does.
     """
-    tokenizer = _tokenizer(kind, prepends_bos)
+    config = _config(kind, layers, d_model, VOCABULARY + extra_rows)
+    return _saved(config, folder, _tokenizer(kind, prepends_bos), seed=seed)
+
+
+def make_tiny_model_of(config: PretrainedConfig, folder: Path) -> Path:
+    """The same of any family, with the tokenizer of phi; `config` has VOCABULARY ids or more."""
+    return _saved(config, folder, _tokenizer("phi", None))
+
+
+def _saved(config: PretrainedConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Path:
+    """Save a random model and a tokenizer; returns `folder`."""
     generator_state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        config = _config(kind, layers, d_model, VOCABULARY + extra_rows)
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = None
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BambaConfig, MambaConfig, PretrainedConfig
 
 from midiscover.config import ModelConfig
 from midiscover.cutting import cut_after, holds
@@ -18,7 +19,7 @@ from midiscover.models import resolve_model
 from midiscover.saeconfig import StandardConfig, TranscoderConfig
 from midiscover.saes import LoadedSae
 from midiscover.steer import Change, Sampling, generate
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tiny_model_of
 from tests.unit.test_interpret import FIRST, INPUT, SECOND, sae
 
 PROMPT = [3, 40, 41, 42, 43]
@@ -165,6 +166,52 @@ def test_the_model_is_as_before_and_a_wrong_feature_is_named(lm: LanguageModel, 
     assert by_hand(lm, lambda _x, out: out, FIRST, FIRST) == before, "also while a generation is under way"
     with pytest.raises(UserError, match="first has no feature 48; its features are 0 to 47"):
         next(generate(lm, PROMPT, saes, [Change("first", 48, "add", 1.0)], Sampling()))
+
+
+@pytest.mark.parametrize(
+    ("config", "hook"),
+    [
+        pytest.param(
+            BambaConfig(
+                num_hidden_layers=3,
+                hidden_size=24,
+                intermediate_size=56,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                vocab_size=332,
+                attn_layer_indices=[1],
+                mamba_n_heads=4,
+                mamba_d_head=12,
+                mamba_d_state=8,
+                mamba_n_groups=1,
+                mamba_chunk_size=16,
+                initializer_range=0.4,
+                pad_token_id=None,
+            ),
+            "model.layers.1.feed_forward.down_proj",
+            id="counts positions anew in a pass that is told none",
+        ),
+        pytest.param(
+            MambaConfig(num_hidden_layers=3, hidden_size=24, state_size=8, vocab_size=332, initializer_range=0.4),
+            "backbone.layers.1.mixer.out_proj",
+            id="keeps no cache of keys and values",
+        ),
+    ],
+)
+def test_other_families_go_on_as_by_hand(config: PretrainedConfig, hook: str, tmp_path: Path) -> None:
+    folder = make_tiny_model_of(config, tmp_path / "model")
+    lm = LanguageModel.load(resolve_model(ModelConfig(id=str(folder))), dtype="float32", attention="eager")
+    own = {"own": sae(SECOND, StandardConfig(l1_coefficient=1.0), record={"hook": hook})}
+    direction = own["own"].module.W_dec[7]
+    both = made(lm, own, Change("own", 7, "clamp", 9.0))
+
+    def edit(x: Tensor, out: Tensor) -> Tensor:
+        return out + (9.0 - own["own"].encode(x)[..., 7:8]) * direction
+
+    assert both["default"] == by_hand(lm, lambda _x, out: out, hook, hook)
+    assert both["steered"] == by_hand(lm, edit, hook, hook)
+    assert both["steered"] != both["default"]
+    assert len(set(both["default"])) > 3, "a repeated token would hide wrong positions"
 
 
 def test_a_cut_model_gives_the_same_activations_and_says_what_it_lacks(tmp_path: Path) -> None:
