@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from midiscover.attach import attach, be_quiet, embedding_rows, first_line
+from midiscover.attach import (
+    attach,
+    be_quiet,
+    context_length,
+    embedding_rows,
+    require_causal,
+    why_not,
+)
 from midiscover.errors import ModelError
 from midiscover.ids import hook_layer
 
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MLP_NAMES = frozenset({"mlp", "feed_forward", "ffn"})
+_ONE_OF_MANY = re.compile(r"\.experts\.\d")
 _ATTENTION_NAMES = frozenset({"self_attn", "attn", "attention", "self_attention"})
 
 
@@ -39,42 +48,62 @@ def hook_facts(folder: Path) -> dict[str, Any]:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} is no causal language model of transformers: {first_line(error)}") from error
+    except Exception as error:  # a config that contradicts itself makes a model's code raise anything
+        raise ModelError(f"{folder} is no causal language model of transformers: {why_not(error)}") from error
+    require_causal(model, str(folder))
     text = config.get_text_config()
     try:
-        hooks, full = _dry_run(model.eval())
+        facts = _dry_run(model.eval())
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        hooks, full = _sizes(model, text.hidden_size)
+        facts = _sizes(model, text.hidden_size)
     return {
         "n_layers": text.num_hidden_layers,
         "d_model": text.hidden_size,
         "vocab_size": embedding_rows(model),
-        "context_length": getattr(text, "max_position_embeddings", None),
+        "context_length": context_length(config),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "supports_sdpa": _supports_sdpa(model),
-        "hooks": hooks,
-        "full": full,
-        "recommended": _recommended(model, hooks, text.num_hidden_layers),
+        "hooks": facts.hooks,
+        "full": facts.full,
+        "recommended": _recommended(model, facts, text.num_hidden_layers, text.hidden_size),
     }
 
 
-_HookFacts = dict[str, tuple[int, float, float]]
+class _Facts(NamedTuple):
+    hooks: dict[str, tuple[int, float, float]]
+    """Hook -> width, and linear and attention FLOPs before it, in the order in which they fire."""
+    full: tuple[float, float]
+    """FLOPs of a whole pass."""
+    steps: dict[str, int]
+    """Hook -> operations before it that sums and copies are left out of: hooks with equal numbers, one after the
+    other, are the same activations up to what was added. Empty where no pass tells."""
+
+
 # Two rows, so that a position table [1, t, d] is not mistaken for activations; a prime number of tokens, so that no
 # width of a model equals it.
 _ROWS, _TOKENS = 2, 61
 
 
-class _FlopMeter(TorchDispatchMode):
+_SUMS_AND_COPIES = frozenset({"add", "add_", "view", "_unsafe_view", "clone", "_to_copy", "alias", "detach"})
+
+
+class _Meter(TorchDispatchMode):
     """Adds up the floating-point operations of all matrix products that run under it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = self.attention = 0
+        self.linear = self.attention = self.steps = 0
+        self.one_expert = False
+        """Whether something chose a single one for each token. What an expert gets then has as many rows as there are
+        tokens, in another order."""
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].dtype == torch.bool:
+            return True  # a model that asks for numbers asks whether the mask is all ones, and it is
+        out = func(*args, **(kwargs or {}))
+        self.steps += name not in _SUMS_AND_COPIES
+        self.one_expert |= name == "argmax" or (name == "topk" and args[1] == 1)
         if name in ("mm", "bmm", "_grouped_mm"):
             self._add(name, *args[:2])
         elif name in ("addmm", "baddbmm"):
@@ -95,13 +124,19 @@ class _FlopMeter(TorchDispatchMode):
         return self.linear / tokens, self.attention / (tokens * _TOKENS * 2)
 
 
-def _dry_run(model: PreTrainedModel) -> tuple[_HookFacts, tuple[float, float]]:
-    hooks: _HookFacts = {}
-    meter = _FlopMeter()
+def _dry_run(model: PreTrainedModel) -> _Facts:
+    hooks: dict[str, tuple[int, float, float]] = {}
+    steps: dict[str, int] = {}
+    flat: set[str] = set()
+    meter = _Meter()
 
     def note(hook: str, x: Tensor) -> None:
-        if x.ndim == 3 and x.shape[:2] == (_ROWS, _TOKENS):
-            hooks.setdefault(hook, (x.shape[-1], *meter.per_token()))
+        if hook in hooks or not x.is_floating_point() or x.shape[:-1] not in ((_ROWS, _TOKENS), (_ROWS * _TOKENS,)):
+            return
+        hooks[hook] = (x.shape[-1], *meter.per_token())
+        steps[hook] = meter.steps
+        if x.ndim == 2:
+            flat.add(hook)
 
     ids = torch.zeros(_ROWS, _TOKENS, dtype=torch.long, device="meta")
     with contextlib.ExitStack() as stack:
@@ -111,44 +146,52 @@ def _dry_run(model: PreTrainedModel) -> tuple[_HookFacts, tuple[float, float]]:
         # A mask is given because without one transformers looks at the position ids' values.
         with torch.no_grad(), meter:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return hooks, meter.per_token()
+    if meter.one_expert:
+        hooks = {hook: facts for hook, facts in hooks.items() if hook not in flat}
+    return _Facts(hooks, meter.per_token(), steps)
 
 
-def _sizes(model: PreTrainedModel, d_model: int) -> tuple[_HookFacts, tuple[float, float]]:
+def _sizes(model: PreTrainedModel, d_model: int) -> _Facts:
     from transformers.pytorch_utils import Conv1D
 
-    hooks: _HookFacts = {}
+    hooks: dict[str, tuple[int, float, float]] = {}
     linear = attention = 0.0
     for path, module in model.named_modules():
         if hook_layer(path) is not None and path.endswith(f".{hook_layer(path)}"):
             hooks[f"{path}:in"] = hooks[path] = (d_model, linear, attention)
             attention += 2 * d_model
-        elif isinstance(module, (nn.Linear, Conv1D)):
+        elif isinstance(module, (nn.Linear, Conv1D)) and not _ONE_OF_MANY.search(path):
             d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
             hooks[f"{path}:in"] = (d_in, linear, attention)
             linear += 2 * d_in * d_out
             hooks[path] = (d_out, linear, attention)
-    return hooks, (linear, attention)
+    return _Facts(hooks, (linear, attention), {})
 
 
-def _recommended(model: PreTrainedModel, hooks: Iterable[str], n_layers: int) -> list[str]:
+def _recommended(model: PreTrainedModel, facts: _Facts, n_layers: int, d_model: int) -> list[str]:
     """The MLP output projections at 1/3, 1/2 and 2/3 of the depth: where SAEs on MLP outputs are usually trained.
 
-    Where a layer's MLP is not one projection after another (several experts), the whole MLP; where it has no module of
-    its own, the layer's last projection outside of attention; else the layer.
+    Where a layer's MLP does not end in one projection (it has several experts, or a gate on what it gives), the whole
+    MLP; where it has no module of its own, the layer's last projection outside of attention; else the layer.
     """
     from transformers.pytorch_utils import Conv1D
 
     chosen = []
     for layer in sorted({min(round(n_layers * share), n_layers - 1) for share in (1 / 3, 1 / 2, 2 / 3)}):
-        inside = [hook for hook in hooks if hook_layer(hook) == layer and not hook.endswith(":in")]
-        linear = [hook for hook in inside if isinstance(model.get_submodule(hook), (nn.Linear, Conv1D))]
-        in_mlp = [hook for hook in linear if hook.split(".")[-2] in _MLP_NAMES]
+        inside = [hook for hook in facts.hooks if hook_layer(hook) == layer and not hook.endswith(":in")]
+        wide = [hook for hook in inside if facts.hooks[hook][0] == d_model]
+        linear = [hook for hook in wide if isinstance(model.get_submodule(hook), (nn.Linear, Conv1D))]
+        in_mlp = [hook for hook in linear if hook.split(".")[-2] in _MLP_NAMES and _ends(hook, facts.steps)]
         whole_mlp = [hook for hook in inside if hook.rpartition(".")[2] in _MLP_NAMES]
         elsewhere = [hook for hook in linear if not (_MLP_NAMES | _ATTENTION_NAMES) & set(hook.split("."))]
         block = [hook for hook in inside if hook.endswith(f".{layer}")]
         chosen += (in_mlp or whole_mlp or elsewhere or block)[-1:]
     return chosen
+
+
+def _ends(hook: str, steps: Mapping[str, int]) -> bool:
+    """Whether what the module around a hook gives is what the hook gives, up to a sum."""
+    return steps.get(hook) == steps.get(hook.rpartition(".")[0], steps.get(hook))
 
 
 def _supports_sdpa(model: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from midiscover.attach import context_length
 from midiscover.config import Dtype
 from midiscover.errors import UserError
 from midiscover.lm import LanguageModel
@@ -200,7 +201,7 @@ def refuse_too_long(
     lm: LanguageModel, texts: Sequence[str], token_ids: Sequence[Sequence[int]], front: int, most: int | None = None
 ) -> None:
     """UserError for a text that, with `front` tokens before it, is longer than the model's context, or than `most`."""
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(lm.model.config)
     if most is not None:
         limit = most + front if limit is None else min(limit, most + front)
     for number, (text, ids) in enumerate(zip(texts, token_ids, strict=True), start=1):

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from midiscover.attach import Edit, attach, be_quiet, embedding_rows, first_line, fuse_gelu
+from midiscover.attach import (
+    Edit,
+    attach,
+    be_quiet,
+    embedding_rows,
+    fuse_gelu,
+    per_text,
+    require_causal,
+    why_not,
+)
 from midiscover.compiled import CompiledAttention
 from midiscover.config import Dtype
 from midiscover.errors import ModelError
@@ -83,9 +92,10 @@ class LanguageModel:
                 output_loading_info=True,
                 device_map=device_map,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # some quantised forms need more
-            raise ModelError(f"Model {identity.name} could not be loaded from {folder}: {first_line(error)}") from error
+        except Exception as error:  # files that contradict each other make a model's code raise anything
+            raise ModelError(f"Model {identity.name} could not be loaded from {folder}: {why_not(error)}") from error
         model, report = loaded
+        require_causal(model, identity.name)
         absent = _absent(report)
         if absent:
             raise ModelError(
@@ -162,11 +172,18 @@ class LanguageModel:
     @contextlib.contextmanager
     def hooked(self, edits: Mapping[str, Edit]) -> Iterator[None]:
         """Every pass in the body goes through these edits."""
+        shape: tuple[int, ...] = ()
+
+        def begin(_model: nn.Module, _args: Any, given: Mapping[str, Any]) -> None:
+            nonlocal shape
+            shape = given["input_ids"].shape
+
         with contextlib.ExitStack() as stack:
             if self.compiled is not None:
                 stack.enter_context(self.compiled.without(edits))
+            stack.callback(self.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
             for hook, edit in edits.items():
-                stack.callback(attach(self._module(hook), hook, edit).remove)
+                stack.callback(attach(self._module(hook), hook, per_text(edit, lambda: shape)).remove)
             yield
 
     def _module(self, hook: str) -> nn.Module:
@@ -186,8 +203,8 @@ def load_tokenizer(identity: ModelIdentity) -> PreTrainedTokenizerBase:
     folder = config_folder(identity)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The tokenizer of {identity.name} could not be loaded: {first_line(error)}") from error
+    except Exception as error:  # as above
+        raise ModelError(f"The tokenizer of {identity.name} could not be loaded: {why_not(error)}") from error
 
 
 def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
@@ -225,7 +242,7 @@ def convert_gguf(gguf: Path, folder: Path, about: Mapping[str, str | None]) -> N
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     except Exception as error:  # a damaged file makes its reader raise anything
-        raise ModelError(f"GGUF file {gguf} could not be read: {first_line(error)}") from error
+        raise ModelError(f"GGUF file {gguf} could not be read: {why_not(error)}") from error
     model, report = loaded
     absent = _absent(report)
     if absent:

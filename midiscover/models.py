@@ -65,7 +65,7 @@ __all__ = [
 STORED = "store:"
 """`model.id: store:<name>` is the model `models/<name>/` of the run's store; no hub id and no path looks like it."""
 
-_TABLE_VERSION = 2
+_TABLE_VERSION = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -64,6 +64,7 @@ def make_tiny_model(
     `extra_rows` are embedding rows without a token, as phi-2 has; `prepends_bos` None is what the family does.
     """
     config = _config(kind, layers, d_model, VOCABULARY + extra_rows)
+    config.pad_token_id = None
     return _saved(config, folder, _tokenizer(kind, prepends_bos), seed=seed)
 
 
@@ -78,7 +79,6 @@ def _saved(config: PretrainedConfig, folder: Path, tokenizer: PreTrainedTokenize
     try:
         torch.manual_seed(seed)
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = None
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     finally:
         torch.set_rng_state(generator_state)
