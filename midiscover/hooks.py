@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from midiscover.errors import ModelError
+from midiscover.hooknames import LAYER_LISTS
 from midiscover.ids import hook_layer
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|:|$)")
@@ -106,8 +107,7 @@ def refuse_impossible(hooks: Sequence[str], *, model: str, config: Mapping[str, 
 
 _COUNT_NAMES = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _ANY_COUNT = re.compile(r"(n|num)_(\w+_)?layers?|(encoder|decoder)_layers")
-_LAYER_LISTS = ("layers", "layer", "h", "blocks", "block")
-_LISTS = tuple(f".{name}" for name in (*_LAYER_LISTS, "experts"))
+_LISTS = tuple(f".{name}" for name in (*LAYER_LISTS, "experts"))
 
 
 def _layer_count(config: Mapping[str, Any]) -> int | None:
@@ -123,7 +123,7 @@ def _is_beyond(hook: str, layer: int, config: Mapping[str, Any], weights: Sequen
     counts = [value for name, value in _entries(config) if _ANY_COUNT.fullmatch(name) and isinstance(value, int)]
     parts = hook.removesuffix(":in").split(".")
     place = parts.index(str(layer)) if str(layer) in parts else 0
-    if layer < max(counts) or place == 0 or parts[place - 1] not in _LAYER_LISTS:
+    if layer < max(counts) or place == 0 or parts[place - 1] not in LAYER_LISTS:
         return False
     return not any(f".{parts[place - 1]}.{layer}." in f".{name}" for name in weights)
 

@@ -78,7 +78,8 @@ def saelens_hooks(metadata: Mapping[str, Any], model_type: str | None) -> dict[s
         return {}
     names = [name for name in ("hook_name", "hook_name_out") if metadata.get(name)]
     found = {name: transformer_lens_hook(metadata[name], model_type) for name in names}
-    if None in found.values():
+    # At hook_z activations have a dimension of heads, which SAELens would take apart only if cfg.json asked for it.
+    if any(name is None or name.endswith("hook_z") for name in found.values()):
         return {}
     return {**found, "model_class_name": "HookedTransformer"}
 

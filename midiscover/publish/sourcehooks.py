@@ -57,6 +57,6 @@ def find_hook(table: HookTable, model_type: str | None, *, path: str | None, nam
     if path is not None and name in (None, path):
         table.require(path)  # names the nearest ones
     raise ModelError(
-        f"The hook '{name}' is none of {table.model}'s module paths and has no such name in TransformerLens; give "
-        f"{flag} PATH, as `midiscover inspect` lists them."
+        f"The hook '{name}' is none of {table.model}'s module paths, and which of them TransformerLens calls so is not "
+        f"known here; give {flag} PATH, as `midiscover inspect` lists them."
     )

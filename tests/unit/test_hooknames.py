@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from midiscover.hooknames import expand_braces, is_residual, transformer_lens_hook
-from tests.tiny import make_tiny_model
+from midiscover.hooknames import _NORMALISED_AFTER, expand_braces, is_residual, transformer_lens_hook
+from tests.tiny import make_tiny_model, make_tiny_model_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,22 @@ from tests.tiny import make_tiny_model
         ("model.layers.3:in", "llama", "blocks.3.hook_resid_pre"),
         ("model.layers.3.mlp.down_proj", "llama", "blocks.3.hook_mlp_out"),
         ("model.layers.3.mlp.down_proj", "gemma2", None),
+        ("model.layers.3.post_feedforward_layernorm", "gemma2", "blocks.3.hook_mlp_out"),
+        ("model.layers.3.post_attention_layernorm", "gemma3_text", "blocks.3.hook_attn_out"),
+        ("model.layers.3.post_attention_layernorm", "olmo2", "blocks.3.hook_attn_out"),
+        ("model.layers.3.post_attention_layernorm", "llama", None),
+        ("model.layers.3.post_feedforward_layernorm:in", "gemma2", None),
+        ("model.layers.3.self_attn.o_proj:in", "llama", "blocks.3.attn.hook_z"),
+        ("model.layers.3.self_attn.o_proj:in", "gemma2", "blocks.3.attn.hook_z"),
+        ("transformer.h.3.attn.c_proj:in", "gpt2", "blocks.3.attn.hook_z"),
+        ("model.decoder.layers.3", "opt", "blocks.3.hook_resid_post"),
+        ("model.decoder.layers.3.fc2", "opt", "blocks.3.hook_mlp_out"),
+        ("model.decoder.layers.3.fc1", "opt", None),
+        ("model.decoder.layers.3.self_attn.out_proj", "opt", "blocks.3.hook_attn_out"),
+        ("transformer.h.3.attn.out_proj", "gptj", "blocks.3.hook_attn_out"),
+        ("transformer.h.3.mlp.fc_out", "gptj", "blocks.3.hook_mlp_out"),
+        ("transformer.h.3.attn.attention.out_proj", "gpt_neo", "blocks.3.hook_attn_out"),
+        ("transformer.h.3.self_attention.dense", "bloom", "blocks.3.hook_attn_out"),
         ("model.layers.3.mlp:in", "llama", None),
         ("model.layers.3.mlp.up_proj", "llama", None),
         ("transformer.h.0.mlp.c_proj", "gpt2", "blocks.0.hook_mlp_out"),
@@ -52,6 +68,20 @@ def test_hooks_of_transformer_lens(hook: str, family: str, name: str | None) -> 
         ("transformer.h.1.attn.out_proj", "gptj", True),
         ("model.language_model.layers.1", "gemma3", True),
         ("model.layers.1.mlp.down_proj", "gemma2", False),
+        ("model.layers.1.post_feedforward_layernorm", "gemma2", True),
+        ("model.layers.1.post_attention_layernorm", "gemma2", True),
+        ("model.layers.1.post_attention_layernorm", "glm4", False),
+        ("model.layers.1.post_self_attn_layernorm", "glm4", True),
+        ("model.layers.1.post_mlp_layernorm", "glm4", True),
+        ("model.layers.1.post_attention_layernorm", "llama", False),
+        ("backbone.layers.1.mixer.out_proj", "mamba", True),
+        ("backbone.layers.1.mixer.in_proj", "mamba", False),
+        ("model.layers.1.mlp_block.down_proj", "recurrent_gemma", True),
+        ("backbone.blocks.1.ffn.proj_down", "xlstm", True),
+        ("transformer.h.1.attn.attention.out_proj", "gpt_neo", True),
+        ("model.altup_projections.1", "gemma3n_text", False),
+        ("transformer.h.1.mlp.c_proj", "openai-gpt", False),
+        ("transformer.h.1", "openai-gpt", True),
         ("model.layers.1.mlp.fc1:in", "phi", False),
         ("model.layers.1.self_attn.q_proj", "phi", False),
         ("model.layers.1.self_attn.dense:in", "phi", False),
@@ -78,10 +108,38 @@ def test_families_that_normalise_after_an_mlp_are_known() -> None:
     assert not unknown
 
 
-@pytest.mark.parametrize("family", ["phi", "llama", "gpt2", "gpt_neox"])
+def test_what_is_added_is_what_those_norms_give() -> None:
+    """By their code: the line before a sum with the residual stream."""
+    folder = Path(transformers.__file__).parent / "models"
+    for family, norms in _NORMALISED_AFTER.items():
+        code = (folder / family.removesuffix("_text") / f"modeling_{family.removesuffix('_text')}.py").read_text()
+        for norm in norms:
+            pattern = rf"self\.{norm}\(hidden_states\)\n(\s*#.*\n|\s*\n)*\s*hidden_states = residual \+ hidden_states"
+            assert re.search(pattern, code), (family, norm)
+
+
+SMALL = {"vocab_size": 332, "hidden_size": 24}
+CONFIGS = {
+    "opt": transformers.OPTConfig(**SMALL, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=24),
+    "gptj": transformers.GPTJConfig(n_embd=24, n_layer=3, n_head=2, rotary_dim=4, vocab_size=332),
+    "gpt_neo": transformers.GPTNeoConfig(
+        **SMALL, num_layers=3, num_heads=2, attention_types=[[["global", "local", "global"], 1]]
+    ),
+    "bloom": transformers.BloomConfig(**SMALL, n_layer=3, n_head=2),
+    "olmo2": transformers.Olmo2Config(
+        **SMALL, num_hidden_layers=3, num_attention_heads=2, intermediate_size=56, pad_token_id=None
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["phi", "llama", "gpt2", "gpt_neox", "gemma2", *CONFIGS])
 def test_what_an_mlp_and_attention_add_is_what_the_next_layer_gets(family: str, tmp_path: Path) -> None:
     """The hooks named so, added to what came in, are what goes out: in serial and in parallel blocks."""
-    folder = make_tiny_model(family, tmp_path / family)
+    folder = tmp_path / family
+    if family in CONFIGS:
+        make_tiny_model_of(CONFIGS[family], folder)
+    else:
+        make_tiny_model(family, folder)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
     seen: dict[str, torch.Tensor] = {}
 

@@ -27,7 +27,14 @@ def table(*paths: str, recommended: tuple[str, ...] = ()) -> HookTable:
     )
 
 
-PATHS = ("model.layers.1", "model.layers.1:in", "model.layers.1.mlp", "model.layers.1.mlp.down_proj", "model.norm")
+PATHS = (
+    "model.layers.1",
+    "model.layers.1:in",
+    "model.layers.1.self_attn.o_proj:in",
+    "model.layers.1.mlp",
+    "model.layers.1.mlp.down_proj",
+    "model.norm",
+)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,7 @@ PATHS = ("model.layers.1", "model.layers.1:in", "model.layers.1.mlp", "model.lay
         ("blocks.1.hook_mlp_out", "model.layers.1.mlp", "model.layers.1.mlp"),
         ("blocks.1.hook_resid_post", "model.layers.1.output", "model.layers.1"),
         ("model.norm", None, "model.norm"),
+        ("blocks.1.attn.hook_z", None, "model.layers.1.self_attn.o_proj:in"),
     ],
 )
 def test_hooks_are_found_by_either_name(name: str, path: str | None, found: str) -> None:
@@ -55,7 +63,11 @@ def test_the_recommended_of_several_paths_is_taken() -> None:
     ("name", "path", "message"),
     [
         (None, None, "does not say where the SAE is read; give --hook PATH"),
-        ("blocks.7.hook_mlp_out", None, "'blocks.7.hook_mlp_out' is none of tiny's module paths"),
+        (
+            "blocks.7.hook_mlp_out",
+            None,
+            "'blocks.7.hook_mlp_out' is none of tiny's module paths, and which of .* not known here",
+        ),
         (None, "model.layers.9.mlp", "layer 9 is out of range; tiny has layers 0 to 2"),
     ],
 )
