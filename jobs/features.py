@@ -25,7 +25,7 @@ from midiscover import tables
 from midiscover.config import FeaturesConfig, ResourcesConfig, RunConfig
 from midiscover.configio import build_config, to_tree
 from midiscover.cores import compute_on
-from midiscover.corpus import Corpus, find_corpus
+from midiscover.corpus import Corpus, standing_corpus
 from midiscover.errors import ConfigError, StageError, TrackingError
 from midiscover.features.collect import Part, collect_chunk, merged
 from midiscover.features.finish import Finisher
@@ -213,7 +213,7 @@ class FeaturesRun:
         lacking: dict[str, list[Record]] = {}
         for site, saes in sites.items():
             has_rows = is_harvested(self.storage, site.harvest_id, site.hook)
-            if has_rows and find_corpus(self.storage, site.corpus_id) is not None:
+            if has_rows and standing_corpus(self.storage, site.corpus_id) is not None:
                 continue
             gone = "the text" if has_rows else "its activations"
             self.bars.say(f"{site.hook}: {gone} can't be found in the store and will be made again")

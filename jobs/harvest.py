@@ -22,7 +22,7 @@ from jobs.progress import Bars
 from jobs.runtime import Cluster, Slots, last_line, model_slots, own_error, ray_data, ray_session, run_main
 from midiscover.config import Dtype
 from midiscover.cores import compute_on
-from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
+from midiscover.corpus import Corpus, CorpusManifest, build_corpus, standing_corpus
 from midiscover.errors import MiDiscoverError, StageError
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.launch import Prepared, parse_job, prepare
@@ -130,7 +130,7 @@ class HarvestActor:
 def ensure_corpus(prepared: Prepared, bars: Bars) -> CorpusManifest:
     """The corpus of a run; made on this machine's CPU if it is not committed."""
     resolved, storage = prepared.resolved, prepared.storage
-    found = find_corpus(storage, resolved.corpus_id)
+    found = standing_corpus(storage, resolved.corpus_id)
     if found is None:
         began = time.monotonic()
         target = resolved.config.corpus.max_tokens or 0

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from midiscover.config import CorpusConfig
-from midiscover.errors import CorpusError, CorruptError, NotFoundError, StageError, UserError
+from midiscover.errors import CorpusError, CorruptError, NotFoundError, StageError
 from midiscover.ids import canonical_json
 from midiscover.mixing import Document, Mixed, Split, mix, prepends_bos
 from midiscover.packing import Ints, Layout, Packer, Windows, apart_from_training
@@ -165,6 +165,22 @@ def find_corpus(storage: Storage, corpus_id: str) -> CorpusManifest | None:
         return None
 
 
+def standing_corpus(storage: Storage, corpus_id: str) -> CorpusManifest | None:
+    """As `find_corpus`, where the files that the manifest names are there.
+
+    The manifest of files that are gone, as a removal leaves it that overlapped with a build, is taken back, so that
+    they are made again.
+    """
+    found = find_corpus(storage, corpus_id)
+    if found is None:
+        return None
+    named = {paths.corpus_file(corpus_id, name) for name in (DOCUMENTS, *(shard.file for shard in found.shards))}
+    if named <= set(storage.list(paths.corpus_folder(corpus_id))):
+        return found
+    storage.delete(paths.corpus_manifest(corpus_id))
+    return None
+
+
 def build_corpus(
     cfg: CorpusConfig,
     source: SourceIdentity,
@@ -179,26 +195,23 @@ def build_corpus(
 
     `progress` gets the tokens taken so far. Training windows are written as they fill a shard, held-out ones stay in
     memory to the end (about 20 bytes a token). CorpusError where the text is too little for two splits or a file of
-    the source is broken; then nothing is left behind.
+    the source is broken. Shards that were written by then stay, for they may be another build's as well: their names
+    come from their content. `upkeep` counts those of a corpus without a manifest as garbage.
     """
-    finished = find_corpus(storage, corpus_id)
+    finished = standing_corpus(storage, corpus_id)
     if finished is not None:
         return finished
     build = _Build(corpus_id, storage, _layout(cfg, tokenizer))
     counts = Mixed()
     parts = dict(zip(source.parts, documents(cfg, source), strict=True))
-    try:
-        reported = 0
-        for document in mix(parts, cfg, tokenizer, counts):
-            build.add(document)
-            if counts.tokens - reported >= REPORT_TOKENS:
-                reported = counts.tokens
-                progress(reported)
-        progress(counts.tokens)
-        manifest = build.finish(counts, cfg, source, lineage)
-    except UserError:
-        build.discard()
-        raise
+    reported = 0
+    for document in mix(parts, cfg, tokenizer, counts):
+        build.add(document)
+        if counts.tokens - reported >= REPORT_TOKENS:
+            reported = counts.tokens
+            progress(reported)
+    progress(counts.tokens)
+    manifest = build.finish(counts, cfg, source, lineage)
     if storage.create(paths.corpus_manifest(corpus_id), manifest.to_json()):
         return manifest
     return Corpus.open(storage, corpus_id).manifest  # another build was first; its manifest stands
@@ -282,11 +295,6 @@ class _Build:
             lineage=lineage,
         )
 
-    def discard(self) -> None:
-        """Remove the shards of a build that can't be finished; no manifest names them."""
-        for shard in self.shards:
-            self.storage.delete(paths.corpus_file(self.corpus_id, shard.file))
-
     def _held_out(self, cfg: CorpusConfig, source: SourceIdentity) -> Windows:
         """Close both streams: writes the last training windows and returns all held-out ones."""
         training, held_out = (packer.take(rest=True) for packer in self.packers.values())
@@ -324,7 +332,12 @@ class _Build:
 
 
 def _read_shard(storage: Storage, corpus_id: str, shard: Shard) -> Windows:
-    data = storage.read(paths.corpus_file(corpus_id, shard.file))
+    try:
+        data = storage.read(paths.corpus_file(corpus_id, shard.file))
+    except FileNotFoundError as error:
+        raise CorruptError(
+            f"{shard.file} of corpus {corpus_id} is gone. The next sweep, harvest or features job makes it again."
+        ) from error
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise CorruptError(f"{shard.file} of corpus {corpus_id} differs from its manifest (sha256).")
     tensors = load(data)

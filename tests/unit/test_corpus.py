@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from midiscover import corpus as corpus_module
+from midiscover import mixing
 from midiscover.config import CorpusConfig
-from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus
+from midiscover.corpus import Corpus, CorpusManifest, build_corpus, find_corpus, standing_corpus
 from midiscover.errors import CorpusError, CorruptError, NotFoundError
 from midiscover.mixing import Mixed, mix
 from midiscover.packing import Windows
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import open_store
 from midiscover.texts import SourceIdentity, resolve_source
+from midiscover.upkeep import GRACE_SECONDS, garbage, survey
 
 WORDS = 900
 RUN = 32
@@ -319,10 +324,15 @@ def test_absent_and_damaged_corpora(tmp_path: Path) -> None:
 def test_too_little_text(tmp_path: Path, texts: list[str], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(CorpusError, match=said):
         build(tmp_path, texts, **settings)
-    assert files(tmp_path / "store") == {}
+    assert LocalStorage(tmp_path / "store").list("") == unfinished(tmp_path / "store")
 
 
-def test_a_source_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def unfinished(store: Path) -> list[str]:
+    """What `store gc` will remove once it is a day old."""
+    return [one.key for one in garbage(survey(LocalStorage(store)), now=time.time() + GRACE_SECONDS + 60)]
+
+
+def test_a_source_that_breaks_off_leaves_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 10_000)
     texts = make_texts(3000, longest=60)
     (tmp_path / "a.jsonl").write_text("\n".join([*(json.dumps({"text": text}) for text in texts), "oops"]))
@@ -330,5 +340,56 @@ def test_a_source_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: py
     storage = open_store(str(tmp_path / "store"))
     with pytest.raises(CorpusError, match=r"a\.jsonl, line 3001 is not JSON"):
         build_corpus(cfg, resolve_source(cfg), make_tokenizer(), storage, "c.b", lineage={})
-    assert (tmp_path / "store").exists(), "shards had been written"
-    assert files(tmp_path / "store") == {}
+    assert find_corpus(storage, "c.b") is None
+    left = storage.list("")
+    assert len(left) > 1, "shards had been written"
+    assert left == unfinished(tmp_path / "store")
+
+
+@pytest.mark.parametrize("broken", ["outer", "inner"])
+def test_a_build_that_breaks_off_takes_nothing_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Both write the same shards; one of them runs while the other is half done."""
+    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(mixing, "BATCH_CHARACTERS", 1)
+    texts = make_texts(60)
+    whole, manifest = build(tmp_path, texts)
+    storage = LocalStorage(tmp_path / "raced")
+    args = (CorpusConfig(context_size=48, held_out=0.3), SourceIdentity(name="any", digest="any"), make_tokenizer())
+
+    def read(name: str) -> Iterator[str]:
+        for number, text in enumerate(texts):
+            if name == broken and number == 45:
+                raise CorpusError(f"the text of the {name} build can't be read")
+            if name == "outer" and number == 30:
+                assert len(storage.list("")) > 3
+                make("inner")
+            yield text
+
+    def make(name: str) -> None:
+        monkeypatch.setattr(corpus_module, "documents", lambda *_: [read(name)])
+        with pytest.raises(CorpusError, match=broken) if name == broken else nullcontext():
+            build_corpus(*args, storage, "c.r", lineage={})
+
+    make("outer")
+    corpus = Corpus.open(storage, "c.r")
+    np.testing.assert_array_equal(corpus.windows(0, manifest.n_windows).ids, whole.windows(0, manifest.n_windows).ids)
+
+
+def test_a_corpus_whose_files_are_gone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
+    corpus, manifest = build(tmp_path, make_texts(60))
+    whole = files(tmp_path / "store")
+    gone = f"corpora/c.test/{manifest.shards[1].file}"
+    for key in (gone, "corpora/c.test/documents.parquet"):
+        corpus.storage.delete(key)
+        if key == gone:
+            with pytest.raises(CorruptError, match=r"shard-00001-\w+\.safetensors of corpus c\.test is gone"):
+                corpus.windows(0, manifest.n_windows)
+        assert find_corpus(corpus.storage, "c.test") == manifest
+        assert standing_corpus(corpus.storage, "c.test") is None
+        assert find_corpus(corpus.storage, "c.test") is None
+        build(tmp_path, make_texts(60))
+        assert files(tmp_path / "store") == whole
+        assert standing_corpus(corpus.storage, "c.test") == manifest

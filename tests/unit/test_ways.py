@@ -17,6 +17,7 @@ from midiscover.errors import ConfigError
 from midiscover.launch import Prepared
 from midiscover.rates import Rates, StepCost, write_rates
 from midiscover.saeconfig import SAE_KINDS
+from midiscover.store import layout
 from tests.runs import prepared_sweep, write_run
 
 MACHINE = Cluster(local=True, cores=2, nodes=(Node(4, 0),))
@@ -89,3 +90,12 @@ def test_a_stream_that_no_process_can_have_alone_is_refused(tmp_path: Path, name
     flags = ["--resources.activations", "stream", f"--resources.{name}", "2"]
     with pytest.raises(ConfigError, match=f"resources.{name} must be 1 where resources.activations is stream"):
         prepared_sweep(write_run(tmp_path), tmp_path / "store", *flags)
+
+
+def test_a_run_makes_a_corpus_again_whose_shards_are_gone(tmp_path: Path) -> None:
+    prepared, corpus = run(tmp_path, "store")
+    storage = prepared.storage
+    before = storage.list("corpora")
+    storage.delete(layout.corpus_file(corpus.id, corpus.shards[0].file))
+    assert ensure_corpus(prepared, Silent()) == corpus  # type: ignore[arg-type]
+    assert storage.list("corpora") == before
