@@ -16,6 +16,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ KINDS = {
     layout.SAES: "sae",
     layout.SWEEPS: "sweep",
 }
+READERS = 16
+"""Small documents of a bucket that are read at once."""
 LAST_WRITTEN = {layout.CORPORA: "manifest.json", layout.MODELS: "manifest.json", layout.TEXTS: "_contents.json"}
 """Folders that are unfinished without this file."""
 _BLOCK = re.compile(r"(?P<marker>.+/block-\d+)-[0-9a-f]+\.safetensors")
@@ -74,6 +77,8 @@ class Survey:
     """Finished SAE -> its record."""
     sweeps: Mapping[str, Json]
     """Sweep -> its sweep.json."""
+    sweep_files: Mapping[str, Sequence[str]]
+    """Sweep -> all keys in its folder."""
     unreadable: Sequence[str]
     """Keys of what should be a sweep.json: nobody knows which activations it uses, so all stay."""
     leftovers: Sequence[Entry]
@@ -85,8 +90,12 @@ def survey(storage: Storage) -> Survey:
     entries = {entry.key: entry for entry in storage.entries("")}
     records, _ = _documents(storage, entries, layout.SAES, "record.json")
     sweeps, unreadable = _documents(storage, entries, layout.SWEEPS, "sweep.json")
+    sweep_files: dict[str, list[str]] = {}
+    for key in entries:
+        if key.startswith(f"{layout.SWEEPS}/"):
+            sweep_files.setdefault(key.split("/")[1], []).append(key)
     leftovers = storage.leftovers() if isinstance(storage, LocalStorage) else ()
-    return Survey(storage, entries, records, sweeps, unreadable, leftovers)
+    return Survey(storage, entries, records, sweeps, sweep_files, unreadable, leftovers)
 
 
 def holdings(found: Survey) -> list[Holding]:
@@ -140,12 +149,16 @@ def spent_activations(
     now = time.time() if now is None else now
     if found.unreadable:
         return []
+    users: dict[str, list[str]] = {}
+    for sweep_id, sweep in found.sweeps.items():
+        for harvest in _harvests_of(found, sweep):
+            users.setdefault(harvest, []).append(sweep_id)
     waste = []
     for harvest, entries in _harvests(found).items():
-        users = [sweep for sweep in found.sweeps.values() if harvest in _harvests_of(found, sweep)]
+        sweeps = users.get(harvest, ())
         age = now - max(entry.modified for entry in entries)
-        done = users and age >= grace and all(_is_done(found, sweep) for sweep in users)
-        if done and (asked or all(_lets_go(sweep, age) for sweep in users)):
+        done = sweeps and age >= grace and all(_is_done(found, sweep) for sweep in sweeps)
+        if done and (asked or all(_lets_go(found.sweeps[sweep], age) for sweep in sweeps)):
             why = "every sweep that reads them is finished" + ("" if asked else " and lets them go")
             waste += [Waste(entry.key, entry.bytes, why) for entry in entries]
     return sorted(waste)
@@ -216,19 +229,34 @@ def _documents(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Folder -> its document of this name; and the keys of those that are no JSON object."""
     found, unreadable = {}, []
-    for key in entries:
-        if key.startswith(f"{folder}/") and key.count("/") == 2 and key.endswith(f"/{name}"):
-            try:
-                document = json.loads(storage.read(key))
-            except FileNotFoundError:  # deleted since
-                continue
-            except ValueError:
-                document = None
-            if isinstance(document, dict):
-                found[key.split("/")[1]] = document
-            else:
-                unreadable.append(key)
+    named = [
+        key for key in entries if key.startswith(f"{folder}/") and key.count("/") == 2 and key.endswith(f"/{name}")
+    ]
+    for key, document in _read(storage, named):
+        if isinstance(document, dict):
+            found[key.split("/")[1]] = document
+        else:
+            unreadable.append(key)
     return found, unreadable
+
+
+def _read(storage: Storage, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys with the JSON that stands there, None where it is none; without those that were deleted since."""
+
+    def read(key: str) -> bytes | None:
+        try:
+            return storage.read(key)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(1 if storage.is_local else READERS) as readers:
+        for key, data in zip(keys, readers.map(read, keys), strict=True):
+            if data is None:
+                continue
+            try:
+                yield key, json.loads(data)
+            except ValueError:
+                yield key, None
 
 
 def _place(key: str) -> tuple[str, str]:
@@ -277,39 +305,48 @@ def _reasons(found: Survey) -> Iterator[tuple[str, str]]:
 
 
 def _unnamed_blocks(found: Survey) -> Iterator[tuple[str, str]]:
+    marked: dict[str, list[str]] = {}
     for key in found.entries:
         match = _BLOCK.fullmatch(key) if key.startswith(f"{layout.ACTIVATIONS}/") else None
         if match is None:
             continue
         marker = match["marker"] + ".json"
-        if marker not in found.entries:
-            # A hook with a manifest has a marker for each of its blocks; without one the block may be in the making.
-            if key.rpartition("/")[0] + "/manifest.json" in found.entries:
-                yield key, "no marker names it"
-            continue
-        try:
-            named = json.loads(found.storage.read(marker))["file"]
-        except (ValueError, LookupError, TypeError, FileNotFoundError):
-            continue
-        if named != key.rpartition("/")[2]:
-            yield key, "its marker names another writer's block"
+        if marker in found.entries:
+            marked.setdefault(marker, []).append(key)
+        # A hook with a manifest has a marker for each of its blocks; without one the block may be in the making.
+        elif key.rpartition("/")[0] + "/manifest.json" in found.entries:
+            yield key, "no marker names it"
+    for marker, row in _read(found.storage, list(marked)):
+        if isinstance(row, dict) and "file" in row:
+            for key in marked[marker]:
+                if row["file"] != key.rpartition("/")[2]:
+                    yield key, "its marker names another writer's block"
 
 
 def _finished_packs(found: Survey) -> Iterator[tuple[str, str]]:
-    for sweep_id, sweep in found.sweeps.items():
-        if _is_done(found, sweep):
-            for key in found.entries:
+    for sweep_id in found.sweeps:
+        if _is_done(found, sweep_id):
+            for key in found.sweep_files[sweep_id]:
                 if key.startswith(f"{layout.SWEEPS}/{sweep_id}/packs/"):
                     yield key, "every SAE of its sweep stands"
 
 
-def _is_done(found: Survey, sweep: Json) -> bool:
+def _is_done(found: Survey, sweep_id: str) -> bool:
+    """Whether every SAE of a sweep stands and is measured as the sweep asks, or was retired.
+
+    Measuring anew reads the activations of SAEs that have long stood.
+    """
+    sweep = found.sweeps[sweep_id]
     retired = {
         key.rpartition("/")[2].removesuffix(".json")
-        for key in found.entries
-        if key.startswith(f"{layout.SWEEPS}/{sweep.get('id')}/retired/")
+        for key in found.sweep_files[sweep_id]
+        if key.startswith(f"{layout.SWEEPS}/{sweep_id}/retired/")
     }
-    return all(name in found.records or name in retired for name in sweep.get("sae_ids", ()))
+    return all(
+        (name in found.records and layout.evaluation(name, str(sweep.get("evaluation_id"))) in found.entries)
+        or name in retired
+        for name in sweep.get("sae_ids", ())
+    )
 
 
 def _harvests(found: Survey) -> dict[str, list[Entry]]:

@@ -28,7 +28,9 @@ def record(harvest: str, model: str = "store:phi") -> dict[str, Any]:
 
 def sweep(name: str, saes: list[str], keep: str | None = None, harvest: str = "h.1") -> dict[str, Any]:
     resources = {} if keep is None else {"keep_activations": keep}
-    return {"id": name, "sae_ids": saes, "harvest": harvest, "config": {"resources": resources}}
+    return {
+        "id": name, "sae_ids": saes, "harvest": harvest, "evaluation_id": "e.1", "config": {"resources": resources}
+    }  # fmt: skip
 
 
 def fill(storage: Storage) -> None:
@@ -56,7 +58,9 @@ def fill(storage: Storage) -> None:
         "saes/one/exports/bundle/unfinished.json": {},
         "saes/one/exports/bundle/cfg.json": {},
         "saes/one/exports/saelens/manifest.json": {},
+        "saes/one/evaluations/e.1.json": {},
         "saes/two/record.json": record("h.1"),
+        "saes/two/evaluations/e.1.json": {},
         "sweeps/s.1/sweep.json": sweep("s.1", ["one", "two"]),
         "sweeps/s.1/packs/p/step-9.safetensors": b"s",
         "sweeps/s.2/sweep.json": sweep("s.2", ["one", "absent"]),
@@ -189,6 +193,23 @@ def test_a_retired_sae_is_no_unfinished_one(storage: LocalStorage) -> None:
     assert len(spent_activations(survey(storage), grace=0)) > 3
 
 
+def test_a_sweep_that_measures_again_keeps_its_activations(storage: LocalStorage) -> None:
+    """Its SAEs stand, measured by an older sweep in another way."""
+    spent(storage)
+    storage.write("sweeps/s.2/sweep.json", json.dumps(sweep("s.2", ["one", "two"], "14d")).encode())
+    later = time.time() + 15 * 86400
+    gone = {one.key for one in spent_activations(survey(storage), now=later)}
+    assert gone == {key for key in storage.list("activations") if key.startswith("activations/h.1/")}
+    again = sweep("s.2", ["one", "two"], "14d") | {"evaluation_id": "e.2"}
+    storage.write("sweeps/s.2/sweep.json", json.dumps(again).encode())
+    for measured in ("one", "two"):
+        for asked in (True, False):
+            assert spent_activations(survey(storage), asked=asked, now=later) == []
+        assert spent_by(survey(storage), "s.2") == []
+        storage.write(f"saes/{measured}/evaluations/e.2.json", b"{}")
+    assert {one.key for one in spent_activations(survey(storage), now=later)} == gone
+
+
 def test_a_document_that_cannot_be_read_keeps_what_it_owns(storage: LocalStorage) -> None:
     storage.write("sweeps/s.1/sweep.json", b"{")
     keys = {one.key for one in garbage(survey(storage), grace=0, now=time.time() + 60)}
@@ -217,7 +238,7 @@ def test_activations_that_a_job_reads_or_has_just_written_stay(storage: LocalSto
     spent(storage)
     now = time.time()
     files = {path for path in (tmp_path / "activations/h.1").rglob("*") if path.is_file()}
-    for path in (*files, *tmp_path.glob("saes/*/record.json")):
+    for path in (*files, *tmp_path.glob("saes/*/record.json"), *tmp_path.glob("saes/*/evaluations/*")):
         os.utime(path, (now - 7200, now - 7200))
     assert len(spent_activations(survey(storage), grace=3600, now=now)) == len(files)
     assert len(spent_by(survey(storage), "s.1")) == len(files)
