@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from midiscover.errors import CorruptError, TrackingRefusedError
@@ -31,6 +32,9 @@ VERSION = 1
 
 FEATURES_MANIFEST = re.compile(r"features/[^/]+/manifest\.json")
 """Within the folder of an SAE: the last file of its feature records."""
+FEATURES = "features.parquet"
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
+"""What a document raises that is absent or not what it should be."""
 SWEEP_FILES = ("report.html", "frontier.png")
 """What people look at, and what the tracker lists as artifacts of a sweep."""
 
@@ -130,9 +134,15 @@ class _Reindex:
 
     def _features(self, name: str, file: str) -> None:
         def take(manifest: dict[str, Any]) -> None:
-            key = layout.features_file(name, manifest["features_id"], "features.parquet")
-            table = pq.read_table(io.BytesIO(self.storage.read(key)), columns=list(FEATURE_COLUMNS))
-            self.tracker.record_features(name, manifest["features_id"], table.to_pylist())
+            key = layout.features_file(name, manifest["features_id"], FEATURES)
+            data = self.storage.read(key)
+            if hashlib.sha256(data).hexdigest() != manifest["files"][FEATURES]["sha256"]:
+                raise CorruptError(f"{key} differs from its manifest (sha256)")
+            try:
+                rows = pq.read_table(io.BytesIO(data), columns=list(FEATURE_COLUMNS)).to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise CorruptError(f"{key} can't be read: {error}") from error
+            self.tracker.record_features(name, manifest["features_id"], rows)
 
         if self._take(layout.sae_file(name, file), take):
             self.counts["features"] += 1
@@ -176,7 +186,7 @@ class _Reindex:
             if versioned and document.get("v") != VERSION:
                 raise ValueError(f"of version {document.get('v')}, this miDiscover reads {VERSION}")
             use(document)
-        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, TrackingRefusedError) as error:
+        except (*UNREADABLE, CorruptError, TrackingRefusedError) as error:
             self.unreadable[key] = f"no key {error}" if isinstance(error, KeyError) else str(error)
             return {}
         return document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import Any
@@ -142,7 +143,9 @@ def put_features(storage: Storage, sae_id: str, features_id: str = "f.3333333333
     data = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(features()), data)
     storage.write(layout.features_file(sae_id, features_id, "features.parquet"), data.getvalue())
-    put(storage, layout.features_manifest(sae_id, features_id), {"v": 1, "sae": sae_id, "features_id": features_id})
+    files = {"features.parquet": {"sha256": hashlib.sha256(data.getvalue()).hexdigest()}}
+    manifest = {"v": 1, "sae": sae_id, "features_id": features_id, "files": files}
+    put(storage, layout.features_manifest(sae_id, features_id), manifest)
 
 
 def dump(address: str, leave_out: set[str] = TIMES_OF_WRITE) -> dict[str, list[dict[str, Any]]]:

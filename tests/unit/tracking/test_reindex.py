@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from midiscover.errors import StoreFailedError
 from midiscover.store import layout
+from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Storage, open_store
 from midiscover.tracking.annotations import annotations_key
 from midiscover.tracking.reindex import reindex
@@ -212,3 +219,43 @@ def test_damaged_files_are_named_and_passed_over(told: Tracker, storage: Storage
         assert (counts.sweeps, counts.saes) == (2, 2)
         assert len(rebuilt.compare("demo")) == 2
         assert rebuilt.show(sweep["id"])["tags"] == ["first", "small"]
+
+
+@pytest.mark.parametrize("how", ["bits turned over", "cut short", "no parquet by its manifest either"])
+def test_damaged_features_are_named_and_no_number_of_them_taken(
+    told: Tracker, storage: Storage, tmp_path: Path, how: str
+) -> None:
+    sae, features_id = samples.sweep()["sae_ids"][0], "f.3333333333"
+    key, manifest = (layout.features_file(sae, features_id, name) for name in ("features.parquet", "manifest.json"))
+    good = storage.read(key)
+    if how == "no parquet by its manifest either":
+        data = b"PAR1" + good[4:-40] + b"\xff" * 32 + good[-8:]
+        files = {"features.parquet": {"sha256": hashlib.sha256(data).hexdigest()}}
+        samples.put(storage, manifest, {"v": 1, "sae": sae, "features_id": features_id, "files": files})
+        with pytest.raises((OSError, pa.ArrowException)):
+            pq.read_table(io.BytesIO(data))
+    elif how == "cut short":
+        data = good[: len(good) // 2]
+    else:
+        place = good.index(np.float64(samples.features()[0]["mean"]).tobytes())
+        data = good[:place] + np.float64(9.0).tobytes() + good[place + 8 :]
+        assert pq.read_table(io.BytesIO(data)).to_pylist()[0]["mean"] == 9.0, "parquet itself sees nothing"
+    storage.write(key, data)
+    with Tracker.open(f"sqlite:///{tmp_path / 'fresh.db'}") as rebuilt:
+        counts = reindex(storage, rebuilt)
+        assert counts == (2, 6, 7, 1, 0, 3, counts.unreadable)
+        [(named, reason)] = counts.unreadable.items()
+        assert named == manifest
+        assert key in reason
+    assert samples.dump(f"sqlite:///{tmp_path / 'fresh.db'}")["features"] == []
+
+
+def test_a_store_that_fails_ends_the_reindex(told: Tracker, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not give is not damaged."""
+
+    def fail(self: LocalStorage, key: str, *_: Any) -> bytes:
+        raise StoreFailedError(f"Can't read {key}: Input/output error.")
+
+    monkeypatch.setattr(LocalStorage, "read", fail)
+    with pytest.raises(StoreFailedError):
+        reindex(storage, told)
