@@ -161,6 +161,12 @@ class EvaluateConfig:
     foreign_source: str | None = None
     """A second text, unlike the one trained on, for the FVU and L0 there; whatever corpus.source may be, or
     `builtin-code`, the source of Python's standard library. null: none."""
+    foreign_text_field: str | None = None
+    """Column or key that holds its text; null: that of corpus.text_field."""
+    foreign_subset: str | None = None
+    """Configuration name, where it is a hub data set."""
+    foreign_split: str = "train"
+    """Split, where it is a hub data set."""
     foreign_tokens: int = 8192
     """Tokens of it that are run through the model, excerpts of many documents."""
 

@@ -31,6 +31,9 @@ LATER_SETTINGS: dict[str, Any] = {
     "decoder": "free",
     "resample_at": (),
     "foreign_source": None,
+    "foreign_text_field": None,
+    "foreign_subset": None,
+    "foreign_split": "train",
 }
 """Settings that came after the first ids, at the meaning that those ids have: there they are left out."""
 RECIPE_VERSION = 1
@@ -227,7 +230,7 @@ def evaluation_id(evaluate: EvaluateConfig, *, foreign_digest: str | None = None
     """Id of how an SAE is measured; a change measures anew and trains nothing. foreign_digest: of the foreign text."""
     given = _settings(evaluate)
     if evaluate.foreign_source is None:
-        del given["foreign_tokens"]
+        given = {name: value for name, value in given.items() if not name.startswith("foreign_")}
     else:
         given["foreign_source"] = foreign_digest  # the text, wherever it lies
     return "e." + fingerprint("evaluation", 2, given)  # 2: cross-entropy over windows from all of the held-out text

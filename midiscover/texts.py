@@ -58,9 +58,11 @@ def resolve_source(cfg: CorpusConfig) -> SourceIdentity:
     """Find the source and identify its text.
 
     Reads the first document, so that a wrong column or an empty file is known here. CorpusError in under 5 seconds
-    where the source is not there or holds no text; hashing large files for the first time takes longer than that.
+    where the source is not there, holds no text, or is given settings of a hub data set and is none; hashing large
+    files for the first time takes longer than that.
     """
     if cfg.source in builtin_text.PARTS:
+        _refuse_hub_settings(cfg)
         return SourceIdentity(
             name=cfg.source,
             digest=builtin_text.digest(cfg.source),
@@ -70,10 +72,21 @@ def resolve_source(cfg: CorpusConfig) -> SourceIdentity:
     files = text_files.find(cfg.source)
     if files is None:
         return _resolve_hub(cfg)
+    _refuse_hub_settings(cfg)
     with closing(text_files.read(files, cfg.text_field)) as texts:
         if next(texts, None) is None:
             raise CorpusError(f"{cfg.source} holds no text: every document in it is empty.")
     return SourceIdentity(name=text_files.name_of(cfg.source), digest=text_files.digest(files))
+
+
+def _refuse_hub_settings(cfg: CorpusConfig) -> None:
+    """They would choose nothing, and another split would yet be another corpus of the same text."""
+    for name in ("subset", "split", "revision"):
+        if getattr(cfg, name) != getattr(CorpusConfig(), name):
+            raise CorpusError(
+                f"corpus.{name} is {getattr(cfg, name)}, but {cfg.source} is no hub data set, and no other source has "
+                f"a {name}: leave corpus.{name} out."
+            )
 
 
 def foreign_config(corpus: CorpusConfig, evaluate: EvaluateConfig) -> CorpusConfig | None:
@@ -83,9 +96,10 @@ def foreign_config(corpus: CorpusConfig, evaluate: EvaluateConfig) -> CorpusConf
     return replace(
         corpus,
         source=evaluate.foreign_source,
-        subset=None,
-        split="train",
+        subset=evaluate.foreign_subset,
+        split=evaluate.foreign_split,
         revision=None,
+        text_field=evaluate.foreign_text_field or corpus.text_field,
         max_samples=None,
         max_tokens=evaluate.foreign_tokens,
     )
@@ -99,7 +113,8 @@ def resolve_foreign(corpus: CorpusConfig, evaluate: EvaluateConfig) -> SourceIde
     try:
         return resolve_source(cfg)
     except CorpusError as error:
-        raise CorpusError(str(error).replace("corpus.source", "evaluate.foreign_source")) from error
+        named = re.sub(r"\bcorpus\.(source|subset|split|text_field)\b", r"evaluate.foreign_\1", str(error))
+        raise CorpusError(named) from error
 
 
 def documents(cfg: CorpusConfig, identity: SourceIdentity) -> list[Iterator[str]]:
@@ -177,9 +192,12 @@ def _hub_documents(cfg: CorpusConfig, identity: SourceIdentity) -> Iterator[str]
 
     def rows() -> Iterator[Any]:
         try:
-            yield from datasets.load_dataset(
+            stream = datasets.load_dataset(
                 cfg.source, name=cfg.subset, split=cfg.split, revision=identity.revision, streaming=True
             )
+            if cfg.text_field in (getattr(stream, "features", None) or ()):  # images and sound would be decoded
+                stream = stream.select_columns([cfg.text_field])
+            yield from stream
         except Exception as error:  # of `datasets`, of the HTTP library of the day, or of the files' formats
             raise CorpusError(f"Data set {where} can't be read: {str(error) or type(error).__name__}") from error
 

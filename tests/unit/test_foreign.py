@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from midiscover.corpus import Corpus
 from midiscover.errors import CorpusError
 from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.harvest import Harvester, HarvestJob
+from midiscover.ids import evaluation_id
 from midiscover.lm import LanguageModel
 from midiscover.packing import Windows
 from midiscover.reading import Reader
 from midiscover.store.blocks import Mask, block_plan, read_block
-from midiscover.texts import foreign_config, resolve_foreign
+from midiscover.texts import documents, foreign_config, resolve_foreign
 from midiscover.train import Pair
 from tests.unit.test_harvest import CONTEXT
 
@@ -97,3 +99,32 @@ def test_an_unknown_foreign_source_is_named_by_its_setting() -> None:
     with pytest.raises(CorpusError, match=r"nowhere\.parquet does not exist; evaluate\.foreign_source must"):
         resolve_foreign(CorpusConfig(), EvaluateConfig(foreign_source="nowhere.parquet"))
     assert resolve_foreign(CorpusConfig(), EvaluateConfig()) is None
+
+
+def test_a_foreign_text_has_settings_of_its_own(tmp_path: Path) -> None:
+    """Its column is that of the run's text where nothing is said; it is another text under another column."""
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"text": "some", "other": "another"}\n')
+    corpus = CorpusConfig(source="some/prose", subset="en", split="test", revision="main", text_field="body")
+
+    def first(evaluate: EvaluateConfig) -> str:
+        cfg, source = foreign_config(corpus, evaluate), resolve_foreign(corpus, evaluate)
+        assert cfg is not None
+        assert source is not None
+        return next(documents(cfg, source)[0])
+
+    plain = EvaluateConfig(foreign_source=str(path))
+    with pytest.raises(CorpusError, match=r"no field 'body'.* evaluate\.foreign_text_field chooses"):
+        resolve_foreign(corpus, plain)
+    texts = [replace(plain, foreign_text_field=name) for name in ("text", "other")]
+    assert [first(evaluate) for evaluate in texts] == ["some", "another"]
+    assert len({evaluation_id(evaluate, foreign_digest="d") for evaluate in (plain, *texts)}) == 3
+    for name, wrong in (
+        ("subset", replace(texts[0], foreign_subset="en")),
+        ("split", replace(texts[0], foreign_split="en")),
+    ):
+        with pytest.raises(CorpusError, match=rf"evaluate\.foreign_{name} is en, but .* is no hub data set"):
+            resolve_foreign(corpus, wrong)
+    assert evaluation_id(replace(EvaluateConfig(), foreign_text_field="text")) == evaluation_id(EvaluateConfig())
+    hub = foreign_config(corpus, EvaluateConfig(foreign_source="other/prose", foreign_subset="de", foreign_split="dev"))
+    assert hub == replace(corpus, source="other/prose", subset="de", split="dev", revision=None, max_tokens=8192)

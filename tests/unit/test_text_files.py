@@ -16,7 +16,7 @@ from midiscover.config import CorpusConfig
 from midiscover.errors import CorpusError
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Entry
-from midiscover.texts import documents, resolve_source
+from midiscover.texts import SourceIdentity, documents, resolve_source
 
 
 def test_a_text_that_changes_in_between_is_not_taken_for_the_one_that_was_seen(tmp_path: Path) -> None:
@@ -78,3 +78,35 @@ def test_files_of_a_hub_data_set_may_be_packed_by_zstd(tmp_path: Path) -> None:
         "json", data_files=str(tmp_path / "*.zst"), split="train", streaming=True, cache_dir=str(tmp_path / "cache")
     )
     assert list(found) == rows
+
+
+@pytest.mark.parametrize(("name", "value"), [("split", "test"), ("subset", "en"), ("revision", "main")])
+def test_settings_of_a_hub_data_set_are_refused_for_other_sources(tmp_path: Path, name: str, value: str) -> None:
+    """A folder that was downloaded from the hub has its splits as files, and all of them would be read."""
+    settings: dict[str, Any] = {name: value}
+    (tmp_path / "test-0.txt").write_text("some")
+    for source in (str(tmp_path), str(tmp_path / "test-0.txt"), "builtin"):
+        resolve_source(CorpusConfig(source=source))
+        with pytest.raises(CorpusError, match=rf"corpus\.{name} is {value}, but {source} is no hub data set"):
+            resolve_source(CorpusConfig(source=source, **settings))
+
+
+def test_only_the_text_of_a_hub_data_set_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.table({"body": ["one", "two"], "sound": pa.array([{"bytes": b"none", "path": None}] * 2, kind)})
+    features = {"body": {"dtype": "string", "_type": "Value"}, "sound": {"_type": "Audio"}}
+    rows = rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    real = datasets.load_dataset
+
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        return real("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
+
+    with pytest.raises(Exception, match="decod"):
+        list(load_dataset())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    cfg = CorpusConfig(source="some/sound", text_field="body")
+    (found,) = documents(cfg, SourceIdentity(name="some/sound", digest="c0ffee", revision="c0ffee"))
+    assert list(found) == ["one", "two"]
