@@ -132,7 +132,7 @@ def read(files: Sequence[TextFile], field: str) -> Generator[str]:
             if file.name.endswith(".parquet"):
                 yield from _parquet(stream, field, file.where)
             elif file.name.endswith(".txt"):
-                yield from _txt(stream, alone)
+                yield from _txt(stream, alone, file.where)
             else:
                 yield from _json_lines(stream, field, file.where)
 
@@ -178,7 +178,7 @@ def _nothing_in(where: str, others: set[str]) -> CorpusError:
 
 
 def _in_store(source: str) -> list[TextFile]:
-    """Objects under a prefix, or the one object that `source` names."""
+    """Objects under a prefix, or the one object that `source` names; only those whose names are keys of a store."""
     path = source.removeprefix("s3://").rstrip("/")
     folder, _, name = path.rpartition("/")
     is_object = bool(folder) and name.endswith(SUFFIXES) and open_store(f"s3://{folder}", create=False).exists(name)
@@ -211,6 +211,9 @@ class _ObjectStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def tell(self) -> int:
+        return self._position
+
     def readinto(self, buffer: Any, /) -> int:
         data = self._storage.read(self._key, self._position, len(buffer))
         buffer[: len(data)] = data
@@ -234,8 +237,6 @@ def _opened(file: TextFile) -> Iterator[BinaryIO]:
                     yield cast(BinaryIO, unpacked)
             else:
                 yield raw
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{file.where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise CorpusError(f"{file.where} is no complete gzip file: {error}.") from error
     except OSError as error:
@@ -253,6 +254,8 @@ def _parquet(stream: BinaryIO, field: str, where: str) -> Iterator[str]:
             raise CorpusError(
                 f"{where} has no column {field!r}; it has: {', '.join(schema.names)}. corpus.text_field chooses."
             )
+        if schema.names.count(field) > 1:
+            raise CorpusError(f"{where} has several columns {field!r}; only one may have the name of the text.")
         kind = schema.field(field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_null(kind):  # a file in which every text is missing
@@ -263,6 +266,8 @@ def _parquet(stream: BinaryIO, field: str, where: str) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 if text and text.strip():
                     yield text
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{where}: column {field!r} holds text that is not UTF-8: {error.reason}.") from error
     except pa.ArrowException as error:
         raise CorpusError(f"{where} is no parquet file: {str(error).splitlines()[0]}") from error
 
@@ -276,6 +281,8 @@ def _json_lines(stream: BinaryIO, field: str, where: str) -> Iterator[str]:
             row = json.loads(line)
         except ValueError as error:
             raise CorpusError(f"{place} is not JSON: {error}.") from error
+        except RecursionError as error:
+            raise CorpusError(f"{place} holds a field that is nested too deeply to be read.") from error
         if not isinstance(row, dict):
             raise CorpusError(f'{place} holds no JSON object; one with the text would be {{"{field}": "..."}}.')
         text = text_of(row, field, place)
@@ -283,17 +290,21 @@ def _json_lines(stream: BinaryIO, field: str, where: str) -> Iterator[str]:
             yield text
 
 
-def _txt(stream: BinaryIO, alone: bool) -> Iterator[str]:
+def _txt(stream: BinaryIO, alone: bool, where: str) -> Iterator[str]:
     """One document, or, for a file that stands alone, its paragraphs joined into documents of some length."""
     gathered, size = [], 0
     with io.TextIOWrapper(stream, encoding="utf-8-sig") as lines:
-        for line in lines:
-            if alone and not line.strip() and size >= PARAGRAPH_CHARACTERS:
-                yield "".join(gathered).strip()
-                gathered, size = [], 0
-            elif line.strip() or gathered:
-                gathered.append(line)
-                size += len(line)
+        try:
+            for line in lines:
+                if alone and not line.strip() and size >= PARAGRAPH_CHARACTERS:
+                    yield "".join(gathered).strip()
+                    gathered, size = [], 0
+                elif line.strip() or gathered:
+                    gathered.append(line)
+                    size += len(line)
+        except UnicodeDecodeError as error:
+            place = stream.tell() - len(error.object) + error.start  # the decoder counts from where it read last
+            raise CorpusError(f"{where} is not UTF-8 text: {error.reason} at byte {place}.") from error
     text = "".join(gathered).strip()
     if text:
         yield text

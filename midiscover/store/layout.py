@@ -6,6 +6,8 @@ functions return prefixes for `Storage.list`; all others return the key of one o
 
 from __future__ import annotations
 
+import re
+
 from midiscover.errors import StoreError
 
 MODELS, TEXTS, CORPORA, ACTIVATIONS = "models", "texts", "corpora", "activations"
@@ -22,22 +24,28 @@ TRACKER = "tracker.db"
 """The SQLite tracker of a local store."""
 
 
-def check_key(key: str) -> str:
-    """Return `key` unchanged, or raise StoreError: no empty part, none that starts with a dot, none with a backslash.
+_UNFIT = re.compile(r"[\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Backslashes, which part folders on Windows; control characters and line breaks; surrogates, which stand for bytes of
+a file name that is no UTF-8."""
 
-    So a key can neither leave its store nor meet a half-written file, whose name starts with a dot.
+
+def check_key(key: str) -> str:
+    """Return `key` unchanged, or raise StoreError: no empty part, none that starts with a dot, no `_UNFIT` character.
+
+    So a key can neither leave its store nor meet a half-written file, whose name starts with a dot, and is one line of
+    any listing.
     """
     if is_key(key):
         return key
     raise StoreError(
         f"{key!r} can't be a name in a store: parts are separated by single slashes and none may be empty, "
-        "start with a dot or hold a backslash."
+        "start with a dot or hold a backslash, a control character, a line break or bytes that are no UTF-8."
     )
 
 
 def is_key(key: str) -> bool:
     """Whether `check_key` takes it; what else lies in a folder or a bucket is no object of the store."""
-    return all(part and not part.startswith(".") and "\\" not in part and part.isprintable() for part in key.split("/"))
+    return not _UNFIT.search(key) and all(part and not part.startswith(".") for part in key.split("/"))
 
 
 def model_folder(model_id: str) -> str:

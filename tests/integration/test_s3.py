@@ -102,10 +102,10 @@ def test_read_into_fills_all_targets(storage: S3Storage, monkeypatch: pytest.Mon
 
 
 def test_list_is_by_folder_and_paged(storage: S3Storage) -> None:
-    for key in ("a/2", "a/1/x", "ab/1", "top"):
+    for key in ("a/2", "a/1/x", "ab/1", "top", "z/\u65e5\u3000\u8a9e"):
         storage.write(key, b"")
     assert storage.list("a") == ["a/1/x", "a/2"] == storage.list("a/")
-    assert storage.list("") == ["a/1/x", "a/2", "ab/1", "top"]
+    assert storage.list("") == ["a/1/x", "a/2", "ab/1", "top", "z/\u65e5\u3000\u8a9e"]
     assert storage.list("none") == []
 
 

@@ -110,3 +110,35 @@ def test_only_the_text_of_a_hub_data_set_is_decoded(tmp_path: Path, monkeypatch:
     cfg = CorpusConfig(source="some/sound", text_field="body")
     (found,) = documents(cfg, SourceIdentity(name="some/sound", digest="c0ffee", revision="c0ffee"))
     assert list(found) == ["one", "two"]
+
+
+@pytest.mark.parametrize("in_bucket", [False, True], ids=["a file", "an object"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+def test_a_byte_that_is_no_text_is_counted_from_the_beginning_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: bytes, in_bucket: bool
+) -> None:
+    data = mark + "über alles\n".encode() * 4001
+    bad = len(data)
+    (tmp_path / "a.txt").write_bytes(data + b"\xff tail\n" * 3)
+    monkeypatch.setattr(text_files, "open_store", lambda *_, **__: LocalStorage(tmp_path))
+    with pytest.raises(CorpusError, match=rf"a\.txt is not UTF-8 text: invalid start byte at byte {bad}\."):
+        resolve_all("s3://bucket/a.txt" if in_bucket else str(tmp_path))
+
+
+def resolve_all(source: str) -> list[str]:
+    cfg = CorpusConfig(source=source)
+    return list(documents(cfg, resolve_source(cfg))[0])
+
+
+def test_lines_and_columns_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "some"}}\n{{"text": "some", "tree": {deep}}}\n')
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 2 holds a field that is nested too deeply"):
+        resolve_all(str(tmp_path / "a.jsonl"))
+    columns = [pa.array(["one"]), pa.array(["two"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "b.parquet")
+    with pytest.raises(CorpusError, match=r"b\.parquet has several columns 'text'"):
+        resolve_all(str(tmp_path / "b.parquet"))
+    pq.write_table(pa.table({"text": pa.array([b"\xff"]).cast(pa.string(), safe=False)}), tmp_path / "c.parquet")
+    with pytest.raises(CorpusError, match=r"c\.parquet: column 'text' holds text that is not UTF-8"):
+        resolve_all(str(tmp_path / "c.parquet"))
