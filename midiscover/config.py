@@ -65,7 +65,7 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         _require(self.max_samples is None or self.max_samples > 0, "corpus.max_samples must be a whole number above 0")
         _require(self.max_tokens is None or self.max_tokens > 0, "corpus.max_tokens must be a whole number above 0")
-        _require(self.context_size >= 8, "corpus.context_size must be at least 8 tokens")
+        _require(8 <= self.context_size <= 1 << 15, "corpus.context_size must lie between 8 and 32,768 tokens")
         _require(0 < self.held_out < 1, "corpus.held_out must lie between 0 and 1, for example 0.1")
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from midiscover.errors import UserError
 
 SMALL_BYTES = 1 << 20
 """Files below this size are hashed each time: that costs less than the look-up in a long cache."""
@@ -58,6 +61,27 @@ def files_sha256(paths: Sequence[str | Path]) -> list[str]:
     if fresh:
         _add(cache_file, fresh)
     return digests
+
+
+@contextmanager
+def mapped_file(path: Path, sha256: str) -> Iterator[memoryview]:
+    """A file's bytes, which the system reads as they are needed: a file of weights may be larger than memory.
+
+    UserError where they are not those that `sha256` was computed of. OSError as from `open`.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                _check(view, path, sha256)
+                yield view
+        else:  # which can't be mapped
+            _check(b"", path, sha256)
+            yield memoryview(b"")
+
+
+def _check(data: bytes | memoryview, path: Path, sha256: str) -> None:
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path} has changed since it was looked at; run the same command again.")
 
 
 def _hash(path: str | Path) -> str:

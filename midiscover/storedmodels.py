@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from midiscover.digests import cache_dir, files_sha256
+from midiscover.digests import cache_dir, files_sha256, mapped_file
 from midiscover.errors import CorruptError, ModelError, StoreError
 from midiscover.ids import canonical_json
 from midiscover.modelfiles import INDEX_FILE, MODEL_FILES, NAME_FILE, SINGLE_FILE, weight_files
@@ -113,7 +110,11 @@ def model_files(folder: Path) -> dict[str, StoredFile]:
 
 
 def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
-    """Write a model's files, then its manifest. False: it stands already. ModelError: another stands by that name."""
+    """Write a model's files, then its manifest. False: it stands already. ModelError: another stands by that name.
+
+    Files that a push which was ended has left are taken as they are where they are the same, and never replaced:
+    somebody else may be pushing them now. UserError where one changes while it is pushed.
+    """
     if not _NAME.fullmatch(model.key):
         raise ModelError(
             f"{model.key!r} can't be a model's name: letters, digits, '_', '.' and '-'; give another one with "
@@ -121,23 +122,26 @@ def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
         )
     if _stands(model, storage):
         return False
-    for name in model.files:
-        with _mapped(folder / name) as data:
-            storage.write(layout.model_file(model.key, name), data)
+    for name, file in model.files.items():
+        if not _put(layout.model_file(model.key, name), folder / name, file, storage):
+            raise ModelError(
+                f"The store {storage.uri} holds files of another model by the name {model.key!r}, whose push is not "
+                f"finished; give --name, or remove {layout.model_folder(model.key)} from the store."
+            )
     if not storage.create(layout.model_manifest(model.key), model.document()):
         _stands(model, storage)
     return True
 
 
-@contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
-    """A file's bytes, which the system reads as they are needed: a file of weights may be larger than memory."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # which can't be mapped
-            yield memoryview(b"")
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            yield view
+def _put(key: str, path: Path, file: StoredFile, storage: Storage) -> bool:
+    """Put a file where none stands; whether it stands now, False where another does."""
+    if storage.exists(key):
+        sha256 = hashlib.sha256()
+        for chunk in _chunks(storage, key, file.size + 1):
+            sha256.update(chunk)
+        return sha256.hexdigest() == file.sha256
+    with mapped_file(path, file.sha256) as data:
+        return storage.create(key, data)
 
 
 def is_taken(model: StoredModel, storage: Storage) -> bool:
@@ -195,19 +199,27 @@ def _fetch(model: StoredModel, name: str, storage: Storage, folder: Path) -> Non
     sha256, done = hashlib.sha256(), 0
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
         with (Path(temporary) / name).open("xb") as file:
-            while done < expected.size:
-                try:
-                    chunk = storage.read(key, done, CHUNK_BYTES)
-                except FileNotFoundError:
-                    break
-                if not chunk:
-                    break
+            for chunk in _chunks(storage, key, expected.size):
                 file.write(chunk)
                 sha256.update(chunk)
                 done += len(chunk)
         if done != expected.size or sha256.hexdigest() != expected.sha256:
             raise CorruptError(_corrupt(model, name))
         (Path(temporary) / name).replace(folder / name)
+
+
+def _chunks(storage: Storage, key: str, size: int) -> Iterator[bytes]:
+    """An object up to at least `size` bytes, as far as it goes; nothing where there is none."""
+    done = 0
+    while done < size:
+        try:
+            chunk = storage.read(key, done, CHUNK_BYTES)
+        except FileNotFoundError:
+            return
+        if not chunk:
+            return
+        yield chunk
+        done += len(chunk)
 
 
 def _verify(model: StoredModel, names: list[str], folder: Path) -> None:

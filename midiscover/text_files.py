@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from midiscover.digests import files_sha256
+from midiscover.digests import files_sha256, mapped_file
 from midiscover.errors import CorpusError
 from midiscover.ids import canonical_json
 from midiscover.store import layout
@@ -74,7 +74,8 @@ def find(source: str) -> list[TextFile] | None:
 def put(source: str, storage: Storage) -> tuple[str, int, bool]:
     """Put local files into a store; their address there, their bytes, and whether they are new there.
 
-    What is read there has the digest that it has here, so that it makes the same corpus.
+    What is read there has the digest that it has here, so that it makes the same corpus. UserError where a file changes
+    while it is put there.
     """
     files = find(source) or []
     folder = layout.text_folder(digest(files))
@@ -83,7 +84,8 @@ def put(source: str, storage: Storage) -> tuple[str, int, bool]:
     is_new = not storage.exists(f"{folder}/{CONTENTS}")
     if is_new:
         for file, path in zip(files, paths, strict=True):
-            storage.write(f"{folder}/{file.name}", path.read_bytes())
+            with mapped_file(path, contents[file.name]) as data:
+                storage.write(f"{folder}/{file.name}", data)
         storage.create(f"{folder}/{CONTENTS}", canonical_json(contents).encode())
     # A file that stands alone is named by itself: a folder of one .txt would be another text.
     only = f"/{files[0].name}" if _path(source).is_file() else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from midiscover.store.storage import Bytes, Entry
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 _LEFT_SECONDS = 86_400  # a write takes seconds; the rest is for clocks that differ
 _ATTEMPTS = 10
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,10 @@ class LocalStorage:
             os.replace(temporary, self.local_path(key))
 
     def create(self, key: str, data: Bytes) -> bool:
-        """See `Storage.create`. A hard link either makes the name or fails where it exists: no other call is both."""
+        """See `Storage.create`. A hard link either makes the name or fails where it exists: no other call is both.
+
+        In a folder of a file system without them, such as exFAT, a lock beside the file, as of `replace`.
+        """
         with self._explained("write", key), self._temporary(key, data) as temporary:
             for _ in range(_ATTEMPTS):
                 try:
@@ -78,6 +83,14 @@ class LocalStorage:
                 except FileExistsError:
                     with suppress(FileNotFoundError):  # taken back since: the place is free again
                         return self.read(key) == data
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    with FileLock(lock_of(self.local_path(key))):
+                        if self.exists(key):
+                            return self.read(key) == data
+                        os.replace(temporary, self.local_path(key))
+                        return True
         raise StoreError(f"{key} in {self.uri} could not be created: other writers kept getting in the way.")
 
     def replace(self, key: str, old: Bytes | None, new: Bytes) -> bool:
@@ -100,7 +113,7 @@ class LocalStorage:
         folder = self.local_path(prefix.rstrip("/")) if prefix else self.root
         keys = []
         with self._explained("list", prefix or "what is"):
-            for parent, folders, names in os.walk(folder, onerror=_refuse):
+            for parent, folders, names in _walk(self.root, folder, _refuse):
                 base = Path(parent).relative_to(self.root)
                 keys += [(base / name).as_posix() for name in names if is_key(name)]
                 folders[:] = [name for name in folders if is_key(name)]
@@ -140,7 +153,7 @@ class LocalStorage:
     def leftovers(self) -> list[Entry]:
         """The temporary files of writers that were killed, a day after; their keys are none that `read` takes."""
         before, found = time.time() - _LEFT_SECONDS, []
-        for parent, _, names in os.walk(self.root):
+        for parent, _, names in _walk(self.root, self.root):
             for path in (Path(parent, name) for name in names if _TEMPORARY.fullmatch(name)):
                 with suppress(OSError):  # no rights, or somebody else was faster
                     stat = path.stat()
@@ -206,6 +219,17 @@ def _refuse(error: OSError) -> None:
     """A folder that can't be listed is no empty one: its work would be done again."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
+
+
+def _walk(
+    root: Path, folder: Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that follows links at the top of a store, as of `activations` to a larger disk, and none below."""
+    for parent, folders, names in os.walk(folder, onerror=onerror):
+        yield parent, folders, names
+        if Path(parent) == root:
+            for link in [root / name for name in folders if (root / name).is_symlink()]:
+                yield from os.walk(link, onerror=onerror)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from midiscover.config import CorpusConfig
 from midiscover.errors import ConflictError, CorruptError, StageError, StoreError
 from midiscover.store import blocks, layout
 from midiscover.store.blockfile import decode, encode
@@ -240,3 +241,14 @@ def test_reading_into_the_wrong_width_is_an_error(storage: LocalStorage) -> None
     row = commit(storage, numbered_rows(32, 6))
     with pytest.raises(CorruptError):
         read_block_into(storage, HARVEST, HOOK, row, torch.empty(32, 5, dtype=torch.bfloat16))
+
+
+def test_positions_of_the_longest_window_that_is_allowed_fit(tmp_path: Path) -> None:
+    longest = CorpusConfig(context_size=32_768).context_size
+    storage = LocalStorage(tmp_path)
+    (span,) = block_plan(1, 0, context_size=longest, block_tokens=1)
+    row = commit_tokens(storage, "h.1", span, torch.zeros(1, longest, dtype=torch.int64))
+    position = read_tokens(storage, "h.1", row).position
+    assert position.tolist() == list(range(longest))
+    with pytest.raises(ValueError, match="context_size"):
+        CorpusConfig(context_size=longest + 1)

@@ -47,6 +47,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sae": {"kind": "topk", "l1": 3}}, "'sae.l1' is not a setting of 'sae'"),
     ({"sae": {"kind": "batchtopk", "l1_coefficient": 3}}, "'sae.l1_coefficient' is a setting of standard, gated, "),
     ({"corpus": {"held_out": 0}}, "corpus.held_out must lie between 0 and 1"),
+    ({"corpus": {"context_size": 7}}, "corpus.context_size must lie between 8 and 32,768 tokens"),
+    ({"corpus": {"context_size": 32769}}, "corpus.context_size must lie between 8 and 32,768 tokens"),
     ({"corpus": {"max_samples": 0}}, "corpus.max_samples must be a whole number above 0."),
     ({"harvest": {"hooks": 3}}, "harvest.hooks is 3; it must be a list of texts."),
     ({"harvest": {"hooks": ["a", "{a,b}"]}}, "harvest.hooks names 'a' twice"),

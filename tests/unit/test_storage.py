@@ -150,16 +150,6 @@ def test_list_leaves_out_what_is_no_key(storage: LocalStorage) -> None:
     assert [entry.key for entry in storage.entries("")] == ["a/1"]
 
 
-def test_names_in_any_script_are_keys(storage: LocalStorage) -> None:
-    """Ideographic and narrow spaces, joined characters, and what a later Unicode than this Python's may hold."""
-    keys = ["a/\u65e5\u672c\u3000\u8a9e", "a/9\u202fAM", "a/b\xa0c", "a/\U0001f469\u200d\U0001f4bb", "a/\U0001fbff"]
-    assert not any(key.isprintable() for key in keys)
-    for key in keys:
-        storage.write(key, key.encode())
-        assert storage.read(key) == key.encode()
-    assert storage.list("") == sorted(keys) == [entry.key for entry in storage.entries("a")]
-
-
 def test_what_can_not_be_looked_at_is_not_taken_for_absent(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import pytest
 import midiscover.lm  # noqa: F401  so that hook tables are made in this process
 from midiscover import models, storedmodels
 from midiscover.config import ModelConfig
-from midiscover.errors import CorruptError, ModelError, StoreError
+from midiscover.errors import CorruptError, ModelError, StoreError, UserError
 from midiscover.models import ModelIdentity, config_folder, hook_table, model_folder, push_model, resolve_model
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Bytes, Storage
+from midiscover.texts import push_text
 from tests.tiny import make_tiny_model
 
 
@@ -114,7 +116,7 @@ def test_what_stands_is_not_written_again_and_never_replaced(folder: Path, store
 def test_a_push_that_was_ended_is_no_model_until_it_is_repeated(folder: Path, store: Path) -> None:
     push(folder, store)
     (store / "models" / "tiny-phi" / "manifest.json").unlink()
-    (store / "models" / "tiny-phi" / "model.safetensors").write_bytes(b"half")
+    (store / "models" / "tiny-phi" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no manifest, so it is not complete"):
         resolve("store:tiny-phi", store)
     assert push(folder, store)
@@ -222,17 +224,66 @@ def test_weights_are_mapped_and_not_read_into_memory(
 ) -> None:
     (folder / "merges.txt").touch()  # an empty file can't be mapped
     written: list[str] = []
-    real = LocalStorage.write
+    real = LocalStorage.create
 
-    def write(self: LocalStorage, key: str, data: Bytes) -> None:
-        assert isinstance(data, memoryview)
-        written.append(key.rpartition("/")[2])
-        if data:
-            assert isinstance(data.obj, mmap.mmap)
-        real(self, key, data)
+    def create(self: LocalStorage, key: str, data: Bytes) -> bool:
+        if not key.endswith("manifest.json"):
+            assert isinstance(data, memoryview)
+            written.append(key.rpartition("/")[2])
+            if data:
+                assert isinstance(data.obj, mmap.mmap)
+        return real(self, key, data)
 
-    monkeypatch.setattr(LocalStorage, "write", write)
+    monkeypatch.setattr(LocalStorage, "create", create)
     assert push(folder, store, "mine")
     assert {"merges.txt", "model.safetensors"} <= set(written)
     for name in written:
         assert (store / "models" / "mine" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("at", ["config.json", "model.safetensors", "manifest.json"])
+def test_of_two_pushes_under_one_name_neither_overwrites_the_other(
+    folder: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The second comes while the first is about to write a file."""
+    other = make_tiny_model("phi", tmp_path / "other", seed=1)
+    real = LocalStorage.create
+    told: list[bool] = []
+
+    def create(self: LocalStorage, key: str, data: Bytes) -> bool:
+        if key == f"models/phi/{at}" and not told:
+            told.append(False)
+            with pytest.raises(ModelError) if at == "manifest.json" else nullcontext():
+                told[0] = push(other, store, "phi")
+        return real(self, key, data)
+
+    monkeypatch.setattr(LocalStorage, "create", create)
+    first = at == "manifest.json"  # whose files all stood already
+    with nullcontext() if first else pytest.raises(ModelError, match="another model by the name 'phi'.* give --name"):
+        push(folder, store, "phi")
+    assert told == [not first]
+    winner = folder if first else other
+    there = resolve("store:phi", store)
+    assert there.digest == resolve(winner).digest
+    assert (model_folder(there) / "model.safetensors").read_bytes() == (winner / "model.safetensors").read_bytes()
+
+
+def test_what_changes_while_it_is_pushed_is_not_taken_for_what_it_was(
+    folder: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the first text")
+    real = LocalStorage.exists
+
+    def exists(self: LocalStorage, key: str) -> bool:
+        (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+        text.write_text("another text")
+        return real(self, key)
+
+    monkeypatch.setattr(LocalStorage, "exists", exists)
+    with pytest.raises(UserError, match=r"config\.json has changed since it was looked at"):
+        push(folder, store, "phi")
+    text.write_text("the first text")
+    with pytest.raises(UserError, match=r"a\.txt has changed since it was looked at"):
+        push_text(str(text), str(store))
+    assert not [key for key in LocalStorage(store).list("") if key.endswith(("manifest.json", "contents.json"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from midiscover import text_files
 from midiscover.config import CorpusConfig
 from midiscover.errors import CorpusError
 from midiscover.store.local import LocalStorage
-from midiscover.store.storage import Entry
+from midiscover.store.storage import Bytes, Entry
 from midiscover.texts import SourceIdentity, documents, resolve_source
 
 
@@ -142,3 +143,21 @@ def test_lines_and_columns_that_cannot_be_read_are_named(tmp_path: Path) -> None
     pq.write_table(pa.table({"text": pa.array([b"\xff"]).cast(pa.string(), safe=False)}), tmp_path / "c.parquet")
     with pytest.raises(CorpusError, match=r"c\.parquet: column 'text' holds text that is not UTF-8"):
         resolve_all(str(tmp_path / "c.parquet"))
+
+
+def test_a_text_is_mapped_and_not_read_into_memory_while_it_is_put_into_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("some")
+    storage = LocalStorage(tmp_path / "store")
+    mapped: list[bool] = []
+    real = LocalStorage.write
+
+    def write(self: LocalStorage, key: str, data: Bytes) -> None:
+        mapped.append(isinstance(data, memoryview) and isinstance(data.obj, mmap.mmap))
+        real(self, key, data)
+
+    monkeypatch.setattr(LocalStorage, "write", write)
+    address, size, is_new = text_files.put(str(tmp_path / "a.txt"), storage)
+    assert (size, is_new, mapped) == (4, True, [True])
+    assert Path(address).read_text() == "some"
