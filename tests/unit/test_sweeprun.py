@@ -48,6 +48,7 @@ def test_the_harvests_of_a_running_sweep_are_kept_from_others(tmp_path: Path) ->
     for sae in done.resolved.saes:
         record = {"lineage": {"harvest": sae.harvest_id}}
         storage.write(layout.record(sae.id), json.dumps(record).encode())
+        storage.write(layout.evaluation(sae.id, done.resolved.evaluation_id), b"{}")
     harvests = [part.harvest_id for part in done.resolved.parts()]
     assert len(set(harvests)) == 2
     blocks = {layout.block_file(harvest, "model.layers.0.mlp", "block") for harvest in harvests}
