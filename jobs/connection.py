@@ -70,7 +70,7 @@ def _token() -> str | None:
     if not given and not path.is_file():
         return None
     try:
-        return path.read_text().strip()
+        return path.read_text().strip() or None
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"The cluster's token can't be read from {path} ({type(error).__name__}); set RAY_AUTH_TOKEN_PATH to a "

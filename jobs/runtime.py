@@ -104,9 +104,11 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
         with insisting():
             yield _cluster(ask_for(asked, say) if asked else working_nodes(), local=not address)
     finally:
-        if asked:
-            give_back()
-        ray.shutdown()
+        try:
+            if asked:
+                give_back()
+        finally:
+            ray.shutdown()
 
 
 def ray_data() -> ModuleType:
@@ -224,7 +226,7 @@ def model_slots(cluster: Cluster, resources: ResourcesConfig) -> Slots:
     """Language-model actors: one per GPU share (or per so many GPUs), or one per node on CPU with all its cores."""
     if cluster.gpus:
         gpus = resources.gpus_per_model if resources.gpus_per_model > 1 else resources.gpus_per_actor
-        count = resources.harvest_actors or max(1, _on_cards(cluster, gpus))
+        count = resources.harvest_actors or max(1, on_cards(cluster, gpus))
         return _checked("harvest", cluster, Slots(count=count, cpus=1, gpus=gpus, threads=1))
     count = resources.harvest_actors or len(cluster.nodes)
     per_node = math.ceil(count / len(cluster.nodes))
@@ -238,7 +240,7 @@ def pack_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> Slot
     """Packs at once: on GPUs one for each share, on CPU the number that ends soonest (`packs_at_once`)."""
     workers = resources.workers
     if cluster.gpus:
-        count = max(1, min(packs, _on_cards(cluster, resources.gpus_per_pack) // workers))
+        count = max(1, min(packs, on_cards(cluster, resources.pack_share()) // workers))
         slots = Slots(count=count, cpus=1, gpus=resources.gpus_per_pack, threads=1, workers=workers)
         return _checked("sweep", cluster, slots)
     if workers > 1:
@@ -264,7 +266,7 @@ def _shared_slots(cluster: Cluster, resources: ResourcesConfig, packs: int) -> S
     return _checked("sweep", cluster, slots)
 
 
-def _on_cards(cluster: Cluster, gpus: float) -> int:
+def on_cards(cluster: Cluster, gpus: float) -> int:
     """Workers of one CPU and `gpus` GPUs that run at once where a CPU stays free for Ray's own tasks."""
     return min(cluster.fits(1, gpus), int(sum(node.cpus for node in cluster.nodes)) - 1)
 

@@ -21,7 +21,7 @@ from jobs.packs import run_packs
 from jobs.packworker import PackJob
 from jobs.progress import Bars
 from jobs.recorder import Recorder
-from jobs.runtime import Cluster, RayLater, model_slots, pack_slots
+from jobs.runtime import Cluster, RayLater, model_slots, on_cards, pack_slots
 from jobs.stopwatch import Stopwatch
 from jobs.ways import streams_activations
 from midiscover import lineage, upkeep
@@ -219,7 +219,7 @@ class SweepRun:
         key = layout.sweep_file(self.id, "packs.json")
         if resources.pack_size is not None:
             return resources.pack_size
-        slots = cluster.fits(1, resources.gpus_per_pack) // resources.workers if cluster.gpus else 1
+        slots = on_cards(cluster, resources.pack_share()) // resources.workers if cluster.gpus else 1
         size = auto_pack_size(self.resolved.saes, max(1, slots))
         self.storage.create(key, dump({"v": 1, "pack_size": size}))
         return (read_json(self.storage, key) or {})["pack_size"]

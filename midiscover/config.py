@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from midiscover.errors import ConfigError
 from midiscover.saeconfig import SaeConfig, StandardConfig
 from midiscover.saeconfig import require as _require
 
@@ -334,12 +335,17 @@ class ResourcesConfig:
         for name in ("gpus_per_actor", "gpus_per_pack"):
             value = getattr(self, name)
             _require(0 < value <= 1, f"resources.{name} must be a share of one GPU, above 0 and at most 1")
-        _require(
-            self.workers == 1 or self.gpus_per_pack == 1,
-            "resources.gpus_per_pack must be 1 where resources.workers is above 1: workers of a pack can't share a GPU",
-        )
         _require(self.max_failures >= 0, "resources.max_failures must be 0 or above")
         _require(self.stall_seconds > 0, "resources.stall_seconds must be above 0")
+
+    def pack_share(self) -> float:
+        """The share of a GPU that each process of a pack has. ConfigError where several were to share one."""
+        if self.workers > 1 and self.gpus_per_pack < 1:
+            raise ConfigError(
+                f"resources.gpus_per_pack is {self.gpus_per_pack:g}, and must be 1 where resources.workers is above 1: "
+                "workers of a pack can't share a GPU."
+            )
+        return self.gpus_per_pack
 
     def trainer_on(self, *, gpus: bool) -> Literal["inline", "ray_train"]:
         """What `trainer` comes to where there are GPUs, or none."""

@@ -71,9 +71,10 @@ def mapped_file(path: Path, sha256: str) -> Iterator[memoryview]:
     """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                _check(view, path, sha256)
-                yield view
+            # Closed with its last view, whoever has it: an error on its way out may hold one.
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            _check(view, path, sha256)
+            yield view
         else:  # which can't be mapped
             _check(b"", path, sha256)
             yield memoryview(b"")

@@ -115,7 +115,7 @@ class Costs:
         """Packs; see `jobs.runtime.pack_slots`. ConfigError where that refuses them."""
         resources, workers = self.resources, self.resources.workers
         if self.gpus:
-            share = resources.gpus_per_pack
+            share = resources.pack_share()
             count = max(1, min(packs, on_nodes(self.gpus, share) // workers))
             self._check("sweep", count * workers, share)
             sharing = min(count * workers, max(1, places_on(1, share)))
@@ -138,7 +138,7 @@ class Costs:
     def packs(self) -> list[Pack]:
         """As a sweep makes them."""
         saes = self.resolved.saes
-        slots = max(1, on_nodes(self.gpus, self.resources.gpus_per_pack) // self.resources.workers)
+        slots = max(1, on_nodes(self.gpus, self.resources.pack_share()) // self.resources.workers)
         return make_packs(saes, self.resources.pack_size or auto_pack_size(saes, slots), {sae.id for sae in saes})
 
     def crews(self, packs: Sequence[Pack]) -> int:

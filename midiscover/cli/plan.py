@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,10 +69,17 @@ def _plan(argv: Sequence[str]) -> None:
     storage = _store(known.store, on_gpus=bool(known.gpus))
     rates, work = _rates(resolved, storage, known.gpu, bool(known.gpus)), work_of(resolved, storage)
     bandwidth = None if known.bandwidth is None else 1e9 * known.bandwidth
-    ways = {
-        count: plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth)
-        for count in known.gpus or (0,)
-    }
+    ways: dict[int, dict[str, Plan]] = {}
+    refused: dict[int, ConfigError] = {}
+    for count in known.gpus or (0,):
+        try:
+            ways[count] = plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth)
+        except ConfigError as error:
+            refused[count] = error
+    if not ways:
+        raise next(iter(refused.values()))
+    for count, error in refused.items():
+        print(f"midiscover: no plan on {count} GPUs: {error}", file=sys.stderr)
     chosen = {count: chosen_way(resolved, plans) for count, plans in ways.items()}
     first = next(iter(ways))
     if known.out is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.runtime import Cluster, Node, model_slots, pack_slots
+from jobs.runtime import Cluster, Node, model_slots, on_cards, pack_slots
 from midiscover.config import ResourcesConfig
-from midiscover.errors import StageError
+from midiscover.errors import ConfigError, StageError
 
 
 def laptop(cores: int) -> Cluster:
@@ -70,6 +70,7 @@ def test_where_cards_are_as_many_as_cpus_one_waits(nodes: list[Node], share: flo
     resources = ResourcesConfig(gpus_per_pack=share, gpus_per_actor=share)
     assert pack_slots(cluster, resources, packs=40).count == count
     assert model_slots(cluster, resources).count == count
+    assert on_cards(cluster, share) == count, "by which a sweep cuts its packs"
     assert pack_slots(cluster, resources, packs=1).count == 1
     with pytest.raises(StageError, match=rf"needs {count + 1} workers of 1 CPUs"):
         model_slots(cluster, ResourcesConfig(gpus_per_actor=share, harvest_actors=count + 1))
@@ -79,6 +80,15 @@ def test_packs_of_several_workers_leave_a_cpu() -> None:
     cluster = Cluster(local=False, cores=8, nodes=(Node(8, 8),))
     slots = pack_slots(cluster, ResourcesConfig(workers=2), packs=40)
     assert (slots.count, slots.workers) == (3, 2)
+
+
+def test_workers_of_a_pack_share_no_card() -> None:
+    resources = ResourcesConfig(workers=2, gpus_per_pack=0.5)
+    with pytest.raises(
+        ConfigError, match=r"resources\.gpus_per_pack is 0.5, and must be 1 where resources\.workers is above 1"
+    ):
+        pack_slots(gpu_nodes(4), resources, packs=2)
+    assert pack_slots(cpu_nodes(2, 4), resources, packs=2).workers == 2, "the share means nothing there"
 
 
 def test_a_model_takes_whole_cards_of_one_node() -> None:

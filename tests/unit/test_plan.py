@@ -368,6 +368,16 @@ def test_what_makes_no_plan(
     assert told in capsys.readouterr().err
 
 
+def test_numbers_of_gpus_that_are_too_few_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(write_run(tmp_path)), "--gpu", "h100", "--resources.gpus_per_model", "4", "--json", "--gpus"]
+    assert main([*words, "1,2,8"]) == 0
+    out, err = capsys.readouterr()
+    assert [plan["gpus"] for plan in json.loads(out)] == [8]
+    assert [line.partition(":")[2][:16] for line in err.splitlines()] == [" no plan on 1 GP", " no plan on 2 GP"]
+    assert main([*words, "1,2"]) == 2
+    assert "needs 1 workers of 1 CPUs and 4 GPUs" in capsys.readouterr().err
+
+
 def test_the_store_of_the_environment_may_lie_at_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

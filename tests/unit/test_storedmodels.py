@@ -287,3 +287,15 @@ def test_what_changes_while_it_is_pushed_is_not_taken_for_what_it_was(
     with pytest.raises(UserError, match=r"a\.txt has changed since it was looked at"):
         push_text(str(text), str(store))
     assert not [key for key in LocalStorage(store).list("") if key.endswith(("manifest.json", "contents.json"))]
+
+
+def test_an_upload_that_fails_is_told_whatever_still_holds_the_bytes(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(self: LocalStorage, key: str, data: Bytes) -> bool:
+        held = memoryview(data)[:1]  # as S3's client does in the frames of its errors
+        raise StoreError(f"Can't write {key}, {len(held)} bytes of it.")
+
+    monkeypatch.setattr(LocalStorage, "create", create)
+    with pytest.raises(StoreError, match=r"Can't write models/mine/.*, 1 bytes"):
+        push(folder, store, "mine")
