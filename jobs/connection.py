@@ -20,6 +20,9 @@ SILENT_SECONDS = 60.0
 
 def connect(cluster: str) -> JobSubmissionClient:
     """A client that has been answered. ConfigError where nothing answers within seconds, or the token is wrong."""
+    mode = os.environ["RAY_AUTH_MODE"]  # of `jobs`, where nobody else said it
+    if mode.lower() != "token":
+        raise ConfigError(f"RAY_AUTH_MODE is {mode!r}, and clusters are asked with a token; leave it out.")
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)  # they would go over what was asked for
     token = _token()

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from midiscover.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import (
-        PretrainedConfig,
-        PreTrainedModel,
-    )  # takes as long to import as torch, and here it is only named
+    # Takes as long to import as torch, and here it is only named.
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Edit = Callable[[Tensor], Tensor | None]
 """What happens at a hook: takes the activations [b, t, d]; returns their replacement, or None to leave them."""

@@ -42,8 +42,8 @@ from midiscover.modelfiles import (
 )
 from midiscover.store.storage import open_store
 from midiscover.storedmodels import (
+    NameTakenError,
     StoredModel,
-    is_taken,
     model_files,
     put_stored,
     read_part,
@@ -144,8 +144,12 @@ def push_model(
         tokenizer_digest=identity.tokenizer_digest,
         files=model_files(folder),
     )
-    if beside and is_taken(stored, storage):
-        stored = replace(stored, key=f"{key}-{identity.digest[:10]}")
+    try:
+        return stored, put_stored(stored, folder, storage)
+    except NameTakenError:
+        if not beside:
+            raise
+    stored = replace(stored, key=f"{key}-{identity.digest[:10]}")
     return stored, put_stored(stored, folder, storage)
 
 

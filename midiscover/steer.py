@@ -126,7 +126,9 @@ def _next(lm: LanguageModel, ids: Tensor, past: int, cache: Any, edits: Mapping[
     takes = inspect.signature(lm.model.forward).parameters
     keeps = "past_key_values" in takes
     given: dict[str, Any] = {"past_key_values": cache} if keeps else {}
-    if "position_ids" in takes:
+    # RoBERTa and its kin count from their padding's id, and go on by themselves.
+    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in lm.model.modules())
+    if "position_ids" in takes and not counts:
         # Left to themselves, Bamba and MiniMax count from 0 in every pass.
         given["position_ids"] = torch.arange(past, past + ids.shape[1], device=lm.device)[None]
     with lm.hooked(edits):

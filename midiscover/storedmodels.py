@@ -109,8 +109,12 @@ def model_files(folder: Path) -> dict[str, StoredFile]:
     }
 
 
+class NameTakenError(ModelError):
+    """Another model stands by that name, or is being pushed."""
+
+
 def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
-    """Write a model's files, then its manifest. False: it stands already. ModelError: another stands by that name.
+    """Write a model's files, then its manifest. False: it stands already. NameTakenError: another has that name.
 
     Files that a push which was ended has left are taken as they are where they are the same, and never replaced:
     somebody else may be pushing them now. UserError where one changes while it is pushed.
@@ -124,7 +128,7 @@ def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
         return False
     for name, file in model.files.items():
         if not _put(layout.model_file(model.key, name), folder / name, file, storage):
-            raise ModelError(
+            raise NameTakenError(
                 f"The store {storage.uri} holds files of another model by the name {model.key!r}, whose push is not "
                 f"finished; give --name, or remove {layout.model_folder(model.key)} from the store."
             )
@@ -144,16 +148,12 @@ def _put(key: str, path: Path, file: StoredFile, storage: Storage) -> bool:
         return storage.create(key, data)
 
 
-def is_taken(model: StoredModel, storage: Storage) -> bool:
-    """Whether another model stands in the store by this one's name."""
-    stands = storage.exists(layout.model_manifest(model.key))
-    return stands and read_stored(model.key, storage).digest != model.digest
-
-
 def _stands(model: StoredModel, storage: Storage) -> bool:
-    if is_taken(model, storage):
-        raise ModelError(f"The store {storage.uri} holds another model by the name {model.key!r}; give --name.")
-    return storage.exists(layout.model_manifest(model.key))
+    if not storage.exists(layout.model_manifest(model.key)):
+        return False
+    if read_stored(model.key, storage).digest != model.digest:
+        raise NameTakenError(f"The store {storage.uri} holds another model by the name {model.key!r}; give --name.")
+    return True
 
 
 def stored_folder(model: StoredModel, *, weights: bool) -> Path:

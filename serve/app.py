@@ -66,7 +66,7 @@ def application(config: ServeConfig, at: Address | None = None, without: Contain
     if not catalog.hosted:
         for told in catalog.promoted_wrong:
             raise CorruptError(told)
-        for told in catalog.missing.values():
+        for told in catalog.missing.values() if not config.follows else ():  # else one that is promoted may yet come
             raise NotFoundError(told)
     for told in (*catalog.promoted_wrong, *catalog.missing.values()):
         _say(f"left out: {told}")

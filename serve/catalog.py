@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from midiscover.errors import CorruptError, NotFoundError, StoreError, StoreFailedError, UserError
@@ -74,9 +74,8 @@ class Catalog:
 
     def refresh(self) -> None:
         """Look once. StoreErrors and OSErrors of a store that is away; what is wrong with an SAE is its own."""
-        there = set(folders_with(self.storage, layout.SAES, "record.json"))
         self._look_at_promoted()
-        names = self._wanted(there)
+        names = self._wanted()
         with self._lock:
             self._records = {name: record for name, record in self._records.items() if name in names}
             self._broken = {name: problem for name, problem in self._broken.items() if name in names}
@@ -296,15 +295,16 @@ class Catalog:
                 log.warning("promoted_wrong", extra={"fields": {"reason": told}})
         self.promoted_wrong = wrong
 
-    def _wanted(self, there: Set[str]) -> set[str]:
+    def _wanted(self) -> set[str]:
         """What is to be hosted, of the SAEs that are there; keeps why the rest is missing."""
         names: set[str] = set()
         missing: dict[str, str] = {}
         for wanted in self.config.saes:
             if wanted == ALL:
-                names |= there
+                names |= set(folders_with(self.storage, layout.SAES, "record.json"))
             elif wanted == PROMOTED:
-                names |= there & set(self._chosen)
+                there = {sae for sae in self._chosen if self.storage.exists(layout.record(sae))}
+                names |= there
                 missing |= {sae: f"{sae} is promoted and not in the store." for sae in set(self._chosen) - there}
             else:
                 try:

@@ -87,9 +87,15 @@ def _generated(
     lm: LanguageModel, name: str, sae: LoadedSae, changes: Sequence[Change], known: argparse.Namespace
 ) -> dict[str, str]:
     """What comes after the text, `steered` and `default`."""
+    from midiscover.attach import context_length
     from midiscover.interpret import refuse_too_long, start_token, tokenised
     from midiscover.steer import Sampling, generate
 
+    most = context_length(lm.model.config)
+    if most is not None and known.tokens >= most:
+        raise ConfigError(
+            f"--tokens is {known.tokens:,}; {lm.identity.name} reads {most:,} tokens at most, the text among them."
+        )
     ids = tokenised(lm, [known.text])
     start = start_token(lm, [sae])
     refuse_too_long(lm, [known.text], ids, (start is not None) + known.tokens)

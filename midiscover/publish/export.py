@@ -18,6 +18,7 @@ from midiscover.lm import load_tokenizer
 from midiscover.models import ModelIdentity, config_folder, hook_table
 from midiscover.origin import resolve_origin
 from midiscover.publish.bundle import Bundle
+from midiscover.publish.checks_folder import LICENCES
 from midiscover.publish.choice import sweep_of, sweep_rows
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.saelens import saelens_files
@@ -26,7 +27,7 @@ from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STARTED = "unfinished.json"
 """Stands in an export while it is written, so that a later run knows the rest for its own, but for what it names."""
@@ -109,6 +110,7 @@ def prepare_export(
             "record": hashlib.sha256(dump(record)).hexdigest(),
             "features": records.manifest["files"] if records else None,
             "names": asdict(names),
+            "called": [neuronpedia.model, neuronpedia.source],
             "repository": repository,
             "rows": rows,
             "version": midiscover.__version__,
@@ -200,7 +202,7 @@ def _standing(out: Storage, prefix: str, kind: str, sae: str) -> _Standing:
     manifest, started = (read_json(out, _key(prefix, name)) for name in (MANIFEST, STARTED))
     found = {key.removeprefix(f"{prefix}/") for key in out.list(prefix)}
     if _is_ours(started, kind, sae):
-        others = found & set((started or {}).get("others", ()))
+        others = found & {*LICENCES, *(started or {}).get("others", ())}
         return _Standing(manifest, found - others, others)
     if manifest is not None and _is_ours(manifest, kind, sae):
         mine = {*manifest["files"], MANIFEST, STARTED}

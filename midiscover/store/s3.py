@@ -44,7 +44,6 @@ _LONG = 6  # the number of a `_wait` of up to 5 s
 _CHECK_SECONDS = 2
 _CHUNK = 1 << 20
 _MULTIPART_ABOVE = 1 << 30  # one PUT carries 5 GiB at most, and a broken one starts again from zero
-_ONE_PUT = 5 << 30
 _PART = 128 << 20
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _STANDS = {"412", "PreconditionFailed"}
@@ -157,10 +156,10 @@ class S3Storage:
         """See `Storage.create`.
 
         A PUT whose answer was lost is repeated by botocore and then meets its own object: a 412 says only that
-        something stands there, so what stands is read and compared. What one PUT can't carry is looked for first, and
-        a writer who comes between is not seen.
+        something stands there, so what stands is read and compared. What goes in parts is looked for first, and a
+        writer who comes between is not seen.
         """
-        if len(data) > _ONE_PUT:
+        if len(data) > _MULTIPART_ABOVE:
             if self.exists(key):
                 return self.read(key) == data
             self.write(key, data)

@@ -217,7 +217,8 @@ def test_exports(store: Path, tmp_path: Path) -> None:
             ("steer", "SAE", "river", "--ablate", "1", "--tokens", "0"),
             "--tokens is 0; it must be a whole number above 0",
         ),
-        (("steer", "SAE", "river", "--ablate", "1", "--tokens", "9999"), "reads at most"),
+        (("steer", "SAE", "river", "--ablate", "1", "--tokens", "9999"), "--tokens is 9,999; "),
+        (("steer", "SAE", "river " * 200, "--ablate", "1"), "reads at most"),
         (("steer", "SAE", "river", "--ablate", "1", "--temperature", "-1"), "--temperature is -1.0; it must be 0"),
     ],
 )

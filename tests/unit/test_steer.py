@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BambaConfig, MambaConfig, PretrainedConfig
+from transformers import BambaConfig, MambaConfig, PretrainedConfig, RobertaConfig
 
+from midiscover import steer
 from midiscover.config import ModelConfig
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import UserError
@@ -212,6 +213,21 @@ def test_other_families_go_on_as_by_hand(config: PretrainedConfig, hook: str, tm
     assert both["steered"] == by_hand(lm, edit, hook, hook)
     assert both["steered"] != both["default"]
     assert len(set(both["default"])) > 3, "a repeated token would hide wrong positions"
+
+
+def test_a_model_that_counts_positions_from_its_padding_does_so_by_itself(tmp_path: Path) -> None:
+    """By logits: so small a decoder of this kind repeats one token, whatever the positions."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 56}
+    config = RobertaConfig(is_decoder=True, vocab_size=332, initializer_range=0.4, **sizes)
+    folder = make_tiny_model_of(config, tmp_path / "model")
+    lm = LanguageModel.load(resolve_model(ModelConfig(id=str(folder))), dtype="float32", attention="eager")
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        whole = lm.model(input_ids=ids).logits[:, -1]
+        first, cache = steer._next(lm, ids[:, :-1], 0, None, {})
+        last, _ = steer._next(lm, ids[:, -1:], len(PROMPT) - 1, cache, {})
+    torch.testing.assert_close(last, whole, atol=1e-4, rtol=1e-4)
+    assert (last - first).abs().max() > 0.1
 
 
 def test_a_cut_model_gives_the_same_activations_and_says_what_it_lacks(tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ def test_nothing_of_this_machine_is_left_in_a_config(tmp_path: Path, monkeypatch
         assert moved.model.id == f"store:tiny-{identity.digest[:10]}"
     stored = models.resolve_model(moved.model, str(tmp_path / "store"))
     assert (stored.name, stored.digest) == ("tiny", identity.digest)
+    # The same where the other's push is not finished.
+    (tmp_path / "store" / "models" / "tiny" / "manifest.json").unlink()
+    moved = submit.portable(RunConfig(model=ModelConfig(id=str(other))), str(tmp_path / "store"))
+    assert moved.model.id == f"store:tiny-{identity.digest[:10]}"
     text, store = str(tmp_path / "text.txt"), str(tmp_path / "store")
     config = RunConfig(corpus=CorpusConfig(source=text), evaluate=EvaluateConfig(foreign_source=text))
     moved = submit.portable(config, store)

@@ -19,6 +19,7 @@ from midiscover.publish.neuronpedia import ModelFacts
 from midiscover.publish.saelens import card
 from midiscover.publish.verify import subject_of_folder, verify
 from midiscover.store.local import LocalStorage
+from midiscover.store.storage import open_store
 from tests.unit.publish import folders
 
 HOOK = "model.layers.3.mlp"
@@ -79,7 +80,7 @@ def test_a_licence_is_stated_where_one_is_given(store: LocalStorage, tmp_path: P
         prepare_export(store, folders.SAE, "saelens", licence=licence) for licence in (None, None, "apache-2.0")
     )
     assert free.made_of == same.made_of != licensed.made_of
-    out = LocalStorage(tmp_path / "out")
+    out = open_store(str(tmp_path / "out"))
     for export in (free, licensed):
         write_export(export, out)
         text = (tmp_path / "out" / "README.md").read_text()
