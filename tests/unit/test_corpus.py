@@ -355,7 +355,7 @@ def test_a_build_that_breaks_off_takes_nothing_from_another(
     monkeypatch.setattr(mixing, "BATCH_CHARACTERS", 1)
     texts = make_texts(60)
     whole, manifest = build(tmp_path, texts)
-    storage = LocalStorage(tmp_path / "raced")
+    storage = open_store(str(tmp_path / "raced"))
     args = (CorpusConfig(context_size=48, held_out=0.3), SourceIdentity(name="any", digest="any"), make_tokenizer())
 
     def read(name: str) -> Iterator[str]:

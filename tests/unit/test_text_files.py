@@ -16,7 +16,7 @@ from midiscover import text_files
 from midiscover.config import CorpusConfig
 from midiscover.errors import CorpusError
 from midiscover.store.local import LocalStorage
-from midiscover.store.storage import Bytes, Entry
+from midiscover.store.storage import Bytes, Entry, open_store
 from midiscover.texts import SourceIdentity, documents, resolve_source
 
 
@@ -149,7 +149,7 @@ def test_a_text_is_mapped_and_not_read_into_memory_while_it_is_put_into_a_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("some")
-    storage = LocalStorage(tmp_path / "store")
+    storage = open_store(str(tmp_path / "store"))
     mapped: list[bool] = []
     real = LocalStorage.write
 
