@@ -60,6 +60,8 @@ class SweepRun:
             if untrained or self._unmeasured():
                 self.stopwatch.start(first=len(untrained) == len(self.resolved.saes))
                 cluster = self.session.cluster()
+                if untrained:  # what fits no node is refused before a harvest
+                    pack_slots(cluster, self.resolved.config.resources, 1)
                 streams = streams_activations(self.resolved, self.storage, corpus, cluster, self.bars.say)
                 for part in self.resolved.parts() if not streams or self._lacks_mean() else ():
                     harvest(replace(self.prepared, resolved=part), corpus, cluster, self.bars)

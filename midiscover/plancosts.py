@@ -138,7 +138,8 @@ class Costs:
     def packs(self) -> list[Pack]:
         """As a sweep makes them."""
         saes = self.resolved.saes
-        slots = max(1, on_nodes(self.gpus, self.resources.pack_share()) // self.resources.workers)
+        resources = self.resources
+        slots = max(1, on_nodes(self.gpus, resources.pack_share()) // resources.workers) if self.gpus else 1
         return make_packs(saes, self.resources.pack_size or auto_pack_size(saes, slots), {sae.id for sae in saes})
 
     def crews(self, packs: Sequence[Pack]) -> int:

@@ -80,14 +80,14 @@ def generate(
     made: dict[str, list[int]] = {side: [] for side in sides}
     draw = {side: torch.Generator().manual_seed(sampling.seed) for side in sides}
     ended = dict.fromkeys(sides, False)
-    ends = _ends(lm)
+    ends, positions = _ends(lm), _takes_positions(lm)
     ids = torch.tensor([list(prompt)] * len(sides))
     cache: Any = None
     for _ in range(sampling.new_tokens):
         past = 0 if cache is None else ids.shape[1] - 1
         where.look(ids[:, past:])
         # The hooks stand during one pass only: between two, others may use the model.
-        logits, cache = _next(lm, ids[:, past:], past, cache, edits)
+        logits, cache = _next(lm, ids[:, past:], past if positions else None, cache, edits)
         chosen = []
         for row, side in enumerate(sides):
             token = _drawn(logits[row], made[side], sampling, draw[side])
@@ -116,20 +116,25 @@ def chat_text(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
         raise UserError(f"The chat template of {lm.identity.name} takes no such turns: {error}.") from error
 
 
+def _takes_positions(lm: LanguageModel) -> bool:
+    """Whether a model is told the positions of what it reads; by themselves Bamba and MiniMax count anew in every pass.
+
+    RoBERTa and its kin count from their padding's id, and go on by themselves.
+    """
+    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in lm.model.modules())
+    return not counts and "position_ids" in inspect.signature(lm.model.forward).parameters
+
+
 @torch.inference_mode()
-def _next(lm: LanguageModel, ids: Tensor, past: int, cache: Any, edits: Mapping[str, Any]) -> tuple[Tensor, Any]:
+def _next(lm: LanguageModel, ids: Tensor, past: int | None, cache: Any, edits: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """Logits [rows, vocab_size] after the last position, float32 on the CPU, and the model's cache of all up to there.
 
-    past: positions before `ids` [rows, tokens], which `cache` holds. A model that keeps no such cache, as Mamba, gives
-    None for it: it reads the whole text anew for each token.
+    past: positions before `ids` [rows, tokens], which `cache` holds; None for a model that is not told. A model that
+    keeps no such cache, as Mamba, gives None for it: it reads the whole text anew for each token.
     """
-    takes = inspect.signature(lm.model.forward).parameters
-    keeps = "past_key_values" in takes
+    keeps = "past_key_values" in inspect.signature(lm.model.forward).parameters
     given: dict[str, Any] = {"past_key_values": cache} if keeps else {}
-    # RoBERTa and its kin count from their padding's id, and go on by themselves.
-    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in lm.model.modules())
-    if "position_ids" in takes and not counts:
-        # Left to themselves, Bamba and MiniMax count from 0 in every pass.
+    if past is not None:
         given["position_ids"] = torch.arange(past, past + ids.shape[1], device=lm.device)[None]
     with lm.hooked(edits):
         found = lm.model(input_ids=ids.to(lm.device), use_cache=keeps, **given)

@@ -116,8 +116,9 @@ class NameTakenError(ModelError):
 def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
     """Write a model's files, then its manifest. False: it stands already. NameTakenError: another has that name.
 
-    Files that a push which was ended has left are taken as they are where they are the same, and never replaced:
-    somebody else may be pushing them now. UserError where one changes while it is pushed.
+    Files that a push which was ended has left are taken as they are where they are the same, and not replaced:
+    somebody else may be pushing them now (of a file that goes to a bucket in parts, one that comes just then is not
+    seen). UserError where one changes while it is pushed.
     """
     if not _NAME.fullmatch(model.key):
         raise ModelError(

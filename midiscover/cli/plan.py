@@ -79,7 +79,7 @@ def _plan(argv: Sequence[str]) -> None:
     if not ways:
         raise next(iter(refused.values()))
     for count, error in refused.items():
-        print(f"midiscover: no plan on {count} GPUs: {error}", file=sys.stderr)
+        print(f"midiscover: no plan on {count} GPU{'s' if count > 1 else ''}: {error}", file=sys.stderr)
     chosen = {count: chosen_way(resolved, plans) for count, plans in ways.items()}
     first = next(iter(ways))
     if known.out is not None:

@@ -76,7 +76,7 @@ def test_a_cluster_that_falls_silent_is_given_up(
     """Its connections stay open, as where the other end of a tunnel has stopped: nothing ever breaks."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     for module in (connection, submit):
-        monkeypatch.setattr(module, "SILENT_SECONDS", 0.3)
+        monkeypatch.setattr(module, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(submit, "AWAY_SECONDS", 0.5)
     client = connection.connect(dashboard)
     assert client.get_job_info("job").status == JobStatus.RUNNING
@@ -120,3 +120,10 @@ def test_a_cluster_without_a_token_and_a_token_that_is_not_there_are_told(
     (tmp_path / "token").write_text("0" * 64 + "\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     assert connection.connect(dashboard).get_job_status("job") == JobStatus.RUNNING
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE is 'disabled'"):
+        connection.connect(dashboard)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    (tmp_path / "token").write_text("\n")
+    with pytest.raises(ConfigError, match=f"The cluster at {dashboard} asks for no token"):
+        connection.connect(dashboard)

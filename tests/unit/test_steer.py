@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import BambaConfig, MambaConfig, PretrainedConfig, RobertaConfig
 
-from midiscover import steer
 from midiscover.config import ModelConfig
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import UserError
@@ -221,13 +221,23 @@ def test_a_model_that_counts_positions_from_its_padding_does_so_by_itself(tmp_pa
     config = RobertaConfig(is_decoder=True, vocab_size=332, initializer_range=0.4, **sizes)
     folder = make_tiny_model_of(config, tmp_path / "model")
     lm = LanguageModel.load(resolve_model(ModelConfig(id=str(folder))), dtype="float32", attention="eager")
-    ids = torch.tensor([PROMPT])
-    with torch.inference_mode():
-        whole = lm.model(input_ids=ids).logits[:, -1]
-        first, cache = steer._next(lm, ids[:, :-1], 0, None, {})
-        last, _ = steer._next(lm, ids[:, -1:], len(PROMPT) - 1, cache, {})
-    torch.testing.assert_close(last, whole, atol=1e-4, rtol=1e-4)
-    assert (last - first).abs().max() > 0.1
+    seen: list[Tensor] = []
+    real = lm.model.forward
+
+    @functools.wraps(real)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        seen.append(found.logits[0, -1])
+        return found
+
+    lm.model.forward = forward
+    *_, last = generate(lm, PROMPT, {}, [], Sampling(new_tokens=3), sides=("default",))
+    made, passes = last.token_ids["default"], seen[:]
+    for count, logits in enumerate(passes):
+        with torch.inference_mode():
+            whole = real(input_ids=torch.tensor([[*PROMPT, *made[:count]]])).logits[0, -1]
+        torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+    assert len(passes) == 3
 
 
 def test_a_cut_model_gives_the_same_activations_and_says_what_it_lacks(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def test_only_the_text_of_a_hub_data_set_is_decoded(tmp_path: Path, monkeypatch:
     real = datasets.load_dataset
 
     def load_dataset(*_: Any, **__: Any) -> Any:
-        return real("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
+        cache, files = str(tmp_path / "cache"), str(tmp_path / "a.parquet")
+        return real("parquet", data_files=files, split="train", streaming=True, cache_dir=cache)
 
     with pytest.raises(Exception, match="decod"):
         list(load_dataset())

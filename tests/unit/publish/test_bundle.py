@@ -256,13 +256,15 @@ def test_what_was_put_beside_an_export_outlives_an_interrupted_one(standard: Mad
     beside.parent.mkdir()
     beside.write_text("mine")
     broken = Broken(export.storage, export.record, standard.records, export.neuronpedia, export.decode, [])
+    licence = tmp_path / "there" / "LICENSE"
     for _ in range(2):
         with pytest.raises(Interrupted):
             _write(out, export, broken, "there")
+        licence.write_text("free")  # also what a hub wants and is put there meanwhile
         assert (tmp_path / "there" / "unfinished.json").exists()
         assert (tmp_path / "there" / "left.tmp.json").exists()
     assert write_export(export, out, "there").is_new
-    assert beside.read_text() == "mine"
+    assert (beside.read_text(), licence.read_text()) == ("mine", "free")
     assert not list((tmp_path / "there").glob("*.tmp.json"))
     assert not (tmp_path / "there" / "unfinished.json").exists()
 

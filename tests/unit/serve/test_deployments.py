@@ -103,6 +103,8 @@ def test_a_start_says_what_is_left_out_and_fails_where_nothing_is_left(
         start("z")
     two_models.write(layout.PROMOTED, b'{"v": 1, "saes": [{}, {"id": "b"}]}')
     assert "serve: left out: Entry 1 of promoted.json" in start("promoted")
+    two_models.write(layout.PROMOTED, b'{"v": 1, "saes": [{"id": "z"}]}')
+    assert "serve: left out: z is promoted and not in the store" in start("promoted"), "which may yet come"
     two_models.write(layout.PROMOTED, b"{")
     with pytest.raises(CorruptError, match=r"promoted.json in .* can't be read"):
         start("promoted")
