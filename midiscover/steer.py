@@ -80,14 +80,14 @@ def generate(
     made: dict[str, list[int]] = {side: [] for side in sides}
     draw = {side: torch.Generator().manual_seed(sampling.seed) for side in sides}
     ended = dict.fromkeys(sides, False)
-    ends, positions = _ends(lm), _takes_positions(lm)
+    ends, takes = _ends(lm), _takes(lm)
     ids = torch.tensor([list(prompt)] * len(sides))
     cache: Any = None
     for _ in range(sampling.new_tokens):
         past = 0 if cache is None else ids.shape[1] - 1
         where.look(ids[:, past:])
         # The hooks stand during one pass only: between two, others may use the model.
-        logits, cache = _next(lm, ids[:, past:], past if positions else None, cache, edits)
+        logits, cache = _next(lm, ids[:, past:], past, cache, edits, takes)
         chosen = []
         for row, side in enumerate(sides):
             token = _drawn(logits[row], made[side], sampling, draw[side])
@@ -116,28 +116,35 @@ def chat_text(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
         raise UserError(f"The chat template of {lm.identity.name} takes no such turns: {error}.") from error
 
 
-def _takes_positions(lm: LanguageModel) -> bool:
-    """Whether a model is told the positions of what it reads; by themselves Bamba and MiniMax count anew in every pass.
+class _Takes(NamedTuple):
+    """What a model is given beside token ids."""
 
-    RoBERTa and its kin count from their padding's id, and go on by themselves.
-    """
+    cache: bool
+    """Keys and values of what it read before; one that keeps none, as Mamba, reads the whole text for each token."""
+    positions: bool
+    """By themselves Bamba and MiniMax count anew in every pass; RoBERTa and its kin count from their padding's id, and
+    go on by themselves."""
+
+
+def _takes(lm: LanguageModel) -> _Takes:
+    parameters = inspect.signature(lm.model.forward).parameters
     counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in lm.model.modules())
-    return not counts and "position_ids" in inspect.signature(lm.model.forward).parameters
+    return _Takes("past_key_values" in parameters, "position_ids" in parameters and not counts)
 
 
 @torch.inference_mode()
-def _next(lm: LanguageModel, ids: Tensor, past: int | None, cache: Any, edits: Mapping[str, Any]) -> tuple[Tensor, Any]:
+def _next(
+    lm: LanguageModel, ids: Tensor, past: int, cache: Any, edits: Mapping[str, Any], takes: _Takes
+) -> tuple[Tensor, Any]:
     """Logits [rows, vocab_size] after the last position, float32 on the CPU, and the model's cache of all up to there.
 
-    past: positions before `ids` [rows, tokens], which `cache` holds; None for a model that is not told. A model that
-    keeps no such cache, as Mamba, gives None for it: it reads the whole text anew for each token.
+    past: positions before `ids` [rows, tokens], which `cache` holds; None for it where the model keeps none.
     """
-    keeps = "past_key_values" in inspect.signature(lm.model.forward).parameters
-    given: dict[str, Any] = {"past_key_values": cache} if keeps else {}
-    if past is not None:
+    given: dict[str, Any] = {"past_key_values": cache} if takes.cache else {}
+    if takes.positions:
         given["position_ids"] = torch.arange(past, past + ids.shape[1], device=lm.device)[None]
     with lm.hooked(edits):
-        found = lm.model(input_ids=ids.to(lm.device), use_cache=keeps, **given)
+        found = lm.model(input_ids=ids.to(lm.device), use_cache=takes.cache, **given)
     return found.logits[:, -1].float().cpu(), getattr(found, "past_key_values", None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from midiscover import conceptview, tables
+from midiscover.cli.features import require_positive
 from midiscover.errors import ConfigError, NotFoundError
 from midiscover.features.modules import SAE, Concept, module_names, read_module, read_own
 from midiscover.features.records import open_features
@@ -63,11 +64,7 @@ def _parser() -> Parser:
 
 def _concepts(argv: Sequence[str]) -> None:
     known = _parser().parse_args(list(argv))
-    for name in ("top_features", "shuffles"):
-        if getattr(known, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is {getattr(known, name)}; it must be a whole number above 0."
-            )
+    require_positive(top_features=known.top_features, shuffles=known.shuffles)
     concepts = _chosen(known.module, known.texts, known.controls)
     storage = open_store(known.store, create=False)
     saes = find_target(storage, known.target).saes

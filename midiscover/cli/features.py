@@ -71,7 +71,7 @@ def _records(storage: Storage, name: str) -> FeatureRecords:
 def _list(known: argparse.Namespace, records: FeatureRecords) -> None:
     if known.sort not in LISTED:
         raise ConfigError(f"--sort {known.sort} is no column of features; known are {', '.join(LISTED)}.")
-    _require_positive(limit=known.limit)
+    require_positive(limit=known.limit)
     conditions = parse_filter(known.filter)
     rows = records.table([*LISTED, "top_tokens", "pos_tokens"]).to_pylist()
     rows = [row for row in rows if all(compare(row[name], value) for name, compare, value in conditions)]
@@ -85,10 +85,11 @@ def _list(known: argparse.Namespace, records: FeatureRecords) -> None:
     tables.show(featureview.listing(rows[: known.limit], len(rows)))
 
 
-def _require_positive(**flags: int) -> None:
+def require_positive(**flags: int) -> None:
+    """ConfigError for a flag below 1."""
     for name, value in flags.items():
         if value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be a whole number above 0.")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be a whole number above 0.")
 
 
 def parse_filter(text: str) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
@@ -117,7 +118,7 @@ def _interpret(argv: Sequence[str]) -> None:
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
     parser.add_argument("--json", action="store_true", help="as JSON")
     known = parser.parse_args(list(argv))
-    _require_positive(top=known.top)
+    require_positive(top=known.top)
     if (known.text is None) == (known.file is None):
         raise ConfigError("Give either a text or --file FILE.")
     texts = [known.text] if known.file is None else read_texts(known.file)

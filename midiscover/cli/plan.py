@@ -79,7 +79,7 @@ def _plan(argv: Sequence[str]) -> None:
     if not ways:
         raise next(iter(refused.values()))
     for count, error in refused.items():
-        print(f"midiscover: no plan on {count} GPU{'s' if count > 1 else ''}: {error}", file=sys.stderr)
+        print(f"midiscover: no plan on {_gpus(count)}: {error}", file=sys.stderr)
     chosen = {count: chosen_way(resolved, plans) for count, plans in ways.items()}
     first = next(iter(ways))
     if known.out is not None:
@@ -158,9 +158,13 @@ def _print(
     longest = plan.bottleneck
     print(f"\nLongest: {longest.name} ({longest.bound}).")
     if len(ways[first]) > 1:
-        where = f" on {first} GPU{'s' if first > 1 else ''}" if len(plans) > 1 else ""
+        where = f" on {_gpus(first)}" if len(plans) > 1 else ""
         print(f"Activations stored or streamed{where}, by {plantables.SETTING}:")
         tables.show(plantables.ways_table(ways[first], way, price))
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def _draw(resolved: Resolved, plan: Plan, out: Path) -> None:

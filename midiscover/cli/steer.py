@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from midiscover import tables
+from midiscover.cli.features import require_positive
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser
 from midiscover.store.storage import open_store
@@ -51,8 +52,7 @@ def steer_parser() -> Parser:
 
 def _steer(argv: Sequence[str]) -> None:
     known = steer_parser().parse_args(list(argv))
-    if known.tokens < 1:
-        raise ConfigError(f"--tokens is {known.tokens}; it must be a whole number above 0.")
+    require_positive(tokens=known.tokens)
     if not 0 <= known.temperature < math.inf:
         raise ConfigError(f"--temperature is {known.temperature}; it must be 0 or above.")
     if not 0 <= known.seed < 2**63:
