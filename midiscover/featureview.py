@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from midiscover.features.explain import Average, averages, unread_answers
+from midiscover.features.explanations import Explanation
 from midiscover.features.records import QUANTILE_SHARES, Context
 from midiscover.summary import fixed
 from midiscover.tokens import shown
@@ -58,18 +60,31 @@ def listing(rows: Sequence[Mapping[str, Any]], total: int) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)  # the tokens share what the numbers leave
     for heading in ("feature", "fires on", "mean", "max"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=8)
-    for heading in ("top tokens", "promotes"):
-        table.add_column(heading, overflow="ellipsis", no_wrap=True, ratio=1)
+    said = any(row.get("explanation") for row in rows)
+    for heading in (*(["explanation"] if said else []), "top tokens", "promotes"):
+        table.add_column(heading, overflow="ellipsis", no_wrap=True, ratio=2 if heading == "explanation" else 1)
     for row in rows:
         numbers = (f"{row['firing_rate']:.3%}", fixed(row["mean"], 2), fixed(row["max"], 2))
+        texts = [escape(shown(row.get("explanation") or "-"))] if said else []
         tokens = (escape(quoted(row["top_tokens"])), escape(quoted(row["pos_tokens"])))
-        table.add_row(str(row["index"]), *numbers, *tokens)
+        table.add_row(str(row["index"]), *numbers, *texts, *tokens)
     return Group(table, Text(f"{len(rows):,} of {total:,} features", style="dim"))
 
 
-def page(sae_id: str, row: Mapping[str, Any], contexts: Sequence[Context], *, most: int) -> RenderableType:
+def page(
+    sae_id: str,
+    row: Mapping[str, Any],
+    contexts: Sequence[Context],
+    explanation: Explanation | None = None,
+    *,
+    most: int,
+) -> RenderableType:
     """Everything about one feature; of each kind of context at most `most`."""
     head = Text.assemble((f"feature {row['index']}", "bold"), f" of {sae_id}")
+    if explanation is not None:
+        scores = (("detection", explanation.detection), ("fuzz", explanation.fuzz))
+        told = "".join(f", {name} {score:.2f}" for name, score in scores if score is not None)
+        head.append(f"\n{shown(explanation.text)}", "italic").append(f"  by {explanation.llm}{told}", "dim")
     if not row["count"]:
         return Group(head, Text("It never fired on what was read."), _relations(row))
     facts = Text(
@@ -87,6 +102,55 @@ def page(sae_id: str, row: Mapping[str, Any], contexts: Sequence[Context], *, mo
         if found and most > 0:
             parts.append(_contexts(title, spread(found, most), row["max"]))
     return Group(*(part for piece in parts for part in (piece, Text())))
+
+
+_AVERAGED = {
+    "detection": "explanations, detection",
+    "fuzz": "explanations, fuzz",
+    "tokens": "the tokens at the peaks, detection",
+    "other": "another feature's explanation, detection",
+}
+
+
+def explained(sae_id: str, llm: str, outcome: Any, used: Mapping[str, int]) -> RenderableType:
+    """What a language model said of features: `outcome` is an `explainer.Outcome`, `used` what a `Chat` counts."""
+    entries = outcome.entries
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{sae_id}, by {llm}", title_justify="left", expand=True)
+    table.add_column("feature", justify="right", no_wrap=True)
+    table.add_column("explanation", ratio=1, overflow="fold")
+    for heading in ("detection", "fuzz", "tokens", "another's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for feature, entry in entries.items():
+        beside = entry.get("baselines") or {}
+        scores = (entry.get("detection"), entry.get("fuzz"), beside.get("tokens"), beside.get("other"))
+        table.add_row(
+            str(feature), Text(shown(entry["text"])), *(fixed((found or {}).get("score"), 2) for found in scores)
+        )
+    lines = [_average(average) for average in averages(entries.values())]
+    lines += [
+        f"{words}: {', '.join(map(str, found))}"
+        for words, found in (
+            ("fire in too few places to be explained and judged", outcome.seldom),
+            ("the answer held no explanation", outcome.silent),
+        )
+        if found
+    ]
+    unread, asked = unread_answers(entries.values())
+    if unread:
+        lines.append(f"{unread:,} of {asked:,} passages were judged by no list that could be read, and are left out")
+    lines.append(f"{used['questions']:,} questions, {used['asked']:,} tokens asked and {used['answered']:,} answered")
+    return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def _average(average: Average) -> str:
+    words = f"{_AVERAGED[average.name]}: {average.mean:.3f}{_error(average.error)} over {average.features:,} features"
+    if average.apart is None:
+        return words
+    return f"{words}; the explanations are {average.apart:+.3f}{_error(average.apart_error)} beside it"
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.3f}"
 
 
 def spread(contexts: Sequence[Context], most: int) -> list[Context]:

@@ -91,6 +91,7 @@ async def show_feature(sae: Name, index: Annotated[int, Path(ge=0, lt=2**31)], c
             "sae": hosted.id,
             "label": label(row),
             **row,
+            "explained": explanation._asdict() if (explanation := records.explanations.get(index)) else None,
             "contexts": [c._asdict() for c in records.contexts(index)],
         }
 

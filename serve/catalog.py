@@ -224,7 +224,7 @@ class Catalog:
                 return known
         try:
             records = self.features(sae_id)
-            rows = records.table(LISTED).to_pylist()
+            rows = records.rows(LISTED)
         except CorruptError as error:
             self._note_damage(sae_id, error)
             raise
@@ -269,7 +269,8 @@ class Catalog:
                 if found is None:
                     del self._features[name]
                 else:  # an unchanged one has its files open already
-                    kept = held if held.manifest == found.manifest else found
+                    same = (held.manifest, held.explained) == (found.manifest, found.explained)
+                    kept = held if same else found
                     self._features[name] = (now, kept)
                     if kept is found or name in self._listings:  # whose rows are whole
                         self._damaged.discard(name)

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Path
 from pydantic import Field, StrictStr
 
 from midiscover.config import NeuronpediaConfig
+from midiscover.features.explanations import Explanation
 from midiscover.features.labels import label
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from serve.context import Context, as_json, context_of, in_thread
@@ -65,8 +66,8 @@ async def feature_row(context: Context, sae: Hosted, index: int, activations: in
         rows.sort(key=lambda row: row["maxValue"], reverse=True)
         explained = []
         if feature["count"]:
-            row = export.explanation_row(feature)
-            explained = [row | extra | {"explanationModelName": None, "scores": [], "triggeredByUser": None}]
+            row = export.explanation_row(feature) | extra
+            explained = [row | _said(row["id"], records.explanations.get(index)) | {"triggeredByUser": None}]
         return export.feature_row(feature) | {
             "layer": sae.source,
             "source": {"id": sae.source, "modelId": sae.neuronpedia_model, "hookName": export.hook},
@@ -80,6 +81,28 @@ async def feature_row(context: Context, sae: Hosted, index: int, activations: in
         }
 
     return await in_thread(read)
+
+
+def _said(row: str, explanation: Explanation | None) -> dict[str, Any]:
+    """Which model an explanation is from, and its scores; of a label that no model made, none."""
+    if explanation is None:
+        return {"explanationModelName": None, "scores": []}
+    scores = (("eleuther_recall", explanation.detection), ("eleuther_fuzz", explanation.fuzz))
+    return {
+        "explanationModelName": explanation.llm,
+        "scores": [
+            {
+                "id": f"{row}-{kind}",
+                "value": value,
+                "explanationId": row,
+                "explanationScoreTypeName": kind,
+                "explanationScoreModelName": explanation.llm,
+                "jsonDetails": "[]",
+            }
+            for kind, value in scores
+            if value is not None
+        ],
+    }
 
 
 @router.get("/feature/{model}/{source_id}/{index}")

@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import midiscover
-from midiscover.cli import concepts, features, figures, models, plan, publish, runs, serve, steer, store, verify
+from midiscover.cli import (
+    concepts,
+    explain,
+    features,
+    figures,
+    models,
+    plan,
+    publish,
+    runs,
+    serve,
+    steer,
+    store,
+    verify,
+)
 from midiscover.configio import build_config, set_path, to_yaml
 from midiscover.errors import ConfigError, MiDiscoverError
 from midiscover.launch import Parser, parse_job, parse_overrides, prepare, run_job
@@ -37,6 +50,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   train              one SAE by flags, without a YAML file
   features TARGET    statistics, contexts, logit lens and neighbours of each feature
   feature list SAE | show SAE INDEX
+  explain SAE --llm NAME   features in words by a language model, and how well these tell where they fire
   concepts TARGET    features that stand for emotions, numbers, questions, ... or your own texts
   interpret SAE TEXT which features fire on a text, token by token
   steer SAE TEXT     how a text goes on while features are added, clamped or ablated
@@ -208,6 +222,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": _sweep,
     "train": _train,
     **concepts.VERBS,
+    **explain.VERBS,
     **features.VERBS,
     **figures.VERBS,
     **models.VERBS,

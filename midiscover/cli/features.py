@@ -27,6 +27,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "=": operator.eq,
 }
+Condition = tuple[str, Callable[[Any, Any], bool], float]
 _CONDITION = re.compile(r"\s*(\w+)\s*(>=|<=|>|<|=)\s*([-+0-9.eE]+)\s*")
 
 
@@ -61,7 +62,8 @@ def _feature(argv: Sequence[str]) -> None:
     if known.json:
         print(json.dumps({"sae": records.sae_id, **row, "contexts": [c._asdict() for c in contexts]}, indent=1))
         return
-    tables.show(featureview.page(records.sae_id, row, contexts, most=max(0, known.contexts)))
+    explanation = records.explanations.get(known.index)
+    tables.show(featureview.page(records.sae_id, row, contexts, explanation, most=max(0, known.contexts)))
 
 
 def _records(storage: Storage, name: str) -> FeatureRecords:
@@ -73,8 +75,7 @@ def _list(known: argparse.Namespace, records: FeatureRecords) -> None:
         raise ConfigError(f"--sort {known.sort} is no column of features; known are {', '.join(LISTED)}.")
     require_positive(limit=known.limit)
     conditions = parse_filter(known.filter)
-    rows = records.table([*LISTED, "top_tokens", "pos_tokens"]).to_pylist()
-    rows = [row for row in rows if all(compare(row[name], value) for name, compare, value in conditions)]
+    rows = fitting(records.rows([*LISTED, "top_tokens", "pos_tokens"]), conditions)
     if known.token is not None:
         wanted = known.token.strip().lower()
         rows = [row for row in rows if any(token.strip().lower() == wanted for token in row["top_tokens"])]
@@ -92,7 +93,12 @@ def require_positive(**flags: int) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be a whole number above 0.")
 
 
-def parse_filter(text: str) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+def fitting(rows: Sequence[dict[str, Any]], conditions: Sequence[Condition]) -> list[dict[str, Any]]:
+    """Rows that all conditions hold of."""
+    return [row for row in rows if all(compare(row[name], value) for name, compare, value in conditions)]
+
+
+def parse_filter(text: str) -> list[Condition]:
     """`firing_rate>0.001,max>2` as (column, comparison, value). ConfigError for anything else."""
     found = []
     for part in filter(None, text.split(",")):

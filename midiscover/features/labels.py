@@ -1,4 +1,4 @@
-"""What can be said of a feature in a line, without a language model: where it peaks and what it promotes."""
+"""What can be said of a feature in a line: what a language model said, else where it peaks and what it promotes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from midiscover.tokens import shown
 
 
 def label(feature: Mapping[str, Any]) -> str:
-    """From its row in features.parquet (`count`, `top_tokens`, `pos_tokens`)."""
+    """From its row, as `FeatureRecords` gives it: `explanation` where there is one, else as `peaks`."""
+    return feature.get("explanation") or peaks(feature)
+
+
+def peaks(feature: Mapping[str, Any]) -> str:
+    """Without a language model, from its row in features.parquet (`count`, `top_tokens`, `pos_tokens`)."""
     if not feature["count"]:
         return "never fired"
     peaks = ", ".join(f"'{shown(token)}'" for token in feature["top_tokens"][:3])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from midiscover.errors import CorruptError, NotFoundError
+from midiscover.features.explanations import Explanation, newest
 from midiscover.store import layout
 from midiscover.store.storage import Storage
 
@@ -59,17 +62,33 @@ class Context(NamedTuple):
 
 
 class FeatureRecords:
-    """The records of one SAE. Cheap to open; what is read is checked against the manifest."""
+    """The records of one SAE, for several threads. Cheap to open; what is read is checked against the manifest."""
 
-    def __init__(self, storage: Storage, manifest: dict[str, Any]) -> None:
-        self.storage, self.manifest = storage, manifest
+    def __init__(self, storage: Storage, manifest: dict[str, Any], explained: Sequence[tuple[str, str]] = ()) -> None:
+        """explained: keys and versions of what language models said of them, as it stood."""
+        self.storage, self.manifest, self.explained = storage, manifest, tuple(explained)
         self.sae_id: str = manifest["sae"]
         self.features_id: str = manifest["features_id"]
         self.d_sae: int = manifest["d_sae"]
+        self._reading = threading.Lock()
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """One row per feature, in order of index; all columns or those named."""
-        return self._features.read(list(columns) if columns is not None else None)
+        with self._reading:
+            return self._features.read(list(columns) if columns is not None else None)
+
+    def rows(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """The same as rows, with the `explanation` of those that have one."""
+        found = self.table(columns).to_pylist()
+        for feature, explanation in self.explanations.items():
+            if feature < len(found):
+                found[feature]["explanation"] = explanation.text
+        return found
+
+    @cached_property
+    def explanations(self) -> dict[int, Explanation]:
+        """Feature -> what stands for it of what language models said. CorruptError as `newest`."""
+        return newest(self.storage, [key for key, _ in self.explained])
 
     @property
     def bytes(self) -> int:
@@ -87,14 +106,15 @@ class FeatureRecords:
         return f"Of {self.sae_id}, on {self.manifest['tokens']:,} training tokens"
 
     def feature(self, index: int) -> dict[str, Any]:
-        """All columns of one feature. NotFoundError out of range."""
+        """All columns of one feature, and its `explanation`, None without one. NotFoundError out of range."""
         self._require(index)
-        return self._features.read_row_group(index // GROUP).slice(index % GROUP, 1).to_pylist()[0]
+        row = self._group(FEATURES, index // GROUP).slice(index % GROUP, 1).to_pylist()[0]
+        return self._explained(row)
 
     def contexts(self, index: int) -> list[Context]:
         """The contexts of one feature: top, interval, random, each by rank. NotFoundError out of range."""
         self._require(index)
-        group = self._contexts.read_row_group(index // GROUP)
+        group = self._group(CONTEXTS, index // GROUP)
         features = group["feature"].to_numpy()  # sorted
         start, stop = (int(np.searchsorted(features, index, side)) for side in ("left", "right"))
         return [_context(row) for row in group.slice(start, stop - start).to_pylist()]
@@ -103,16 +123,26 @@ class FeatureRecords:
         """Features in order, `size` at a time (fewer at the end), with the contexts of each."""
         features: list[dict[str, Any]] = []
         contexts: dict[int, list[Context]] = {}
-        for group in range(self._features.num_row_groups):
-            for row in self._features.read_row_group(group).to_pylist():
-                features.append(row)
+        for group in range(math.ceil(self.d_sae / GROUP)):
+            for row in self._group(FEATURES, group).to_pylist():
+                features.append(self._explained(row))
                 contexts[row["index"]] = []
-            for row in self._contexts.read_row_group(group).to_pylist():
+            for row in self._group(CONTEXTS, group).to_pylist():
                 contexts[row["feature"]].append(_context(row))
             while len(features) >= size:
                 yield _split(features, contexts, size)
         if features:
             yield _split(features, contexts, size)
+
+    def _group(self, name: str, number: int) -> pa.Table:
+        """A row group; one at a time, for two threads that read from one ParquetFile at once end the process."""
+        with self._reading:
+            file = self._features if name == FEATURES else self._contexts
+            return file.read_row_group(number)
+
+    def _explained(self, row: dict[str, Any]) -> dict[str, Any]:
+        explanation = self.explanations.get(row["index"])
+        return {**row, "explanation": None if explanation is None else explanation.text}
 
     @cached_property
     def _features(self) -> pq.ParquetFile:
@@ -142,17 +172,21 @@ class FeatureRecords:
 
 def open_features(storage: Storage, sae_id: str, features_id: str | None = None) -> FeatureRecords:
     """The records of an SAE under one set of settings, or the newest. NotFoundError where there are none."""
-    found = feature_manifests(storage, sae_id)
+    entries = storage.entries(layout.sae_file(sae_id, "features"))
+    found = _manifests(storage, [entry.key for entry in entries])
     fits = [manifest for manifest in found if features_id in (None, manifest["features_id"])]
     if not fits:
         raise NotFoundError(f"The features of {sae_id} are not written down yet; run `midiscover features {sae_id}`.")
-    return FeatureRecords(storage, max(fits, key=lambda manifest: (manifest["created"], manifest["features_id"])))
+    manifest = max(fits, key=lambda manifest: (manifest["created"], manifest["features_id"]))
+    within = layout.explanations_folder(sae_id, manifest["features_id"]) + "/"
+    said = [(entry.key, entry.version) for entry in entries if entry.key.startswith(within)]
+    return FeatureRecords(storage, manifest, said)
 
 
-def feature_manifests(storage: Storage, sae_id: str) -> list[dict[str, Any]]:
+def _manifests(storage: Storage, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The manifests of all feature records of an SAE. CorruptError for one that can't be read."""
     found = []
-    for key in storage.list(layout.sae_file(sae_id, "features")):
+    for key in keys:
         if key.endswith("/manifest.json"):
             try:
                 manifest = json.loads(storage.read(key))

@@ -100,6 +100,7 @@ def prepare_export(
     identity = resolve_origin(record, storage.uri, model)
     neuronpedia = NeuronpediaExport(record, cfg, _facts(identity), names, repository)
     records = open_features(storage, sae_id) if kind != "saelens" else None
+    said = {str(feature): found.text for feature, found in records.explanations.items()} if records else {}
     sweep = sweep_of(storage, sae_id) if kind == "bundle" else None
     rows = sweep_rows(storage, sweep) if sweep else []
     made_of = fingerprint(
@@ -115,7 +116,8 @@ def prepare_export(
             "rows": rows,
             "version": midiscover.__version__,
         }
-        | ({"licence": licence} if licence and kind == "saelens" else {}),
+        | ({"licence": licence} if licence and kind == "saelens" else {})
+        | ({"explanations": said} if said else {}),
     )
     return Export(
         storage=storage,

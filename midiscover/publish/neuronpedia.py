@@ -4,9 +4,9 @@ Rows follow the importer's rules: every line of a file has the same keys, ids ar
 space, features carry no vector (that would make them custom ones), and names that other tables must know are left null.
 What is compressed has no time in it, so that equal records give equal bytes.
 
-Explanations say what can be said without a language model: the tokens at a feature's peaks and those that it promotes.
-They name neither a method nor a model, since both would have to be in the importer's tables; so nothing of
-`v1/config/`, which would add to those tables, is written.
+Explanations are those of `midiscover explain`; of other features they say what can be said without a language model:
+the tokens at a feature's peaks and those that it promotes. They name neither a method nor a model, since both would
+have to be in the importer's tables; so nothing of `v1/config/`, which would add to those tables, is written.
 """
 
 from __future__ import annotations

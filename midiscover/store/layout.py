@@ -163,6 +163,16 @@ def features_manifest(sae_id: str, features_id: str) -> str:
     return features_file(sae_id, features_id, "manifest.json")
 
 
+def explanations_folder(sae_id: str, features_id: str) -> str:
+    """What language models said of the features of these records."""
+    return features_file(sae_id, features_id, "explanations")
+
+
+def explanations(sae_id: str, features_id: str, name: str) -> str:
+    """What one of them said; `name` is made of the model and of what it was asked."""
+    return f"{explanations_folder(sae_id, features_id)}/{name}.json"
+
+
 def concept_scores(sae_id: str, name: str) -> str:
     """How features of an SAE stand for one concept; `name` is the module's, or one made of the user's texts."""
     return sae_file(sae_id, f"concepts/{name}.json")
