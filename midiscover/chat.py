@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
-import torch
-
 from midiscover.config import ModelConfig
 from midiscover.errors import ModelError, StageError, UserError
 
@@ -184,6 +182,8 @@ class LocalChat(_Counted):
 
     def _odds(self, question: str) -> float:
         """Logarithm of how much likelier Yes is than No as the answer's first word."""
+        import torch
+
         ids = self._asked(question, 1)
         logits = self.lm.logits(torch.tensor([ids]))[0, -1].double()
         self.count(len(ids), 1)
@@ -204,8 +204,8 @@ class LocalChat(_Counted):
         most = context_length(lm.model.config)
         if most is not None and len(ids) + answer > most:
             raise UserError(
-                f"A question has {len(ids):,} tokens, and {self.name} reads {most:,}, an answer of {answer} among them; "
-                "give a model with a longer context, or a smaller --shown."
+                f"A question has {len(ids):,} tokens, and {self.name} reads {most:,}, an answer of {answer} among "
+                "them; give a model with a longer context, or a smaller --shown."
             )
         return ids
 

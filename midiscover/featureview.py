@@ -105,10 +105,10 @@ def page(
 
 
 _AVERAGED = {
-    "detection": "explanations, detection",
-    "fuzz": "explanations, fuzz",
-    "tokens": "the tokens at the peaks, detection",
-    "other": "another feature's explanation, detection",
+    "detection": "detection",
+    "fuzz": "fuzz",
+    "tokens": "detection by the tokens at the peaks",
+    "other": "detection by another feature's explanation",
 }
 
 
@@ -145,8 +145,8 @@ def explained(sae_id: str, llm: str, outcome: Any, used: Mapping[str, int]) -> R
 def _average(average: Average) -> str:
     words = f"{_AVERAGED[average.name]}: {average.mean:.3f}{_error(average.error)} over {average.features:,} features"
     if average.apart is None:
-        return words
-    return f"{words}; the explanations are {average.apart:+.3f}{_error(average.apart_error)} beside it"
+        return f"{words} (0.5 is guessing)"
+    return f"{words}; the explanations' is {average.apart:+.3f}{_error(average.apart_error)} beside it"
 
 
 def _error(error: float | None) -> str:

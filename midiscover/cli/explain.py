@@ -105,7 +105,9 @@ def _chosen(records: FeatureRecords, known: argparse.Namespace) -> list[int]:
             )
         beyond = [word for word in words if int(word) >= records.d_sae]
         if beyond:
-            raise NotFoundError(f"{records.sae_id} has no feature {beyond[0]}; it has 0 to {records.d_sae - 1}.")
+            raise NotFoundError(
+                f"{records.sae_id} has no feature {beyond[0]}; its features are 0 to {records.d_sae - 1}."
+            )
         return sorted({int(word) for word in words})
     count = COUNT if known.count is None else known.count
     require_positive(count=count)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from midiscover.features.explanations import Explanations
 from serve.problems import ProblemError
 from tests.served import Served, api, live, store, store_to_serve
 
@@ -326,6 +327,33 @@ def test_a_hook_has_the_name_of_the_export(api: Served, monkeypatch: pytest.Monk
     assert (feature["hookName"], feature["source"]["hookName"]) == (expected, expected)
     assert api.context.model_types == ({sae.model: family} if family else {}), "it is asked again while nobody knows"
     api.context.model_types.clear()
+
+
+def test_what_a_model_said_of_a_feature_is_told_with_its_scores(api: Served) -> None:
+    neuronpedia = pytest.importorskip("neuronpedia")
+    from neuronpedia.requests.base_request import NPRequest
+    from neuronpedia.requests.feature_request import FeatureRequest
+
+    catalog = api.context.catalog
+    sae = catalog.find(api.saes[2])
+    said = Explanations(catalog.storage, sae.id, catalog.features(sae.id).features_id, "some-model", {})
+    said.add({5: {"text": "Words <b>about</b> rain", "made": "2026", "detection": {"score": 0.75}, "fuzz": None}})
+    catalog._features.clear()
+    try:
+        told = api.get(f"/saes/{sae.id}/features/5").json()
+        assert (told["label"], told["explained"]["detection"]) == ("Words <b>about</b> rain", 0.75)
+        found = api.get(f"/features/{sae.id}", params={"text": "ABOUT</b> rain"}).json()
+        assert [(row["index"], row["label"]) for row in found["features"]] == [(5, "Words <b>about</b> rain")]
+        (row,) = api.get(f"/api/feature/{sae.neuronpedia_model}/{sae.source}/5").json()["explanations"]
+        assert row["explanationModelName"] == "some-model"
+        assert [(s["explanationScoreTypeName"], s["value"]) for s in row["scores"]] == [("eleuther_recall", 0.75)]
+        with live(api) as address, neuronpedia.api_key(api.keys["read"]), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NPRequest, "BASE_URL", f"{address}/api")
+            feature = FeatureRequest().get(sae.neuronpedia_model, sae.source, 5)
+        assert feature.explanations[0].text == "Words <b>about</b> rain"
+    finally:
+        catalog.storage.delete(said.key)
+        catalog._features.clear()
 
 
 def test_explanations_are_found_once_each_by_their_words(api: Served) -> None:

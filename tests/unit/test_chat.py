@@ -137,5 +137,7 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_question_that_is_too_long_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="A question has .* tokens, and .* reads .*; give a model with a longer context"):
+    with pytest.raises(
+        UserError, match="A question has .* tokens, and .* reads .*; give a model with a longer context"
+    ):
         LocalChat(str(folder), None, "cpu").answer("rain " * 3000)

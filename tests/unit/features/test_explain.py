@@ -152,7 +152,7 @@ def test_tokens_that_fire_are_marked() -> None:
     ("text", "explanation"),
     [
         ("Explanation: words about rain", "words about rain"),
-        ("I think.\n\n**Explanation:** \"Rain.\"\n", "Rain."),
+        ('I think.\n\n**Explanation:** "Rain."\n', "Rain."),
         ("Explanation: first\nno: Explanation: x\nEXPLANATION : second", "second"),
         ("words about rain", "words about rain"),
         ("<think>Explanation: no</think>\nExplanation: a\tb\0c", "a b c"),
@@ -254,7 +254,9 @@ def test_scores_and_baselines_are_made_up_for(storage: Storage, quiet: Quiet) ->
 
 def test_features_that_fire_too_seldom_and_answers_without_words_are_named(storage: Storage, quiet: Quiet) -> None:
     chat = Scripted()
-    chat.answer = lambda question: "Hm.\nWell." if "<<sun>>" in question and "Of which" not in question else answer(question)  # type: ignore[method-assign]
+    chat.answer = lambda question: (
+        "Hm.\nWell." if "<<sun>>" in question and "Of which" not in question else answer(question)
+    )  # type: ignore[method-assign]
     run = made(chat, storage, quiet)
     run.records.contexts = lambda feature: contexts(WORDS[feature], 100 * feature)[: 3 if feature == 2 else None]  # type: ignore[method-assign]
     outcome = run.run([0, 1, 2])

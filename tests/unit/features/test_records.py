@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from midiscover.config import FeaturesConfig
 from midiscover.errors import CorruptError, NotFoundError
 from midiscover.features import collect
 from midiscover.features.collect import Part, collect_chunk, merged
+from midiscover.features.explanations import Explanations
 from midiscover.features.finish import Finisher
+from midiscover.features.labels import label, peaks
 from midiscover.features.plan import plan_features
 from midiscover.features.records import Context, FeatureRecords, open_features
 from midiscover.ids import features_id
@@ -322,3 +326,56 @@ def test_damage_is_found(world: World, unembedding: Tensor) -> None:
     assert damaged.feature(3)["index"] == 3
     with pytest.raises(CorruptError, match="differs from what was written"):
         damaged.contexts(3)
+
+
+PARALLEL = """
+import sys, threading, time
+from midiscover.features.records import open_features
+from midiscover.store.storage import open_store
+storage = open_store(sys.argv[1], create=False)
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    records = open_features(storage, "sae")
+    ready = threading.Barrier(6)
+    def read(number):
+        ready.wait()
+        for feature in range(records.d_sae):
+            records.rows(["index", "max", "top_tokens"])
+            assert records.feature(feature)["index"] == feature
+            assert all(len(c.tokens) == len(c.values) for c in records.contexts(feature))
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(6)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+print("whole")
+"""
+
+
+def test_several_threads_may_read_at_once(world: World, records: FeatureRecords) -> None:
+    """In a process of its own: without the lock pyarrow ends it by a segmentation fault within seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARALLEL, records.storage.uri], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr[-2000:]
+
+
+def test_rows_have_what_was_said_of_them(world: World, records: FeatureRecords) -> None:
+    fired = next(f for f in range(D_SAE) if records.feature(f)["count"])
+    assert records.feature(fired)["explanation"] is None
+    assert records.rows(["index"]) == [{"index": f} for f in range(D_SAE)]
+    said = Explanations(world.storage, "sae", records.features_id, "org/some model", {})
+    said.add({fired: {"text": "words about rain", "made": "2026", "detection": {"score": 0.8}}})
+    try:
+        assert records.explanations == {}, "as it stood when they were opened"
+        again = open_features(world.storage, "sae")
+        assert again.explanations[fired] == ("words about rain", "org/some model", "2026", 0.8, None)
+        row, rows = again.feature(fired), again.rows(["index"])
+        assert row["explanation"] == rows[fired]["explanation"] == label(row) == "words about rain"
+        assert {**row, "explanation": None} == records.feature(fired)
+        assert peaks(row) == label(records.feature(fired)) != "words about rain"
+        assert [row for row in rows if "explanation" in row] == [rows[fired]]
+        batches = [features for features, _ in again.batches(7)]
+        assert [f["explanation"] for some in batches for f in some] == [
+            "words about rain" if f == fired else None for f in range(D_SAE)
+        ]
+    finally:
+        world.storage.delete(said.key)

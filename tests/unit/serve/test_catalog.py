@@ -13,6 +13,7 @@ import pytest
 
 from midiscover.errors import CorruptError, NotFoundError, UserError
 from midiscover.features.collect import collect_chunk
+from midiscover.features.explanations import Explanations
 from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords
 from midiscover.promoted import VERSION
@@ -167,6 +168,22 @@ def test_sizes_are_added_up_once_and_only_where_something_was_read(
     described.features(saes[7])
     assert [sae for sae in saes if described.known_rows(sae)] == [saes[7]]
     assert len(asked) < 4 * len(saes)
+
+
+def test_what_is_said_of_features_later_is_seen(described: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.catalog.FEATURES_FRESH_SECONDS", -1.0)
+    before = described.features("b")
+    fired = next(row["index"] for row in described.rows("b") if row["count"])
+    described.renew_features()
+    assert described.features("b") is before
+    said = Explanations(described.storage, "b", before.features_id, "some-model", {})
+    said.add({fired: {"text": "Words about Rain", "made": "2026"}})
+    described.renew_features()
+    listing = described.listing("b")
+    assert listing.labels[fired] == "words about rain"
+    assert listing.rows[fired]["explanation"] == "Words about Rain"
+    assert described.features("b").feature(fired)["explanation"] == "Words about Rain"
+    assert "explanation" not in described.rows("a")[fired]
 
 
 def test_damaged_features_are_told_of_until_they_are_whole(described: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
