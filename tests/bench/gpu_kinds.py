@@ -33,7 +33,7 @@ from midiscover.saeconfig import (
     StandardConfig,
     TopKConfig,
 )
-from tests.bench.step_sides import STILL, matrix_rate
+from tests.bench.step_sides import STILL, described, matrix_rate
 
 WARM = 6
 BELOW = midiscover.sae.code.SPARSE_BELOW_ON_GPU
@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds: list[SaeConfig] = [kind(d_sae=d_sae, initial_density=density) for kind in (StandardConfig, JumpReluConfig, GatedConfig)]  # noqa: E501  # fmt: skip
     kinds += [kind(d_sae=d_sae, k=args.k) for kind in (TopKConfig, BatchTopKConfig, MatryoshkaConfig)]
     dense = 10 * args.batch_size * args.d_in * d_sae
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s in bfloat16; "
-    title += f"{args.batch_size:,} x {args.d_in:,} x {d_sae:,}"
+    title = f"{described(device, rate)}; {args.batch_size:,} x {args.d_in:,} x {d_sae:,}"
+    print(title, flush=True)
     columns = ("ms a step", "of the peak, as if dense", "SAE-tokens/s", "L0", "graph")
     table = Table("kind", "", *columns, title=title)
     ways = {"": {}, "dense": {"sparse": 0.0}, "PyTorch's operators": {"devices": ()}}

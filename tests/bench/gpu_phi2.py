@@ -26,7 +26,7 @@ from midiscover.config import HarvestConfig
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.store.blocks import block_plan
 from midiscover.store.storage import open_store
-from tests.bench.step_sides import matrix_rate
+from tests.bench.step_sides import described, matrix_rate
 
 LAYERS = (8, 12, 16, 20, 24)
 
@@ -115,8 +115,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, context = (20_000, 128) if known.small else (known.tokens, known.context_size)
     peak = matrix_rate(device, 512 if known.small else 8192)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    table = Table("", "tokens/s", "share of measured peak", "", title=f"{name}: {peak / 1e12:.2f} TFLOP/s bfloat16")
+    title = described(device, peak, small=device.type == "cpu")
+    print(title, flush=True)
+    table = Table("", "tokens/s", "share of measured peak", "", title=title)
     for compiled in (False, True) if device.type == "cuda" else (False,):
         row = harvest_row(known.small, tokens, context, device, peak, compiled=compiled)
         print(*row, sep="  ", flush=True)  # a run that is cut off has told what it knew

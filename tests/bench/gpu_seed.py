@@ -66,6 +66,10 @@ def sae_of(setting: str, value: float) -> SaeConfig:
     return StandardConfig(l1_coefficient=value, initial_density=None) if setting == "l1" else TopKConfig(k=int(value))
 
 
+class Failed(Exception):
+    """A try of ours ended with an error; the message is its last line."""
+
+
 def planted(shape: Shape, device: torch.device) -> PlantedDictionary:
     """Where the rows of both come from."""
     return PlantedDictionary(d_in=shape.d_in, n_true=shape.n_true, l0=shape.l0, device=device)
@@ -167,7 +171,7 @@ def cold_start(setting: str, value: float, epochs: int, *, small: bool) -> tuple
         [sys.executable, "-m", "tests.bench.gpu_seed", *flags], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise Failed(done.stderr.strip().splitlines()[-1])
     *said, apart = (float(word) for word in done.stdout.split()[-6:])
     return time.perf_counter() - began - apart, said
 
@@ -180,7 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--l1", type=float, nargs="+", default=COEFFICIENTS, help="coefficients of ours, falling")
     parser.add_argument("--k", type=float, nargs="+", help="TopK SAEs instead, with so many features a token")
     parser.add_argument("--most", type=int, help="steps of that loop at most, of its 48,000")
-    parser.add_argument("--reach", type=float, help="the FVU that a run of that loop has reached; it is not run again")
+    parser.add_argument(
+        "--reach",
+        type=float,
+        help="the FVU that a run of that loop has reached; it is not run again, but for --most steps to tell its pace",
+    )
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu")
@@ -196,15 +204,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     theirs, tries = args.reach, 0.0
     if theirs is not None:
         table.add_row("to reach", "", "", f"{theirs:.4f}")
-    else:
-        theirs, l0, seconds, taken = their_loop(shape, device, 3, args.most)
-        table.add_row("that loop, its training", f"{seconds:.1f}", f"{taken:,}", f"{theirs:.4f}", f"{l0:.0f}")
+    if theirs is None or args.most is not None:
+        fvu, l0, seconds, taken = their_loop(shape, device, 3, args.most)
+        theirs = fvu if theirs is None else theirs
+        table.add_row("that loop, its training", f"{seconds:.1f}", f"{taken:,}", f"{fvu:.4f}", f"{l0:.0f}")
         whole = 3 * -(-shape.rows // BATCH)
         if taken < whole:
             table.add_row("  all of it, at that pace", f"{seconds / taken * whole:.0f}", f"{whole:,}")
-        print(f"that loop: {seconds:.1f} s, FVU {theirs:.4f}, L0 {l0:.0f}", flush=True)
+        print(f"that loop: {taken:,} steps in {seconds:.1f} s, FVU {fvu:.4f}, L0 {l0:.0f}", flush=True)
     for value in values:
-        cold, (fvu, l0, harvest, training, steps) = cold_start(setting, value, args.epochs, small=args.small)
+        try:
+            cold, (fvu, l0, harvest, training, steps) = cold_start(setting, value, args.epochs, small=args.small)
+        except Failed as error:
+            print(f"ours, {setting} {value:g}: failed: {error}", flush=True)
+            table.add_row(f"ours, {setting} {value:g}, failed")
+            continue
         tries += cold
         told = "reached" if fvu <= theirs else "not reached"
         print(f"ours, {setting} {value:g}: {cold:.1f} s, FVU {fvu:.4f}, L0 {l0:.0f}, {told}", flush=True)

@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ from rich import box
 from rich.table import Table
 
 from midiscover import tables
-from tests.bench.step_sides import PEERS, STILL, kept, matrix_rate, planted
+from tests.bench.step_sides import PEERS, STILL, described, kept, matrix_rate, planted
 
 OURS, DENSE, PLAIN = "miDiscover", "miDiscover, dense", "miDiscover, PyTorch's operators"
 VARIANTS = {OURS: "sparse", DENSE: "dense", PLAIN: "plain"}
 COMPILED = "SAELens, compiled"
 RUNNERS = {"SAELens": "run_saelens.py", "dictionary_learning": "run_dictionary_learning.py"}
+LONGEST_SECONDS = 600
+"""Of one side; a compiler that searches long is cut off there."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,7 +47,12 @@ def run_jobs(script: str, jobs: Path) -> None:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"PYTHONPATH": paths, "TQDM_DISABLE": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, str(Path(__file__).with_name("peers") / script), str(jobs)]
-    done = subprocess.run(line, env=os.environ | quiet, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            line, env=os.environ | quiet, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{script} took more than {LONGEST_SECONDS} s") from None
     if done.returncode:
         raise Failed(f"{script}: {done.stdout}{done.stderr}")
 
@@ -81,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     rate = matrix_rate(device, 8192 if device.type == "cuda" else 512)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    where = f"{name}, torch {torch.__version__}, {rate / 1e12:.2f} TFLOP/s in bfloat16"
-    print(where)
+    where = described(device, rate, small=device.type == "cpu")
+    print(where, flush=True)
     products = 2 * args.batch_size * args.d_in * args.d_sae
     bounds = {"five dense products": [5 * products / rate], "x @ W_enc": [products / rate]}
     measured: dict[str, dict[str, list[float]]] = {}
@@ -94,27 +101,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             own = [OURS, DENSE, PLAIN] if kind in ("topk", "batchtopk") else [OURS, PLAIN]
             peers = [side for side, of in PEERS if of == kind and side in RUNNERS]
             sides = own if args.no_peers else [*own, *peers, COMPILED]
-            measured[kind] = _table(kind, sides, Path(folder), args, rate)
-            kept(args, where, measured, dict.fromkeys(measured, bounds))
+            measured[kind] = {side: [] for side in sides}
+            keep = partial(kept, args, where, measured, dict.fromkeys(measured, bounds))
+            _table(kind, measured[kind], Path(folder), args, rate, keep)
     return 0
 
 
 def _table(
-    kind: str, sides: Sequence[str], folder: Path, args: argparse.Namespace, rate: float
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    kind: str,
+    seconds: dict[str, list[float]],
+    folder: Path,
+    args: argparse.Namespace,
+    rate: float,
+    keep: Callable[[], None],
+) -> None:
+    """seconds: of each side, to be filled; `keep` writes what it holds."""
     l0: dict[str, float] = {}
     for _ in range(args.repeats):
         for side in list(seconds):
             try:
                 spent, l0[side] = seconds_a_step(side, kind, folder, args)
             except Failed as error:
-                if side in VARIANTS:
+                if side == OURS:  # what all others are compared with
                     raise
                 print(f"{kind} {side} is left out: {error}", flush=True)
                 del seconds[side]
                 continue
             seconds[side].append(spent)
+            keep()
             print(kind, side, f"{1000 * spent:.2f} ms", flush=True)  # a run that is cut off has told what it knew
     products = 2 * args.batch_size * args.d_in * args.d_sae
     table = Table(
@@ -135,7 +149,6 @@ def _table(
     for label, count in (("five dense products alone", 5), ("x @ W_enc alone", 1)):
         table.add_row(label, f"{1000 * count * products / rate:.2f}")
     tables.show(table)
-    return seconds
 
 
 if __name__ == "__main__":

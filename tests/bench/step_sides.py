@@ -64,6 +64,17 @@ def kept(
     args.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
+def described(device: torch.device, rate: float, *, small: bool = False) -> str:
+    """The device, the versions and both rates that its shares depend on, in a line; copies count reads and writes."""
+    numbers = torch.empty(2**20 if small else 2**28, device=device)
+    copy, repeats = torch.empty_like(numbers), 10
+    copy.copy_(numbers)
+    moved = 2 * numbers.nbytes * repeats / timed(lambda: [copy.copy_(numbers) for _ in range(repeats)], device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    rates = f"{rate / 1e12:.2f} TFLOP/s in bfloat16, copies at {moved / 1e12:.2f} TB/s"
+    return f"{name}, torch {torch.__version__}, {rates}"
+
+
 def matrix_rate(device: torch.device, size: int) -> float:
     """FLOP/s of bfloat16 products of random square matrices: what a device's shares are shares of."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
