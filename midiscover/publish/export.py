@@ -100,7 +100,8 @@ def prepare_export(
     identity = resolve_origin(record, storage.uri, model)
     neuronpedia = NeuronpediaExport(record, cfg, _facts(identity), names, repository)
     records = open_features(storage, sae_id) if kind != "saelens" else None
-    said = {str(feature): found.text for feature, found in records.explanations.items()} if records else {}
+    explained = records.explanations if records and kind == "neuronpedia" else {}
+    said = {str(feature): found.text for feature, found in explained.items()}
     sweep = sweep_of(storage, sae_id) if kind == "bundle" else None
     rows = sweep_rows(storage, sweep) if sweep else []
     made_of = fingerprint(
