@@ -40,6 +40,8 @@ RECIPE_VERSION = 1
 """Of `sae.schedule.peak_lr`: counts where the learning rate is left to it."""
 STEERING_VERSION = 3
 """Of `sae.l0control`: counts where L0 is asked for instead of a coefficient."""
+RESAMPLING_VERSIONS = {"jumprelu": 2}
+"""Of kinds whose resampled features begin otherwise than at first: counts where `train.resample_at` asks for some."""
 UNCOUNTED = ("report_every", "checkpoint_every", "retire_after")
 """Settings in `train` that change no SAE that is made."""
 TOLD_APART = ("kind", "control", "expansion_factor", "d_sae", "output_hook", "seed")
@@ -220,6 +222,8 @@ def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
         given["recipe"] = RECIPE_VERSION
     if getattr(point.sae, "target_l0", None) is not None:
         given["steering"] = STEERING_VERSION
+    if point.train.resample_at and point.sae.kind in RESAMPLING_VERSIONS:
+        given["resampling"] = RESAMPLING_VERSIONS[point.sae.kind]
     parts = [hook_label(point.hook), f"{point.sae.kind}-{d_sae}", sparsity_label(point.sae).replace(" ", "-").lower()]
     if point.sae.control != "none":
         parts.append(point.sae.control.replace("_", "-"))

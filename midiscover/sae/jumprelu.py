@@ -89,7 +89,8 @@ class JumpReluSae(Sae):
     @torch.no_grad()
     def restart_(self, dead: Tensor, alive: Tensor) -> None:
         super().restart_(dead, alive)
-        self.threshold[dead] = self.threshold[alive].mean()
+        # As short as the encoder's columns: it fires where one of the living's norm and threshold would.
+        self.threshold[dead] = self.threshold[alive].mean() * self.resampled_norm
 
     @torch.no_grad()
     def constrain_(self) -> None:

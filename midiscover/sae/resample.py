@@ -26,7 +26,7 @@ def resample_(
 
     x [tokens, d_in] and y [tokens, d_out] are a normalised batch. A drawn row's residual gives the decoder row its
     direction, the row itself the encoder column, at `resampled_norm` of the living columns'; the feature's other
-    parameters are as at initialisation, or as the living have them in the mean (`Sae.restart_`), and Adam forgets it.
+    parameters are as at initialisation, or follow the living's mean (`Sae.restart_`), and Adam forgets it.
     `since_fired` is set to 0 where a feature starts anew.
 
     No row serves twice: twins would get the same gradients for ever. Where more features are dead than there are rows,

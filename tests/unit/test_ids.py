@@ -86,6 +86,22 @@ def test_a_learning_rate_left_to_the_recipe_counts_as_such(monkeypatch: pytest.M
     assert sae(POINT) == "l16.mlp-fc2.standard-20480.l1-3.82fe8e537d"
 
 
+def test_where_resampled_features_begin_counts_where_some_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden: those of kinds that begin as at first, and SAEs without resampling, keep the ids that they had."""
+    resampled = dataclasses.replace(POINT.train, resample_at=(0.3, 0.6))
+    points = [
+        dataclasses.replace(POINT, sae=SAE_KINDS[kind](), train=train)
+        for kind in ("standard", "gated", "jumprelu")
+        for train in (POINT.train, resampled)
+    ]
+    before = [sae(point) for point in points]
+    assert [name.rpartition(".")[2] for name in before] == [
+        "bcb7385b54", "3ee0035c89", "8b8a846c50", "ac2a58a919", "98b5ad2925", "6639aeb7ea",
+    ]  # fmt: skip
+    monkeypatch.setattr(ids, "RESAMPLING_VERSIONS", {"jumprelu": 10**6})
+    assert [sae(point) != name for point, name in zip(points, before, strict=True)] == [False] * 5 + [True]
+
+
 def test_equal_widths_are_one_sae_however_they_are_written() -> None:
     by_width = dataclasses.replace(POINT, sae=dataclasses.replace(FIRST, d_sae=20480))
     by_factor = dataclasses.replace(POINT, sae=dataclasses.replace(FIRST, expansion_factor=8))

@@ -283,8 +283,9 @@ def test_auxk_wakes_features_that_do_not_fire(cls: type[TopKConfig], monkeypatch
     assert with_it.fvu < 0.85 * without.fvu
 
 
-@pytest.mark.parametrize("config", [KNOWN["standard"].config, KNOWN["gated"].config], ids=lambda config: config.kind)
-def test_resampling_wakes_features_that_do_not_fire(config: SaeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["standard", "gated", "jumprelu"])
+def test_resampling_wakes_features_that_do_not_fire(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = KNOWN[name].config
     _asleep(monkeypatch, config)
     (without,) = scored([config])
     (with_it,) = scored([config], settings=dataclasses.replace(TRAIN, resample_at=(0.25,)))

@@ -60,14 +60,14 @@ def test_it_equals_the_naive_version(sae: Sae) -> None:
     wanted = {name: value.clone() for name, value in before.items()}
     for row, i in zip(drawn.tolist(), dead.nonzero().flatten().tolist(), strict=True):
         wanted["W_dec"][i] = residual[row] / math.dist(residual[row].tolist(), [0] * sae.d_out) * decoder_norm
-        wanted["W_enc"][:, i] = (
-            x[row] / math.dist(x[row].tolist(), [0] * sae.d_in) * encoder_norm / (1 if "topk" in sae.kind else 5)
-        )
+        shorter = 1 if "topk" in sae.kind else 5
+        wanted["W_enc"][:, i] = x[row] / math.dist(x[row].tolist(), [0] * sae.d_in) * encoder_norm / shorter
         for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
             if name in wanted:
                 wanted[name][i] = 0
         if "threshold" in wanted:
-            wanted["threshold"][i] = sum(float(before["threshold"][j]) for j in alive) / len(alive)
+            # Column and threshold shrink together, so that the feature fires where an unshrunk one would.
+            wanted["threshold"][i] = sum(float(before["threshold"][j]) for j in alive) / len(alive) / shorter
     for name, value in sae.named_parameters():
         assert torch.allclose(value, wanted[name], atol=1e-12), name
         for key, held in optimizer.state[value].items():
@@ -92,7 +92,7 @@ def test_new_features_differ_look_at_rows_and_depend_on_the_seed_alone(sae: Sae)
     assert not torch.equal(made[0], made[2])
     unit = made[0] / made[0].norm(dim=1, keepdim=True)
     assert float((unit @ unit.T - torch.eye(len(unit))).max()) < 1 - 1e-6  # no twins
-    assert bool((sae.pre_activations(x)[:, dead] > 0).any(0).all())  # each on its row, at least
+    assert bool((sae.encode(x)[:, dead] > 0).any(0).all())  # each on its row, at least
 
 
 def test_few_living_features_and_few_rows_are_enough(sae: Sae) -> None:
