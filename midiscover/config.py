@@ -108,7 +108,8 @@ class TrainConfig:
     lr_decay: float = 0.2
     """Share of all steps, at the end, over which it falls linearly to 0."""
     l1_warmup: float = 0.0
-    """Share of all steps over which the sparsity coefficient rises linearly from 0."""
+    """Share of all steps over which the sparsity coefficient rises linearly from 0; beside `sae.target_l0` at most
+    0.4."""
     clip: float = 1.0
     """Gradient norm to which each SAE is clipped by itself; 0 turns it off."""
     dtype: Dtype = "float32"

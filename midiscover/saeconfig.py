@@ -16,6 +16,10 @@ UNSTEPPED_CONTROLS = ("neurons", "untrained")
 SHARES_NO_BATCH = ("batchtopk", "matryoshka_batchtopk")
 """Kinds that select their features over the whole batch, so that no two processes can share one."""
 
+LONGEST_WARMUP = 0.4
+"""Share of the steps that `train.l1_warmup` may take beside `target_l0`, whose steering begins after it and needs half
+of all steps. By measurement: tests/bench/RESULTS.md."""
+
 
 def require(condition: bool, message: str) -> None:
     """ValueError with `message` where a setting is out of its range; the reader makes it a ConfigError."""
