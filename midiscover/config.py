@@ -120,7 +120,8 @@ class TrainConfig:
     """A feature that did not fire in this many training tokens counts as dead; null: half an epoch, at most 10M,
     and with resampling at most half of what comes before its first time."""
     resample_at: tuple[float, ...] = ()
-    """Shares of the steps at which dead features are pointed at what is reconstructed worst (Bricken et al. 2023)."""
+    """Shares of the steps at which dead features are pointed at what is reconstructed worst (Bricken et al. 2023).
+    `sae.target_l0` is met again some 80 steps after the last."""
     retire_after: float | None = None
     """Share of the steps after which an SAE is dropped that another of its pack and architecture beats at L0 and FVU
     alike; null: none is. Those that stay are not changed by it."""
