@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -28,8 +29,9 @@ from midiscover import lineage, upkeep
 from midiscover.config import UNTIL_DONE
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
-from midiscover.errors import CorpusError, CorruptError, MiDiscoverError, StoreError
+from midiscover.errors import ConfigError, CorpusError, CorruptError, MiDiscoverError, StoreError
 from midiscover.launch import Prepared
+from midiscover.plannotes import idle_resampling
 from midiscover.resolve import Crew, PlannedSae, auto_pack_size, by_site, make_crews, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import commit_record, harvest_lineage, has_ended
@@ -57,6 +59,7 @@ class SweepRun:
             corpus = ensure_corpus(self.prepared, self.bars)
             self._check_held_out(corpus)
             untrained = self._untrained()
+            self._check_resampling(untrained, corpus)
             if untrained or self._unmeasured():
                 self.stopwatch.start(first=len(untrained) == len(self.resolved.saes))
                 cluster = self.session.cluster()
@@ -145,6 +148,11 @@ class SweepRun:
                 f"The corpus {corpus.id} has no held-out window, so nothing can be measured; raise corpus.held_out or "
                 "give more text."
             )
+
+    def _check_resampling(self, untrained: Sequence[PlannedSae], corpus: CorpusManifest) -> None:
+        idle = idle_resampling(untrained, corpus.tokens["train"])
+        if idle is not None:
+            raise ConfigError(f"{idle}.")
 
     def _untrained(self) -> list[PlannedSae]:
         return [sae for sae in self.resolved.saes if not has_ended(self.storage, self.id, sae)]

@@ -21,7 +21,7 @@ from midiscover.sae.l0control import CoefficientControl, L0Control, ThresholdCon
 from midiscover.sae.registry import make_sae
 from midiscover.sae.replay import Replayed
 from midiscover.sae.resample import resample_
-from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
+from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr, resampling_steps
 from midiscover.sae.update import HalvedUpdate, make_update
 from midiscover.saeconfig import UNSTEPPED_CONTROLS, JumpReluConfig, PenaltyConfig, SaeConfig
 
@@ -164,7 +164,7 @@ class Slot:
             first = round(train.l1_warmup * steps)
             kind = ThresholdControl if isinstance(config, JumpReluConfig) else CoefficientControl
             self.control = kind(sae.coefficient, config.target_l0, steps=steps, first=first, device=device)
-        self.resample_steps = {min(round(share * steps), steps - 1) for share in train.resample_at}
+        self.resample_steps = resampling_steps(train, steps)
 
     @property
     def learns(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from midiscover.memory import USABLE, fit_together, training_bytes
 from midiscover.plancosts import Costs, Places
-from midiscover.resolve import Crew, Pack, cut_crew, is_spliced, make_crews
+from midiscover.resolve import Crew, Pack, PlannedSae, cut_crew, is_spliced, make_crews
+from midiscover.sae.schedule import resampling_steps
+from midiscover.saeconfig import UNSTEPPED_CONTROLS
 
 CHECKPOINT_BYTES = 12
 """Of a parameter: itself and Adam's two moments."""
@@ -37,12 +39,34 @@ def _errors(costs: Costs) -> list[str]:
                 f"of {sae.point.hook} give in {epochs} epochs: lower it, or give more text"
             )
             break
+    idle = idle_resampling(costs.resolved.saes, work.train)
+    if idle is not None:
+        found.append(f"the sweep will end in an error: {idle}")
     if work.held_out == 0:
         found.append(
             "the sweep will end in an error: the corpus has no held-out window, so nothing can be measured; raise "
             "corpus.held_out or give more text"
         )
     return found
+
+
+def idle_resampling(saes: Iterable[PlannedSae], rows: int) -> str | None:
+    """Why `train.resample_at` can do nothing in one of some SAEs on so many training rows; None where it may in all.
+
+    Only a `train.dead_window` that is given can be too long; its default is shorter.
+    """
+    for sae in saes:
+        train = sae.point.train
+        steps = train.epochs * rows // train.batch_size
+        if train.dead_window is None or not train.resample_at or sae.point.sae.control in UNSTEPPED_CONTROLS:
+            continue
+        before = max(resampling_steps(train, steps)) * train.batch_size
+        if 0 <= before < train.dead_window:
+            return (
+                f"train.dead_window is {train.dead_window}, more than the {before} rows before the last of "
+                "train.resample_at, so that no feature could be resampled: lower it, or leave one of the two out"
+            )
+    return None
 
 
 def _left_out(costs: Costs, packs: Sequence[Pack]) -> list[str]:

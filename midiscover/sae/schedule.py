@@ -52,6 +52,11 @@ def dead_window(config: TrainConfig, rows_per_epoch: int) -> int:
     return max(1, window)
 
 
+def resampling_steps(config: TrainConfig, steps: int) -> set[int]:
+    """Steps before which dead features start anew: at the latest the last one, where a share rounds to a later one."""
+    return {min(round(share * steps), steps - 1) for share in config.resample_at}
+
+
 def aux_window(config: TrainConfig, window: int, rows_per_epoch: int) -> int:
     """The same for AuxK: the setting, else a thirtieth of all training tokens, as SAELens' 1,000 of 30,000 steps.
 

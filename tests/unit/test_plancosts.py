@@ -254,6 +254,22 @@ def test_what_ends_in_an_error_is_said(tmp_path: Path) -> None:
     assert note.startswith("the sweep will end in an error: the corpus has no held-out window")
 
 
+def test_a_window_in_which_nothing_can_be_dead_before_a_resampling_is_said(tmp_path: Path) -> None:
+    """Of 1,000 rows in two epochs 15 batches of 128, of which 9 come before the last resampling."""
+
+    def notes(window: int | None, control: str = "none") -> tuple[str, ...]:
+        train = ONE_EPOCH | {"epochs": 2, "resample_at": [0.2, 0.6], "dead_window": window}
+        run = resolved(tmp_path, train=train, grid={"sae.control": [control]})
+        return plan_sweep(run, Work(1_000, 300, exact=True), RATES).notes
+
+    (note,) = notes(9 * 128 + 1)
+    assert note == (
+        "the sweep will end in an error: train.dead_window is 1153, more than the 1152 rows before the last of "
+        "train.resample_at, so that no feature could be resampled: lower it, or leave one of the two out"
+    )
+    assert notes(9 * 128) == notes(None) == notes(10**6, "untrained") == ()
+
+
 def test_checkpoints_that_a_store_would_feel_are_said(tmp_path: Path) -> None:
     """Two SAEs of 96 features in a pack, 110 KB with their moments, and a store that takes 1 MB/s."""
 

@@ -11,7 +11,8 @@ import pytest
 from jobs import stopwatch, sweeprun
 from jobs.stopwatch import Stopwatch
 from jobs.sweeprun import SweepRun
-from midiscover.errors import CorruptError, StoreFailedError
+from midiscover.corpus import find_corpus
+from midiscover.errors import ConfigError, CorruptError, StoreFailedError
 from midiscover.launch import parse_job, prepare
 from midiscover.results import Results
 from midiscover.store import layout
@@ -27,6 +28,8 @@ GRID = [{"sae.control": ["none", "random_model"]}]
 class Silent:
     def say(self, text: str) -> None: ...
 
+    def update(self, *_: object) -> None: ...
+
 
 def started(config: Path, store: Path, *flags: str) -> SweepRun:
     """A sweep whose driver was killed before its first SAE was done."""
@@ -38,6 +41,21 @@ def started(config: Path, store: Path, *flags: str) -> SweepRun:
 
 def sweep_json(run: SweepRun) -> dict[str, Any]:
     return json.loads(run.storage.read(layout.sweep_record(run.id)))
+
+
+def test_a_resampling_before_which_nothing_can_be_dead_is_refused_before_a_harvest(tmp_path: Path) -> None:
+    config = write_run(tmp_path, train={"batch_size": 128, "resample_at": [0.3], "dead_window": 24_000})
+    run = started(config, tmp_path / "store")
+    with pytest.raises(
+        ConfigError, match=r"^train.dead_window is 24000, more than the \d+ rows before the last of tra"
+    ):
+        run.run()
+    corpus = find_corpus(run.storage, run.resolved.corpus_id)
+    assert corpus is not None
+    assert run.storage.list(layout.ACTIVATIONS) == []
+    for sae in run.resolved.saes:
+        run.storage.write(layout.training(sae.id), b"{}")
+    run._check_resampling(run._untrained(), corpus)  # what has been trained so stands
 
 
 def test_the_harvests_of_a_running_sweep_are_kept_from_others(tmp_path: Path) -> None:
