@@ -218,9 +218,9 @@ def mean_of(rows: Sequence[Row], key: str) -> float | None:
 
 
 def _domain(known: Sequence[float]) -> list[float]:
-    """The range of a map's colours; of one single value, one that holds it in the middle."""
-    low, high = min(known), max(known)
-    return [rounded(low), rounded(high)] if high > low else [rounded(low * 0.9), rounded(high * 1.1) or 1.0]
+    """The range of a map's colours; of values that are the same but for rounding, one that holds them in the middle."""
+    low, high = rounded(min(known)), rounded(max(known))
+    return [low, high] if high > low else [rounded(low * 0.9), rounded(high * 1.1) or 1.0]
 
 
 def _position(value: float, domain: Sequence[float], *, log: bool) -> float:

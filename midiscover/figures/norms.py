@@ -43,15 +43,18 @@ def histogram_chart(
         for group in groups
     }
     edges = bin_edges([value for values in known.values() for value in values])
+    # To a thousandth of a bin: with the five digits of other values the narrowest bins would have no width.
+    digits = 3 - math.floor(math.log10(edges[1] - edges[0]))
+    drawn = [round(edge, digits) for edge in edges]
     values = [
-        {"group": group, "low": rounded(low), "high": rounded(high), "count": count}
+        {"group": group, "low": low, "high": high, "count": count}
         for group, found in known.items()
-        for low, high, count in zip(edges, edges[1:], counted(found, edges), strict=False)
+        for low, high, count in zip(drawn, drawn[1:], counted(found, edges), strict=False)
     ]
     x = alt.X(
         "low:Q",
         title=x_title,
-        scale=alt.Scale(domain=[rounded(edges[0]), rounded(edges[-1])], nice=False),
+        scale=alt.Scale(domain=[drawn[0], drawn[-1]], nice=False),
         axis=alt.Axis(grid=False, tickCount=8),
     )
     tooltip = [alt.Tooltip(f"{key}:N") for key in ("group", "low", "high")] + [alt.Tooltip("count:Q", format=",")]

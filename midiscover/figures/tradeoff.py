@@ -245,6 +245,8 @@ def _range(rows: Sequence[Row]) -> tuple[tuple[float, float], tuple[float, float
     sparsities = [min(max(row["l0"], least), most) for row in rows]
     losses = [min(row["fvu"], worst) for row in rows] or [0.0, 1.0]
     wide = len(rows) > 1 and max(sparsities) > 2 * min(sparsities)
-    room = 0.1 * (max(losses) - min(losses)) or 0.1 * max(losses) or 0.1
+    spread = max(losses) - min(losses)
+    # Losses that differ by rounding alone have the room of a single one: the ends are rounded as well.
+    room = 0.1 * spread if spread > 1e-3 * max(losses) else 0.1 * max(losses) or 0.1
     bottom = 0.0 if min(losses) < 0.4 * max(losses) else max(0.0, min(losses) - room)
     return padded(sparsities, 1.25 if wide else 2.5), (rounded(bottom), rounded(max(losses) + room))
