@@ -166,12 +166,12 @@ def top_features_are_features(subject: Subject) -> str:
 @check("bundle", KINDS)
 def seed_metadata_fits(subject: Subject) -> str:
     """neuronpedia_metadata.json names the model and the hook, and the widths of the weights."""
-    found, decoder = subject.require_json(_name(subject, METADATA)), _weights(subject)["W_dec"]
+    found, encoder = subject.require_json(_name(subject, METADATA)), _weights(subject)["W_enc"]
     fail_for([f"{name} is missing" for name in ("model_name", "layer") if found.get(name) in (None, "")])
     told = found.get("d_model"), found.get("d_sae")
     expect(
-        told == (decoder.shape[1], decoder.shape[0]),
-        f"it says {told[0]} and {told[1]}, and the decoder has {list(decoder.shape)}",
+        told == tuple(encoder.shape),
+        f"it says {told[0]} and {told[1]}, and the encoder has {list(encoder.shape)}",
     )
     return f"{found['model_name']} {found['layer']}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from midiscover.errors import NotFoundError
 from midiscover.frontier import frontier_of_hooks, place
+from midiscover.ids import variants
 from midiscover.results import FOREIGN_METRICS, ROW_METRICS
 from midiscover.store import layout
 from midiscover.store.documents import folders_with, read_json
@@ -15,13 +16,17 @@ from midiscover.summary import Row
 
 
 def sweep_rows(storage: Storage, sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The finished SAEs of a sweep.json as plain rows with their metrics, in the order of its grid."""
-    rows = []
+    """The finished SAEs of a sweep.json as plain rows with their metrics, in the order of its grid; `variant` of each
+    as `ids.variants` has it.
+    """
+    rows, records = [], []
     for row in sweep["saes"]:
         found = read_json(storage, layout.evaluation(row["sae_id"], sweep["evaluation_id"]))
-        if found is not None and storage.exists(layout.record(row["sae_id"])):
+        record = read_json(storage, layout.record(row["sae_id"]))
+        if found is not None and record is not None:
             rows.append(row | {name: found["metrics"].get(name) for name in (*ROW_METRICS, *FOREIGN_METRICS)})
-    return rows
+            records.append(record)
+    return [row | {"variant": variant} for row, variant in zip(rows, variants(records), strict=True)]
 
 
 def sweep_of(storage: Storage, sae_id: str) -> dict[str, Any] | None:

@@ -65,9 +65,9 @@ def write_sae(store: Path, kind: str = "jumprelu") -> Path:
 def add_features(store: Path, folder: Path) -> None:
     """Feature records of the SAE, as a run would write them."""
     world = make_world(store)
-    sae = sae_of(world.sae, "jumprelu")
+    sae = folded_sae(get_json(folder / "cfg.json"), weights_of(folder)).eval()
     part = collect_chunk(world.storage, {"sae": sae}, world.plan, world.plan.blocks)["sae"]
-    lens = torch.randn(30, D_IN, generator=torch.Generator().manual_seed(1))
+    lens = torch.randn(30, sae.W_dec.shape[1], generator=torch.Generator().manual_seed(1))
     corpus: Any = world.corpus
     Finisher(
         storage=world.storage,

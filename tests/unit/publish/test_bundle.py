@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from midiscover.config import NeuronpediaConfig
+from midiscover.configio import to_tree
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.publish.bundle import Bundle, six_digits, top_features
 from midiscover.publish.checks_bundle import png_problem
@@ -20,13 +21,16 @@ from midiscover.publish.export import Export, write_export
 from midiscover.publish.importers import read_seed
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.verify import subject_of_folder, verify
+from midiscover.saeconfig import TranscoderConfig
 from midiscover.saes import find_sae, sae_ids
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import open_store
-from tests.unit.features.naive import D_IN, D_SAE
+from tests.unit.features.naive import D_IN, D_SAE, random_sae
 from tests.unit.publish import folders
 
 FACTS = ModelFacts(name="microsoft/phi-2", model_type="phi", layers=32, d_model=D_IN, neurons_per_layer=24)
+D_OUT = 4
+"""Of a transcoder to another width."""
 PICTURES = {"density", "dead", "norms", "frontier", "top_features"}
 ROWS = [
     {"sae_id": name, "hook": folders.HOOK, "kind": "standard", "sparsity": 1.0, "l0": l0, "fvu": fvu}
@@ -49,7 +53,9 @@ class Made(NamedTuple):
 
 
 def make(root: Path, kind: str, rows: list[dict[str, Any]]) -> Made:
-    sae = folders.write_sae(root / "store", kind)
+    sae = folders.write_sae(root / "store", "standard" if kind == "transcoder" else kind)
+    if kind == "transcoder":
+        transcode(sae, D_OUT)
     folders.add_features(root / "store", sae)
     storage = LocalStorage(root / "store")
     record, cfg = folders.get_json(sae / "record.json"), folders.get_json(sae / "cfg.json")
@@ -66,6 +72,17 @@ def make(root: Path, kind: str, rows: list[dict[str, Any]]) -> Made:
     write_export(export, open_store(str(root / "bundle")))
     assert export.records is not None
     return Made(sae, root / "bundle", export.records, export)
+
+
+def transcode(sae: Path, d_out: int) -> None:
+    """Make the SAE of a folder a transcoder to another width."""
+    weights = random_sae(d_out).state_dict()
+    (sae / "sae_weights.safetensors").write_bytes(save({name: value.contiguous() for name, value in weights.items()}))
+    cfg, record = folders.get_json(sae / "cfg.json"), folders.get_json(sae / "record.json")
+    folders.put_json(sae / "cfg.json", cfg | {"architecture": "transcoder", "d_out": d_out})
+    settings = to_tree(TranscoderConfig(d_sae=D_SAE))
+    folders.put_json(sae / "record.json", record | {"kind": "transcoder", "sae": settings, "output_hook": "model.out"})
+    folders.sign(sae)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +105,15 @@ def test_it_verifies_by_itself(standard: Made, jumprelu: Made) -> None:
         assert report.kind == "bundle"
         assert [found for found in report.outcomes if found.status == "fail"] == []
         assert report.count("pass") >= 32
+
+
+def test_that_of_a_transcoder_between_two_widths_verifies(tmp_path: Path) -> None:
+    """As the seed project has one width, `d_model` is that of the inputs."""
+    made = make(tmp_path, "transcoder", [])
+    metadata = folders.get_json(made.folder / "neuronpedia_metadata.json")
+    assert (metadata["d_model"], metadata["d_sae"], len(features(made)[0]["decoder_weights"])) == (D_IN, D_SAE, D_OUT)
+    found = verify(subject_of_folder(str(made.folder)), ("bundle",))
+    assert [outcome for outcome in found.outcomes if outcome.status == "fail"] == []
 
 
 def test_the_checkpoint_computes_as_the_seed_project_did(standard: Made) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from midiscover import figures
+from midiscover.configio import to_tree
 from midiscover.errors import NotFoundError
 from midiscover.publish.choice import chosen, sweep_of, sweep_rows
+from midiscover.saeconfig import StandardConfig
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 
@@ -67,3 +70,21 @@ def test_rows_are_of_finished_saes_only(tmp_path: Path) -> None:
         storage.write(layout.record(sae), b"{}")
     (row,) = sweep_rows(storage, sweep_of(storage, "a") or {})
     assert (row["sae_id"], row["l0"], row["fvu"], row["ce_recovered"]) == ("a", 7.0, 0.3, None)
+
+
+def test_rows_tell_learning_rates_apart(tmp_path: Path) -> None:
+    """So that a frontier has a line for each, and not one through their means."""
+    storage = LocalStorage(tmp_path)
+    rates, saes = {"a": 0.001, "b": 0.01}, [("a", 1.0), ("b", 1.0), ("a", 3.0), ("b", 3.0)]
+    names = [f"{name}.{l1:g}" for name, l1 in saes]
+    sweep(storage, "s.1", "2026-11-01T00:00:00+00:00", names)
+    for name, (rate, l1) in zip(names, saes, strict=True):
+        settings = to_tree(StandardConfig(l1_coefficient=l1, d_sae=64))
+        record = {"hook": A, "output_hook": A, "d_sae": 64, "sae": settings, "train": {"lr": rates[rate]}}
+        storage.write(layout.record(name), json.dumps(record).encode())
+        metrics = {"l0": 80 / l1, "fvu": 0.1 * l1}
+        storage.write(layout.evaluation(name, "e.1"), json.dumps({"metrics": metrics}).encode())
+    rows = sweep_rows(storage, sweep_of(storage, names[0]) or {})
+    assert [row["variant"] for row in rows] == ["lr 0.001", "lr 0.01"] * 2
+    points = figures.frontier_chart([row | {"kind": "standard"} for row in rows]).to_dict()["data"]["values"]
+    assert len({point["line"] for point in points}) == 2
