@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from rich.text import Text
 from midiscover.features.modules import BASELINES
 from midiscover.featureview import quoted
 from midiscover.frontier import is_control
-from midiscover.ids import compared_settings, recorded_settings, sparsity_label
+from midiscover.ids import compared_settings, recorded_settings, sparsity_label, variants
 from midiscover.summary import hook_names
 from midiscover.tables import Fitted
 
@@ -122,7 +123,7 @@ def sweep_tables(documents: Sequence[Document]) -> RenderableType:
         *(["Controls are neither picked nor counted."] if len(learned) < len(documents) else []),
         *([_beaten(learned)] if documents[0]["against"] else []),
     ]
-    return Group(*maps, _best_table(best), *map(Text, notes))
+    return Group(*maps, _best_table(best, short_names(saes)), *map(Text, notes))
 
 
 def _strength(document: Document) -> tuple[float, float]:
@@ -148,10 +149,10 @@ def _map(
     return table
 
 
-def _best_table(best: Mapping[str, Document]) -> RenderableType:
+def _best_table(best: Mapping[str, Document], names: Mapping[str, str]) -> RenderableType:
     table = _table("Where each concept is carried best")
     table.add_column("concept", no_wrap=True, min_width=14)
-    table.add_column("SAE", no_wrap=True, min_width=max(len(_short(document["sae"])) for document in best.values()))
+    table.add_column("SAE", no_wrap=True, min_width=max(len(names[document["sae"]]) for document in best.values()))
     for heading in ("feature", "AUROC", *_OTHERS.values()):
         table.add_column(heading, justify="right", no_wrap=True, min_width=7, vertical="bottom")
     table.add_column("highest here", overflow="ellipsis", no_wrap=True, ratio=1)
@@ -159,28 +160,29 @@ def _best_table(best: Mapping[str, Document]) -> RenderableType:
         row = document["sae_scores"]["features"][0]
         others = [f"{document[name]['auroc_first']:.2f}" if name in document else "-" for name in _OTHERS]
         words = quoted(row.get("peaks", ()), 4)
-        name = _short(document["sae"])
-        table.add_row(concept, name, str(row["feature"]), f"{row['auroc']:.2f}", *others, escape(words))
+        table.add_row(concept, names[document["sae"]], str(row["feature"]), f"{row['auroc']:.2f}", *others, escape(words))
     return table
 
 
 def _headings(documents: Sequence[Document]) -> dict[str, str]:
-    """SAE -> layer, sparsity and what else the SAEs differ in; the end of its id where its settings are not known."""
+    """SAE -> layer, sparsity and what else the SAEs differ in; the end of its id where that does not tell it apart."""
     firsts = {document["sae"]: document["of"] for document in documents}
     names = hook_names([str(of["hook"]) for of in firsts.values()])
     settings = {sae: of["sae"] or {} for sae, of in firsts.items()}
     differ = [key for key in ("kind", "control") if len({s.get(key, "none") for s in settings.values()}) > 1]
     counted = [key for key in ("d_sae", "seed") if len({of[key] for of in firsts.values()}) > 1]
     headings = {}
-    for sae, of in firsts.items():
+    for (sae, of), other in zip(firsts.items(), variants(list(firsts.values())), strict=True):
         try:
             place = [names.short[str(of["hook"])]] if len(names.short) > 1 else []
             lines = [*place, sparsity_label(recorded_settings(settings[sae]))]
         except (KeyError, TypeError, ValueError):  # of another origin
             lines = [sae[-12:]]
         lines += [str(settings[sae].get(key, "none")) for key in differ]
-        headings[sae] = "\n".join([*lines, *(f"{key} {of[key]}" for key in counted)])
-    return headings
+        lines += [f"{key} {of[key]}" for key in counted]
+        headings[sae] = "\n".join([*lines, *(other.split(", ") if other else [])])
+    shared = Counter(headings.values())
+    return {sae: f"{told}\n{sae.rpartition('.')[2]}" if shared[told] > 1 else told for sae, told in headings.items()}
 
 
 def _beaten(documents: Sequence[Document]) -> str:
@@ -199,10 +201,12 @@ def heat_rows(
     documents: Sequence[Document],
     held_out: Mapping[tuple[str, str], Sequence[float]],
     most: int,
+    *,
+    name: str,
 ) -> list[dict[str, Any]]:
     """The first `most` features of each concept of one SAE, each on every concept, as `figures.concept_chart` reads it.
 
-    held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation, for features that were not judged;
+    name: of the SAE, for people. held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation, for features that were not judged;
     the others have the score that they were judged by.
     """
     chosen = {row["feature"]: None for document in documents for row in document["sae_scores"]["features"][:most]}
@@ -212,7 +216,7 @@ def heat_rows(
             judged = next((row for row in document["sae_scores"]["features"] if row["feature"] == feature), None)
             auroc = judged["auroc"] if judged else held_out[document["sae"], document["concept"]][feature]
             cell = {"sae_id": document["sae"], "concept": document["concept"], "feature": feature, "auroc": auroc}
-            rows.append(cell | {"passes": bool(judged and judged["passes"]), "label": _short(document["sae"])})
+            rows.append(cell | {"passes": bool(judged and judged["passes"]), "label": name})
     return rows
 
 
@@ -227,9 +231,13 @@ def map_rows(documents: Sequence[Document]) -> list[dict[str, Any]]:
     return rows
 
 
-def _short(sae: str) -> str:
-    """An id without its hash: what people tell SAEs apart by, and begin an id with."""
-    return sae.rpartition(".")[0] or sae
+def short_names(saes: Sequence[str]) -> dict[str, str]:
+    """SAE -> its id without the hash, which people begin an id with; the whole of it where that is another's as well,
+    as of two seeds.
+    """
+    short = {sae: sae.rpartition(".")[0] or sae for sae in saes}
+    shared = Counter(short.values())
+    return {sae: sae if shared[name] > 1 else name for sae, name in short.items()}
 
 
 def _chance(p: float) -> str:

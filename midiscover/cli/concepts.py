@@ -134,7 +134,7 @@ def _of_concept(
     judge = Judge(concept, settings)
     for name, loaded in saes.items():
         record = loaded.record or {}
-        facts = {key: record.get(key) for key in ("hook", "layer", "d_sae", "sae")}
+        facts = {key: record.get(key) for key in ("hook", "output_hook", "layer", "d_sae", "sae", "train")}
         document = {"sae": name} | judge.document(scored.of[name], scored.tokens)
         document["of"] = facts | {"seed": recorded_seed(record)}
         yield name, document, judge.held_out(scored.of[name][SAE]).tolist() if known.out is not None else ()
@@ -170,9 +170,9 @@ def _draw(folder: Path, documents: Documents, held_out: HeldOut) -> None:
     rows = conceptview.map_rows(documents)
     mapped = len(saes) > 1 and not all(map(is_control, rows))
     charts = {"concept-map": concept_map_chart(rows)} if mapped else {}
-    for sae in saes:
+    for sae, name in conceptview.short_names(saes).items():
         mine = [document for document in documents if document["sae"] == sae]
-        charts[f"{sae}.concepts"] = concept_chart(conceptview.heat_rows(mine, held_out, DRAWN_FEATURES))
+        charts[f"{sae}.concepts"] = concept_chart(conceptview.heat_rows(mine, held_out, DRAWN_FEATURES, name=name))
     for name, chart in charts.items():
         for suffix in (".png", ".html"):
             save(chart, folder / f"{name}{suffix}")

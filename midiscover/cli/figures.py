@@ -219,18 +219,19 @@ def _norms(storage: Storage, sae: str) -> Chart:
 
 def concept_rows(storage: Storage, saes: Sequence[str]) -> list[dict[str, Any]]:
     """A row per SAE, concept and judged feature, from concepts/*.json. NotFoundError where no SAE has any."""
+    from midiscover.conceptview import short_names
     from midiscover.features.modules import module_names
     from midiscover.ids import compared_settings, recorded_settings
 
     order = {name: place for place, name in enumerate(module_names())}
     rows = []
-    for sae in saes:
+    for sae, called in short_names(saes).items():
         documents = [_document(storage, key) for key in storage.list(layout.sae_file(sae, "concepts"))]
         for document in sorted(documents, key=lambda d: (order.get(d["concept"], len(order)), d["concept"])):
             settings = document["of"]["sae"]
             shared = {
                 "sae_id": sae,
-                "label": sae.rpartition(".")[0],
+                "label": called,
                 "concept": document["concept"],
                 "hook": document["of"]["hook"] or sae,
                 "layer": document["of"]["layer"],

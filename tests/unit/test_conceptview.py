@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from midiscover import tables
-from midiscover.conceptview import concept_table, heat_rows, map_rows, sweep_tables
+from midiscover.conceptview import concept_table, heat_rows, map_rows, short_names, sweep_tables
 from midiscover.features.modules import BASELINES
 from midiscover.saeconfig import TopKConfig
 
@@ -49,6 +49,39 @@ def test_controls_have_columns_and_win_nothing() -> None:
     assert f"numbers {documents[1]['sae'].removesuffix('.0')} 7 0.95" in printed(documents[1:])  # nothing else is there
 
 
+SAME = [
+    ({"seed": 0}, {"seed": 1}, ("seed 0", "seed 1")),
+    ({"train": {"lr": 0.001}}, {"train": {"lr": 0.01}}, ("lr 0.001", "lr 0.01")),
+    ({}, {}, ("aaaaaaaaaa", "bbbbbbbbbb")),  # in nothing that a heading has a name for
+]
+
+
+@pytest.mark.parametrize(("first", "second", "told"), SAME)
+def test_saes_of_the_same_name_are_told_apart(
+    first: dict[str, Any], second: dict[str, Any], told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    documents = [document("none", auroc, beats=True) for auroc in (0.8, 0.9)]
+    for place, (found, facts) in enumerate(zip(documents, (first, second), strict=True)):
+        found["sae"] = "l1.mlp.topk-64.k-30." + "ab"[place] * 10
+        found["of"] |= facts
+    text = printed(documents)
+    before = text.partition("0.80*")[0]
+    assert told[0] in before
+    assert told[1] in before.partition(told[0])[2], "as headings, in the order of the scores below"
+    assert f"numbers {documents[1]['sae']} 7 0.90" in text
+    assert f"{documents[0]['sae']} " not in text
+
+
+def test_a_name_is_as_short_as_it_can_be() -> None:
+    assert short_names(["l1.k-3.aa", "l1.k-3.bb", "l1.k-4.aa", "mine"]) == {
+        "l1.k-3.aa": "l1.k-3.aa",
+        "l1.k-3.bb": "l1.k-3.bb",
+        "l1.k-4.aa": "l1.k-4",
+        "mine": "mine",
+    }
+
+
 def test_rows_of_the_map_tell_controls() -> None:
     assert [row["control"] for row in map_rows([document("untrained", 0.5, beats=False)])] == ["untrained"]
 
@@ -57,7 +90,7 @@ def test_a_cell_shows_the_score_that_was_judged() -> None:
     first, other = document("none", 0.9, beats=True), document("none", 0.6, beats=True) | {"concept": "questions"}
     other["sae_scores"] = {"features": [{"feature": 3, "auroc": 0.6, "passes": False, "peaks": []}]}
     held_out = {(first["sae"], "numbers"): [0.5] * 8, (first["sae"], "questions"): [0.4] * 8}
-    cells = {(row["concept"], row["feature"]): row for row in heat_rows([first, other], held_out, 1)}
+    cells = {(row["concept"], row["feature"]): row for row in heat_rows([first, other], held_out, 1, name="SAE")}
     assert {place: (cell["auroc"], cell["passes"]) for place, cell in cells.items()} == {
         ("numbers", 7): (0.9, True),
         ("numbers", 3): (0.5, False),

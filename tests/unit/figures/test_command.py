@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from midiscover.cli.figures import OF_BOTH, OF_FEATURE, OF_SAE, OF_SWEEP, VERBS, parse_feature
+from midiscover.cli.figures import OF_BOTH, OF_FEATURE, OF_SAE, OF_SWEEP, VERBS, concept_rows, parse_feature
 from midiscover.errors import ConfigError, NotFoundError, UserError
 from midiscover.features.records import CONTEXTS, FEATURES, GROUP
 from midiscover.saeconfig import StandardConfig
@@ -150,6 +150,16 @@ def test_concepts_in_the_order_of_the_modules(store: Storage, tmp_path: Path) ->
         "numbers",
         "zebras",
     ]
+
+
+def test_heat_maps_of_saes_that_share_a_name_have_their_whole_ids(tmp_path: Path) -> None:
+    storage = open_store(str(tmp_path))
+    names = [*(f"{SAE}.{digit * 10}" for digit in "ab"), f"{SAE}0.cccccccccc"]
+    for name in names:
+        judged = {"features": [{"feature": 1, "auroc": 0.9, "passes": True}]}
+        of = {"hook": "model.layers.10.mlp.down_proj", "layer": 10, "sae": vars_of(StandardConfig(l1_coefficient=3))}
+        put(storage, layout.concept_scores(name, "numbers"), {"concept": "numbers", "of": of, "sae_scores": judged})
+    assert [row["label"] for row in concept_rows(storage, names)] == [*names[:2], f"{SAE}0"]
 
 
 def test_cards_beneath_each_other_with_titles(store: Storage, tmp_path: Path) -> None:
