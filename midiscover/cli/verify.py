@@ -39,6 +39,8 @@ def _verify(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     known = parser.parse_args(list(argv))
     subject = _subject(known.what, known.store)
+    if known.visualize or known.package:
+        _refuse_own_folder(subject, known.out)
     from midiscover.publish.verify import package, pictures, report_files, verify
 
     report = verify(subject)
@@ -77,6 +79,13 @@ def _subject(what: str, store: str | None) -> Subject:
     from midiscover.publish.verify import subject_of_sae  # torch, after what is wrong has been said
 
     return subject_of_sae(storage, sae)
+
+
+def _refuse_own_folder(subject: Subject, out: Path) -> None:
+    """ConfigError where `out` lies in the folder that is checked: what is written there would be no part of it."""
+    folder = Path(subject.files.uri, subject.prefix).resolve()
+    if subject.files.is_local and out.resolve().is_relative_to(folder):
+        raise ConfigError(f"--out '{out}' lies in {folder}, which is checked; give a folder outside of it.")
 
 
 def _report_table(report: Report) -> RenderableType:

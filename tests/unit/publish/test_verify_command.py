@@ -74,6 +74,23 @@ def test_the_archive_is_the_same_twice_and_holds_everything(
     assert run(capsys, "verify", str(tmp_path / "out" / folders.SAE))[0] == 0, "outside of a store it verifies as well"
 
 
+@pytest.mark.parametrize("flag", ["--package", "--visualize"])
+def test_nothing_is_put_into_the_folder_that_is_checked(
+    store: Path, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(store, tmp_path / "store") / "saes" / folders.SAE
+    before = sorted(folder.rglob("*"))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    by_id = (folders.SAE[:9], "--store", str(tmp_path / "store"))
+    for arguments in (["."], [*by_id], [".", "--out", "handed-in"], [str(folder), "--out", str(tmp_path / "link")]):
+        code, out = run(capsys, "verify", *arguments, flag)
+        assert (code, f"lies in {folder}, which is checked; give a folder outside of it" in out) == (2, True), out
+    assert sorted(folder.rglob("*")) == before
+    assert run(capsys, "verify", ".", "--out", "..", flag)[0] == 0
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     for argument, message in (
