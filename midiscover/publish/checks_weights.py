@@ -10,6 +10,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from midiscover.publish.checks import CFG, RECORD, SPARSITY, WEIGHTS, Failed, Skipped, Subject, check, fail_for, whole
+from midiscover.publish.importers import IMPORTED
 from midiscover.sae.base import Sae
 from midiscover.sae.registry import FOLDED, folded_sae
 
@@ -121,10 +122,21 @@ def decoder_rows_have_norm_1(subject: Subject) -> str:
 
 
 @check("weights")
-def encoder_columns_are_not_zero(subject: Subject) -> None:
-    """No feature's encoder column is zero."""
+def encoder_columns_are_not_zero(subject: Subject) -> str:
+    """No feature's encoder column is zero, except of an SAE that was imported so."""
     zero = (fitting(subject)["W_enc"] == 0).all(dim=0).nonzero().flatten().tolist()
+    if zero and _is_imported(subject):
+        return f"{len(zero)} are zero, as they came"
     fail_for([f"feature {index}" for index in zero])
+    return ""
+
+
+def _is_imported(subject: Subject) -> bool:
+    """Whether the weights are those of another maker, as the record says or, where there is none, cfg.json."""
+    if subject.has(RECORD):
+        return bool(subject.json(RECORD).get("imported"))
+    metadata = subject.json(CFG).get("metadata")
+    return isinstance(metadata, dict) and str(metadata.get("midiscover_id")).startswith(IMPORTED)
 
 
 @check("weights")

@@ -34,6 +34,8 @@ SCALER = "activation_scaler.json"
 """Of a SAELens training checkpoint: the factor that `expected_average_only_in` stands for."""
 UNIT = 1e-6
 """Rows this close to norm 1 have it but for rounding, and stay as they are."""
+IMPORTED = "imp."
+"""What the id of an imported SAE begins with."""
 _BIASES = ("b_enc", "b_gate", "b_mag", "threshold")
 """Tensors [d_sae] in units of pre-activations."""
 _UNKNOWN_SPARSITY: Mapping[str, dict[str, float]] = {
@@ -119,7 +121,7 @@ class Foreign:
             "output_hook": output_hook,
             "harvest": harvest,
         }
-        return f"imp.{name}." + fingerprint("import", 1, given)
+        return f"{IMPORTED}{name}." + fingerprint("import", 1, given)
 
 
 def read_saelens(folder: Path) -> Foreign:
@@ -319,6 +321,8 @@ def _folded(
         w |= {"W_enc": w["W_enc"] * factor, "W_dec": w["W_dec"] / factor, "b_dec": w["b_dec"] / factor}
     if not FOLDED[architecture].transcodes and cfg.get("apply_b_dec_to_input", True) is False:
         w = _with_b_dec_at_the_input(w)
+    if "threshold" in w:
+        w["threshold"] = w["threshold"].clamp(min=0)  # f = relu(pre) where pre is above it, so that 0 does the same
     w = _with_unit_rows(w, name, selects=architecture == "topk" and not cfg.get("rescale_acts_by_decoder_norm"))
     return architecture, {key: value.float().contiguous() for key, value in w.items()}
 
@@ -343,13 +347,15 @@ def _with_unit_rows(w: dict[str, Tensor], name: str, *, selects: bool) -> dict[s
     apart = (norms - 1).abs() > UNIT
     if not apart.any():
         return w
-    if selects:
+    low, high = float(norms.min()), float(norms.max())
+    if selects and high - low > UNIT * high:
         raise UserError(
-            f"{name} is a TopK SAE whose decoder rows have norms from {float(norms.min()):.4g} to "
-            f"{float(norms.max()):.4g}: scaling them to 1 would change which features are kept. Only "
-            "rescale_acts_by_decoder_norm true, or rows of norm 1, can be imported exactly."
+            f"{name} is a TopK SAE whose decoder rows have norms from {low:.7g} to {high:.7g}: scaling them to 1 would "
+            "change which features are kept. Only rescale_acts_by_decoder_norm true, or rows of one norm, can be "
+            "imported exactly."
         )
-    norms = torch.where(apart, norms, 1)
+    # One factor for all features of a TopK SAE keeps their order, on which the selection depends.
+    norms = norms.mean().expand_as(norms) if selects else torch.where(apart, norms, 1)
     scaled = {key: w[key] * norms for key in _BIASES if key in w}
     return w | scaled | {"W_enc": w["W_enc"] * norms, "W_dec": w["W_dec"] / norms[:, None]}
 
