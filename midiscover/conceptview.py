@@ -160,7 +160,9 @@ def _best_table(best: Mapping[str, Document], names: Mapping[str, str]) -> Rende
         row = document["sae_scores"]["features"][0]
         others = [f"{document[name]['auroc_first']:.2f}" if name in document else "-" for name in _OTHERS]
         words = quoted(row.get("peaks", ()), 4)
-        table.add_row(concept, names[document["sae"]], str(row["feature"]), f"{row['auroc']:.2f}", *others, escape(words))
+        table.add_row(
+            concept, names[document["sae"]], str(row["feature"]), f"{row['auroc']:.2f}", *others, escape(words)
+        )
     return table
 
 
@@ -206,8 +208,8 @@ def heat_rows(
 ) -> list[dict[str, Any]]:
     """The first `most` features of each concept of one SAE, each on every concept, as `figures.concept_chart` reads it.
 
-    name: of the SAE, for people. held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation, for features that were not judged;
-    the others have the score that they were judged by.
+    held_out: (SAE, concept) -> held-out AUROC of every feature's highest activation, for features that were not judged;
+    the others have the score that they were judged by. name: of the SAE, for people.
     """
     chosen = {row["feature"]: None for document in documents for row in document["sae_scores"]["features"][:most]}
     rows = []

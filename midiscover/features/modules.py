@@ -15,6 +15,8 @@ from midiscover.errors import ConfigError, CorpusError
 FOLDER = Path(__file__).resolve().parent.parent / "concepts"
 LEAST = 8
 """Sentences that a concept needs: with fewer, no split leaves enough to tell anything."""
+SHOWN = 60
+"""Characters of a text that a sentence names at most."""
 
 
 SAE, NEURONS, DIRECTIONS, UNTRAINED, LENGTH = "sae_scores", "neurons", "directions", "untrained", "length"
@@ -57,10 +59,20 @@ def read_module(name: str) -> Concept:
 
 
 def read_own(texts: Path, controls: Path | None) -> Concept:
-    """A user's texts. Without controls, they stand against those of all modules that are closest to them in length."""
+    """A user's texts. Without controls, they stand against those of all modules that are closest to them in length.
+
+    CorpusError where a file can't be read, holds too few texts, or both hold the same one.
+    """
     mine = _require_enough(texts, _lines(texts))
     if controls is not None:
         others = _require_enough(controls, _lines(controls))
+        known = set(mine)
+        shared = next((line for line in others if line in known), None)
+        if shared is not None:  # it would be ranked by with one label and judged on with the other
+            line = shared if len(shared) <= SHOWN else f"{shared[:SHOWN]}..."
+            raise CorpusError(
+                f"'{line}' stands in '{texts}' and in '{controls}'; a text has the concept or has it not."
+            )
         name, source = _own_name(texts, [*mine, "", *others]), f"the texts of {controls.name}"
         return Concept(name=name, texts=mine, controls=others, paired=False, source=source)
     name, source = _own_name(texts, mine), "controls of all modules, alike in length but not in topic"
@@ -74,7 +86,7 @@ def _own_name(file: Path, lines: Sequence[str]) -> str:
 
 def _as_long(texts: Sequence[str]) -> tuple[str, ...]:
     """For each text the unused control of any module whose number of words is nearest."""
-    pool = [line for name in module_names() for line in read_module(name).controls]
+    pool = [line for name in module_names() for line in read_module(name).controls if line not in texts]
     chosen = []
     for text in texts:
         if not pool:

@@ -85,3 +85,28 @@ def test_own_texts(tmp_path: Path) -> None:
     mine.write_text("Only one line.\n")
     with pytest.raises(CorpusError, match="holds 1 texts; a concept needs 8"):
         read_own(mine, None)
+
+
+def test_no_text_is_its_own_control(tmp_path: Path) -> None:
+    mine, others = tmp_path / "cats.txt", tmp_path / "dogs.txt"
+    lines = [f"The cat number {i} sleeps on the sofa." for i in range(9)]
+    mine.write_text("\n".join(lines))
+    others.write_text("\n".join(f"The dog number {i} sleeps on the sofa." for i in range(9)) + f"\n  {lines[4]} \n")
+    with pytest.raises(
+        CorpusError, match=r"^'The cat number 4 sleeps on the sofa\.' stands in '.*cats.*' and in '.*dogs"
+    ):
+        read_own(mine, others)
+    with pytest.raises(CorpusError, match="'The cat number 0 sleeps on the sofa.' stands in"):
+        read_own(mine, mine)
+    shared = "A sentence without an end " * 20
+    for file in (mine, others):
+        file.write_text(f"{file.read_text()}\n{shared}")
+    others.write_text(others.read_text().replace(lines[4], ""))
+    with pytest.raises(
+        CorpusError, match=r"^'A sentence without an end A sentence without an end A senten\.\.\.' stands"
+    ):
+        read_own(mine, others)
+    mine.write_text("\n".join(read_module("numbers").controls))
+    pooled = read_own(mine, None)
+    assert len(pooled.controls) == len(pooled.texts)
+    assert not set(pooled.controls) & set(pooled.texts)

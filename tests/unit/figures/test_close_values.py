@@ -15,7 +15,9 @@ from tests.unit.grid_tables import sae_row
 Draw = Callable[[Sequence[Row]], figures.Chart]
 
 
-@pytest.mark.parametrize("draw", [figures.map_chart, figures.frontier_chart, figures.foreign_chart, figures.share_chart])
+@pytest.mark.parametrize(
+    "draw", [figures.map_chart, figures.frontier_chart, figures.foreign_chart, figures.share_chart]
+)
 @pytest.mark.parametrize(
     ("measure", "values"),
     [
