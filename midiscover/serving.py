@@ -43,7 +43,7 @@ class LimitsConfig:
     concurrent_per_key: int = 32
     """Of them with one key; more is answered by 429."""
     seconds: float = 60.0
-    """After which a request is given up with 503."""
+    """After which a request is given up with 503, and one of whose answer the client takes nothing more."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

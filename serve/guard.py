@@ -2,7 +2,7 @@
 
 A pure ASGI wrapper around everything, so that no route can be forgotten: what is not listed as open needs a key. Limits
 are answered by 411, 413, 429 and 503; a body without a length is refused, because Ray Serve's proxy would take it in
-whole before anybody could say no.
+whole before anybody could say no. A request is under way until its client has taken the answer, the last PART apart.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ SCOPES = (
     (re.compile(r"/steer(/.*)?|/v1/steer/.*|/api/steer(-chat)?/?"), "steer"),
 )
 """What needs more than `read`, by path."""
+ELSEWHERE = "This deployment answers at / alone; whoever runs it sets route_prefix to / and leaves root_path out."
 BODIES = ("POST", "PUT", "PATCH")
+PART = 2**16
+"""Bytes of an answer that a server is given at once; it takes the next when the client has taken most of those before."""
 GONE = 499
-"""What the log calls a request whose client left before it was answered."""
+"""What the log calls a request whose client left before it was answered, or took nothing more of its answer."""
 UNAUTHORISED = "A valid key is needed: Authorization: Bearer mdc_…, as `midiscover keys create` makes one."
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -66,6 +69,10 @@ class Meter(Protocol):
 class _Refused(Exception):
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         self.status, self.detail, self.headers = status, detail, headers or {}
+
+
+class _UntakenError(Exception):
+    """The client takes nothing more of its answer."""
 
 
 class Guard:
@@ -106,18 +113,9 @@ class _Exchange:
         """Answer, whatever happens, and write down how it went."""
         began = time.perf_counter()
         try:
-            self._require_path()
-            self._require_host()
-            self.key = self._who()
-            self._require_scope()
-            self._require_body()
-            await self._within_limits()
-        except _Refused as refused:
-            await self._refuse(refused)
-        except Exception as error:
-            log.exception("failed", extra={"fields": {"request": self.id, "error": type(error).__name__}})
-            if not self.started.is_set():
-                await self._refuse(_Refused(500, failed(self.id)))
+            await self._decided()
+        except _UntakenError:  # the server closes what is not answered to its end
+            self.status = GONE
         finally:
             seconds, route = time.perf_counter() - began, self.scope.get("route")
             path = getattr(route, "path", None) or "(none)"
@@ -126,8 +124,28 @@ class _Exchange:
             fields |= {"key": self.key.id if self.key else None, "ms": round(1000 * seconds, 1)}
             log.info("request", extra={"fields": fields})
 
+    async def _decided(self) -> None:
+        try:
+            self._require_path()
+            self._require_host()
+            self.key = self._who()
+            self._require_scope()
+            self._require_body()
+            await self._within_limits()
+        except _Refused as refused:
+            await self._refuse(refused)
+        except _UntakenError:
+            raise
+        except Exception as error:
+            log.exception("failed", extra={"fields": {"request": self.id, "error": type(error).__name__}})
+            if not self.started.is_set():
+                await self._refuse(_Refused(500, failed(self.id)))
+
     def _require_path(self) -> None:
-        """A route matches a path with a line feed at its end; what is looked up here must be what is run there."""
+        """A route matches a path with a line feed at its end, and leaves out a root_path at its beginning; what is
+        looked up here must be what is run there."""
+        if self.scope.get("root_path"):
+            raise _Refused(404, ELSEWHERE)
         if not self.scope["path"].isprintable():
             raise _Refused(404, NOTHING_HERE)
 
@@ -266,8 +284,22 @@ class _Exchange:
             }
             extra = [(n.lower().encode(), v.encode()) for n, v in added.items() if n.lower().encode() not in own]
             message = {**message, "headers": [*message.get("headers", ()), *extra]}
-        self.is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await self._send(message)
+        if message["type"] != "http.response.body":
+            await self._taken(message)
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for begins in range(0, max(len(body), 1), PART):
+            is_more = more or begins + PART < len(body)
+            self.is_answered = not is_more
+            await self._taken({**message, "body": body[begins : begins + PART], "more_body": is_more})
+
+    async def _taken(self, message: Message) -> None:
+        """Wait until the server takes it, which it does while the client takes what came before."""
+        try:
+            async with asyncio.timeout(self.guard._limits.seconds):
+                await self._send(message)
+        except TimeoutError:
+            raise _UntakenError from None
 
     async def _refuse(self, refused: _Refused) -> None:
         """Every refusal of one kind has the same body but for the request's id."""
@@ -285,4 +317,4 @@ class _Exchange:
         headers["Content-Length"] = str(len(body))
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self._answer({"type": "http.response.start", "status": status, "headers": pairs})
-        await self._send({"type": "http.response.body", "body": b"" if self.scope["method"] == "HEAD" else body})
+        await self._answer({"type": "http.response.body", "body": b"" if self.scope["method"] == "HEAD" else body})
