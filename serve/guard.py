@@ -38,7 +38,7 @@ SCOPES = (
 ELSEWHERE = "This deployment answers at / alone; whoever runs it sets route_prefix to / and leaves root_path out."
 BODIES = ("POST", "PUT", "PATCH")
 PART = 2**16
-"""Bytes of an answer that a server is given at once; it takes the next when the client has taken most of those before."""
+"""Bytes of an answer that a server is given at once; it takes more when the client has taken most of those before."""
 GONE = 499
 """What the log calls a request whose client left before it was answered, or took nothing more of its answer."""
 UNAUTHORISED = "A valid key is needed: Authorization: Bearer mdc_…, as `midiscover keys create` makes one."

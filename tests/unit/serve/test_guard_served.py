@@ -107,11 +107,10 @@ def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
 def test_an_answer_of_which_nothing_is_taken_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
     app: Any = Large()
     guard = guarded(app, allowed_hosts=["127.0.0.1"], limits={"seconds": 1.0})
-    with listening(guard) as port, caplog.at_level("INFO", "midiscover.serve"):
-        with asking(port) as client:
-            until(lambda: app.ends == ["_UntakenError"])
-            until(lambda: guard._running.total() == 0)
-            assert PART < len(received(client)) < len(Large.body), "the connection is closed"
+    with listening(guard) as port, caplog.at_level("INFO", "midiscover.serve"), asking(port) as client:
+        until(lambda: app.ends == ["_UntakenError"])
+        until(lambda: guard._running.total() == 0)
+        assert PART < len(received(client)) < len(Large.body), "the connection is closed"
     (line,) = [record for record in caplog.records if record.getMessage() == "request"]
     assert line.fields["status"] == 499  # type: ignore[attr-defined]
     assert not [record for record in caplog.records if record.getMessage() == "failed"]
