@@ -71,7 +71,8 @@ def generate(
     """Go on from `prompt`, token by token; the side `steered` with the changes, every other without.
 
     Both sides run as one batch and draw by generators of the same seed, so that they differ by the changes alone. Ends
-    at the model's end-of-text token or after `new_tokens`. UserError for a feature that is not there.
+    at the model's end-of-text token or after `new_tokens`. UserError for a feature that is not there, and for changes
+    of which the model makes no numbers.
 
     spared: tokens at which nothing is changed, such as the special ones of a chat.
     """
@@ -88,6 +89,8 @@ def generate(
         where.look(ids[:, past:])
         # The hooks stand during one pass only: between two, others may use the model.
         logits, cache = _next(lm, ids[:, past:], past, cache, edits, takes)
+        if not logits.amax(1).isfinite().all():
+            raise UserError(f"{lm.identity.name} makes no numbers any more of changes this large; give smaller values.")
         chosen = []
         for row, side in enumerate(sides):
             token = _drawn(logits[row], made[side], sampling, draw[side])

@@ -72,9 +72,10 @@ class Context:
         """The SAEs of these names, each once, all of one language model; the default one where none is named."""
         if not names:
             return [asked(lambda: self.catalog.default(self.models))]
-        if len(names) > self.config.limits.saes:
-            raise ProblemError(422, f"{len(names)} SAEs are asked; at most {self.config.limits.saes} are at once.")
-        found = {sae.id: sae for sae in map(self.hosted, names)}
+        once = dict.fromkeys(names)
+        if len(once) > self.config.limits.saes:
+            raise ProblemError(422, f"{len(once)} SAEs are asked; at most {self.config.limits.saes} are at once.")
+        found = {sae.id: sae for sae in map(self.hosted, once)}
         if len({sae.model for sae in found.values()}) > 1:
             raise ProblemError(422, "These SAEs read different language models; ask those of one at a time.")
         return list(found.values())

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor
 from midiscover.cores import compute_on, cores
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import MiDiscoverError, UserError
-from midiscover.features.concept_scores import score_texts
+from midiscover.features.concept_scores import encoded_scores
 from midiscover.features.concepts import ConceptSettings, Judge
-from midiscover.features.modules import read_module
+from midiscover.features.modules import SAE, read_module
 from midiscover.interpret import (
     activations_of,
+    batches,
     hook_of,
     load_model_of,
     refuse_too_long,
@@ -42,7 +43,7 @@ from midiscover.tokens import PIECE, TokenStrings
 from serve.answers import answer_query
 from serve.batching import TokenBatcher
 from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
-from serve.problems import of_error
+from serve.problems import answers_problems, problem_of
 from serve.shelf import ActivationCache, SaeShelf, SaeUnavailableError
 
 Result = TypeVar("Result")
@@ -56,27 +57,8 @@ class _Item:
 
     ids: list[int]
     front: int
-    asked: list[tuple[Query, LoadedSae | None, str]]
+    asked: Sequence[tuple[Query, LoadedSae | None, str]]
     """Query, its SAE, its hook."""
-
-
-def answers_problems(method: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result | Problem]]:
-    """Errors with a sentence for people become a `Problem`."""
-
-    @wraps(method)
-    async def inner(*args: Any, **kwargs: Any) -> Result | Problem:
-        try:
-            return await method(*args, **kwargs)
-        except MiDiscoverError as error:
-            return problem_of(error)
-
-    return inner
-
-
-def problem_of(error: MiDiscoverError) -> Problem:
-    """As an answer of the ingress; see `problems.of_error`."""
-    told = of_error(error)
-    return Problem(told.status, told.detail)
 
 
 class Interpreter:
@@ -136,18 +118,32 @@ class Interpreter:
 
     @answers_problems
     async def concept(self, name: str, saes: Sequence[str], top: int) -> dict[str, Any]:
-        """SAE -> the judged features of a concept module; see `midiscover.features.concepts`."""
+        """SAE -> the judged features of a concept module; see `midiscover.features.concepts`.
+
+        A forward pass and an SAE at a time, so that others' requests come between, and nothing goes on for nobody.
+        """
         concept = read_module(name)
         loaded = await self._saes(set(saes))
+        self._refuse_wide(loaded)
+        asked = [(Query(sae=sae), found, hook_of(sae, found)) for sae, found in loaded.items()]
+        texts = [*concept.texts, *concept.controls]
 
-        def judge() -> dict[str, Any]:
-            texts = [*concept.texts, *concept.controls]
-            self._require_hooks({hook_of(sae, found) for sae, found in loaded.items()})
-            scored = score_texts(self.lm, loaded, texts, baselines=False)
-            found = Judge(concept, ConceptSettings(top_features=top, shuffles=200))
-            return {sae: found.document(scored.of[sae], scored.tokens) for sae in loaded}
+        def cut() -> tuple[list[_Item], list[list[str]]]:
+            items = [_Item(ids, front, asked) for ids, front in self._tokens(texts, "corpus", list(loaded.values()))]
+            return items, [self.strings(item.ids[item.front :]) for item in items]
 
-        return await self._in_compute(judge)
+        items, strings = await self._in_tokenising(cut)
+        rows: list[dict[str, Tensor]] = []
+        for places in batches([len(item.ids) for item in items], self.config.batch_tokens):
+            rows += await self._in_compute(partial(self._activations, [items[place] for place in places]))
+
+        def judged(sae: str, loaded: LoadedSae, hook: str) -> dict[str, Any]:
+            x = [found[hook][item.front :] for found, item in zip(rows, items, strict=True)]
+            require_width(self.lm, sae, loaded, hook, x[0].shape[-1])
+            scores = encoded_scores(loaded.encode, x, with_peak=True)
+            return Judge(concept, ConceptSettings(top_features=top, shuffles=200)).document({SAE: scores}, strings)
+
+        return {query.sae: await self._in_compute(partial(judged, query.sae, sae, hook)) for query, sae, hook in asked}
 
     @answers_problems
     async def direction(self, sae: str, feature: int, which: Literal["encoder", "decoder"]) -> list[float]:
@@ -293,8 +289,24 @@ class Interpreter:
                 "ask about fewer texts, SAEs or features."
             )
 
+    def _refuse_wide(self, saes: Mapping[str, LoadedSae]) -> None:
+        count, most = sum(sae.module.d_sae for sae in saes.values()), self.config.limits.judged
+        if count > most:
+            raise UserError(
+                f"These {len(saes)} SAEs have {count:,} features, and at most {most:,} are judged at once; ask fewer."
+            )
+
     async def _in_compute(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, work)
+        return await asyncio.get_running_loop().run_in_executor(self._compute, self._noted, work)
+
+    def _noted(self, work: Callable[[], Result]) -> Result:
+        """What `work` with the model gives; its failure is kept for `check_health`."""
+        try:
+            return work()
+        except RuntimeError as error:  # of torch: out of memory, a card that fell off
+            self._broken = f"The language model failed: {str(error).splitlines()[0]}"
+            log.error("model_failed", extra={"fields": {"reason": self._broken}})
+            raise
 
     async def _in_tokenising(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)
@@ -319,10 +331,8 @@ class Interpreter:
     def _run(self, items: Sequence[_Item]) -> list[list[Found] | Exception]:
         """One batch, in the compute thread."""
         try:
-            rows = self._activations(items)
-        except RuntimeError as error:  # of torch: out of memory, a card that fell off
-            self._broken = f"The language model failed: {str(error).splitlines()[0]}"
-            log.error("model_failed", extra={"fields": {"reason": self._broken}})
+            rows = self._noted(partial(self._activations, items))
+        except RuntimeError:
             raise
         except Exception as error:  # of somebody's hooks; whose they are is seen when each is run alone
             return [error] if len(items) == 1 else [self._run([item])[0] for item in items]

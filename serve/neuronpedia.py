@@ -186,7 +186,7 @@ def source(context: Context, model: str, name: str) -> Hosted:
 def sources(context: Context, model: str, set_name: str, selected: Sequence[str]) -> list[Hosted]:
     """The sources asked for, or all of a set."""
     if selected:
-        found = [source(context, model, name) for name in selected]
+        found = [source(context, model, name) for name in dict.fromkeys(selected)]
     else:
         found = [sae for sae in context.catalog.hosted if sae.neuronpedia_model == model and sae.set == set_name]
     if not found:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import wraps
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -22,7 +23,9 @@ from midiscover.errors import (
     TrackingError,
     UserError,
 )
+from serve.exchange import Problem
 
+Result = TypeVar("Result")
 MEDIA = "application/problem+json"
 RETRY_SECONDS = 2
 NOTHING_HERE = "There is nothing at this address; /docs lists what there is."
@@ -83,6 +86,25 @@ def of_error(error: MiDiscoverError) -> ProblemError:
             return ProblemError(503, told)
     status = 404 if isinstance(error, NotFoundError) else 422 if isinstance(error, UserError) else 503
     return ProblemError(status, str(error))
+
+
+def answers_problems(method: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result | Problem]]:
+    """Errors with a sentence for people become a `Problem`."""
+
+    @wraps(method)
+    async def inner(*args: Any, **kwargs: Any) -> Result | Problem:
+        try:
+            return await method(*args, **kwargs)
+        except MiDiscoverError as error:
+            return problem_of(error)
+
+    return inner
+
+
+def problem_of(error: MiDiscoverError) -> Problem:
+    """As an answer of the ingress; see `of_error`."""
+    told = of_error(error)
+    return Problem(told.status, told.detail)
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,14 +104,23 @@ class Began(NamedTuple):
 
     def scores(self, texts: Sequence[Tensor], *, activated: bool) -> Scores:
         """Of texts [tokens, d_in] each: of its features, or of the directions of its encoder alone."""
-        found = []
-        for places in batches([len(rows) for rows in texts], ENCODED_TOKENS):
-            part = [texts[place] for place in places]
-            x = self.scale * (torch.cat(part) - self.mean)
+
+        def codes(rows: Tensor) -> Tensor:
+            x = self.scale * (rows - self.mean)
             with torch.no_grad():
-                codes = self.sae.encode(x) if activated else x @ self.sae.W_enc
-            found += [_of_text(code) for code in codes.split([len(rows) for rows in part])]
-        return _stacked(found)
+                return self.sae.encode(x) if activated else x @ self.sae.W_enc
+
+        return encoded_scores(codes, texts)
+
+
+def encoded_scores(encode: Callable[[Tensor], Tensor], texts: Sequence[Tensor], *, with_peak: bool = False) -> Scores:
+    """Of texts [tokens, d_in] each, by the features that `encode` finds in rows [tokens, d_in] of theirs."""
+    found = []
+    for places in batches([len(rows) for rows in texts], ENCODED_TOKENS):
+        part = [texts[place] for place in places]
+        codes = encode(torch.cat(part)).float().cpu()
+        found += [_of_text(code, with_peak=with_peak) for code in codes.split([len(rows) for rows in part])]
+    return _stacked(found)
 
 
 def as_it_began(loaded: LoadedSae, rows: Tensor, seed: int) -> Began:

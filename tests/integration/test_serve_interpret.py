@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.responses import JSONResponse
 
+from midiscover import steer
+from midiscover.features.concepts import Judge
 from midiscover.interpret import encode_texts, load_language_model, summarise, tokenised
 from midiscover.saes import load_sae
+from midiscover.serving import LimitsConfig
 from serve import neuronpedia
 from serve.api import InterpretAnswer, reading
 from tests.served import Served, api, served, store, store_to_serve
@@ -142,3 +147,96 @@ def test_a_concept_is_ranked(api: Served) -> None:
     assert [(row["feature"], row["auroc"]) for row in rows] == [(row["feature"], row["auroc"]) for row in stored[:3]]
     listed = api.get(f"/features/{api.saes[2]}", params={"concept": "numbers", "size": 200}).json()
     assert {row["index"] for row in listed["features"]} == {row["feature"] for row in stored}
+
+
+def test_saes_are_judged_one_by_one_and_for_nobody_who_is_gone(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[float] = []
+    document = Judge.document
+
+    def slow(self: Judge, *args: Any) -> Any:
+        judged.append(time.monotonic())
+        time.sleep(0.8)
+        return document(self, *args)
+
+    with served(store, limits={"seconds": 30.0}) as one:
+        body = {"concept": "numbers", "saes": one.saes, "top_k": 3}
+        quick = one.post("/interpret", body).json()["concept"]
+        monkeypatch.setattr(Judge, "document", slow)
+        asking = threading.Thread(target=lambda: answers.append(one.post("/interpret", body)))
+        answers: list[Any] = []
+        asking.start()
+        while not judged:
+            time.sleep(0.01)
+        assert one.post("/interpret", {"text": "A text that nobody has asked."}).status_code == 200
+        assert len(judged) < len(one.saes) == 4, "it came between"
+        asking.join()
+        found = answers[0].json()["concept"]
+        assert {sae: found[sae]["sae_scores"] for sae in found} == {sae: quick[sae]["sae_scores"] for sae in quick}
+        judged.clear()
+        monkeypatch.setattr(one.client.app, "_limits", LimitsConfig(seconds=1.2))
+        assert one.post("/interpret", body).status_code == 503
+        time.sleep(3)
+        assert 0 < len(judged) < 4
+
+
+def test_so_many_features_are_judged_at_once(store: Path) -> None:
+    with served(store, limits={"judged": 2 * 96}) as one:
+        refused = one.post("/interpret", {"concept": "numbers", "saes": one.saes[:3]})
+        assert (refused.status_code, refused.json()["detail"]) == (
+            422,
+            "These 3 SAEs have 288 features, and at most 192 are judged at once; ask fewer.",
+        )
+        assert one.post("/interpret", {"concept": "numbers", "saes": one.saes[:2]}).status_code == 200
+        assert one.interpreter._broken is None
+
+
+def test_an_sae_that_is_named_twice_is_one(store: Path) -> None:
+    with served(store, limits={"saes": 1}) as one:
+        sae = one.context.catalog.find(one.saes[0])
+        of = {"model": sae.neuronpedia_model, "source": sae.source}
+        changes = [{"sae": sae.id, "feature": feature, "value": 1} for feature in (0, 1)]
+        assert one.post("/steer", {"prompt": "A", "features": changes, "max_new_tokens": 1}, "steer").status_code == 200
+        changes[1]["sae"] = one.saes[1]
+        refused = one.post("/steer", {"prompt": "A", "features": changes, "max_new_tokens": 1}, "steer")
+        assert (refused.status_code, "2 SAEs are asked; at most 1" in refused.json()["detail"]) == (422, True)
+        wire = {"model": of["model"], "types": ["STEERED"], "nCompletionTokens": 1, "temperature": 0, "prompt": "A"}
+        wire |= {"strengthMultiplier": 1, "features": [{**of, "index": index, "strength": 1} for index in (0, 1)]}
+        assert one.post("/v1/steer/completion", wire, "steer").status_code == 200
+        twice = {"model": of["model"], "sourceSet": "x", "selectedSources": [sae.source] * 2, "prompt": "A river"}
+        assert one.post("/v1/activation/all", twice).status_code == 200
+        assert one.post("/interpret", {"text": "A river", "saes": [sae.id] * 3}).status_code == 200
+
+
+@pytest.mark.parametrize("by", ["steering", "a stream", "a concept"])
+def test_a_model_that_fails_is_told_of_however_it_was_asked(
+    store: Path, by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("midiscover.serve"), "propagate", True)
+    passes: list[int] = []
+    going_on = steer._next
+
+    def failing(*args: Any, **_: Any) -> Any:
+        passes.append(1)
+        if by != "a stream" or len(passes) > 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+        return going_on(*args)
+
+    for name in ("midiscover.steer._next", "serve.interpreter.encoded_scores"):
+        monkeypatch.setattr(name, failing)
+    with served(store) as one:
+        one.interpreter.check_health()
+        body = {"prompt": "The river", "features": [{"feature": 1, "value": 1}], "stream": by == "a stream"}
+        path, asked = ("/interpret", {"concept": "numbers"}) if by == "a concept" else ("/steer", body)
+        answer = one.post(path, asked, "steer")
+        with pytest.raises(RuntimeError, match="The language model failed: CUDA error: an illegal memory access"):
+            one.interpreter.check_health()
+    told = "Something went wrong here; the log has it under"
+    if by == "a stream":
+        frames = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+        assert [frame.get("done") for frame in frames] == [False, False, None]
+        assert frames[-1] == {"error": f"{told} the X-Request-Id of this answer.", "status": 500}
+    else:
+        assert (answer.status_code, told in answer.json()["detail"]) == (500, True)
+    logged = {record.getMessage(): record for record in caplog.records}
+    assert logged["failed"].fields["request"] == answer.headers["x-request-id"]  # type: ignore[attr-defined]
+    assert "model_failed" in logged

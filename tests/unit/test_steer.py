@@ -256,3 +256,12 @@ def test_a_cut_model_gives_the_same_activations_and_says_what_it_lacks(tmp_path:
     assert not holds(cut, ["model.layers.2.mlp"])
     cut_after(whole, ["model.norm", FIRST])
     assert holds(whole, ["model.layers.2.mlp"]), "the norm comes after the last layer"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_changes_of_which_the_model_makes_no_numbers_are_refused(
+    lm: LanguageModel, saes: dict[str, LoadedSae], temperature: float
+) -> None:
+    pieces = generate(lm, PROMPT, saes, [Change("first", 1, "add", 1e39)], Sampling(temperature=temperature))
+    with pytest.raises(UserError, match="makes no numbers any more of changes this large; give smaller values"):
+        next(pieces)

@@ -14,7 +14,7 @@ from midiscover.cli import main
 from midiscover.config import TrainConfig
 from midiscover.configio import to_tree
 from midiscover.features import concept_scores
-from midiscover.features.concept_scores import as_it_began, score_texts
+from midiscover.features.concept_scores import as_it_began, encoded_scores, score_texts
 from midiscover.ids import recorded_settings
 from midiscover.interpret import ENCODED_TOKENS, encode_texts
 from midiscover.lm import LanguageModel
@@ -66,6 +66,10 @@ def test_scores_are_those_of_a_loop(model: LanguageModel) -> None:
             assert lengths.max[i].tolist() == lengths.mean[i].tolist() == [len(text.tokens)]
     bare = score_texts(model, saes, TEXTS, baselines=False)
     assert [list(groups) for groups in bare.of.values()] == [["sae_scores"]] * 2
+    rows = [text.activations[HOOK] for text in encode_texts(model, saes, TEXTS, activations=True)]
+    alone, beside = encoded_scores(saes["topk"].encode, rows, with_peak=True), scored.of["topk"]["sae_scores"]
+    for mine, theirs in zip(alone, beside, strict=True):
+        assert torch.equal(mine, theirs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
