@@ -200,10 +200,15 @@ def tokenised(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
 def refuse_too_long(
     lm: LanguageModel, texts: Sequence[str], token_ids: Sequence[Sequence[int]], front: int, most: int | None = None
 ) -> None:
-    """UserError for a text that, with `front` tokens before it, is longer than the model's context, or than `most`."""
+    """UserError for a text that, with `front` tokens beside it, is longer than the model's context, or than `most`."""
     limit = context_length(lm.model.config)
     if most is not None:
         limit = most + front if limit is None else min(limit, most + front)
+    if limit is not None and front >= limit:
+        raise UserError(
+            f"{lm.identity.name} reads at most {limit:,} tokens, and {front:,} are to stand beside the text, so that "
+            "none of it fits; ask for fewer new tokens."
+        )
     for number, (text, ids) in enumerate(zip(texts, token_ids, strict=True), start=1):
         if limit is not None and front + len(ids) > limit:
             raise UserError(

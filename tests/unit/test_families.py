@@ -198,3 +198,7 @@ def test_the_context_of_mpt_is_known(tmp_path: Path) -> None:
         lm.logits(torch.zeros(1, 33, dtype=torch.long))
     with pytest.raises(UserError, match="has 32 tokens, and mpt reads at most 31 here"):
         refuse_too_long(lm, ["long"], [[5] * 32], front=1)
+    for front in (32, 200):  # of which all but one are to be generated
+        told = f"mpt reads at most 32 tokens, and {front} are to stand beside the text, so that none of it fits"
+        with pytest.raises(UserError, match=f"{told}; ask for fewer new tokens"):
+            refuse_too_long(lm, ["a"], [[5]], front=front)
