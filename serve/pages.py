@@ -72,7 +72,8 @@ async def log_in(request: Request, context: Given) -> Response:
         max_age=SESSION_SECONDS,
         httponly=True,
         samesite="strict",
-        secure=request.url.scheme == "https",
+        # Behind a proxy that ends TLS the browser alone knows how it came here.
+        secure="https" in (request.url.scheme, request.headers.get("origin", "").partition("://")[0]),
     )
     return answer
 

@@ -101,6 +101,15 @@ def test_health_is_asked_by_head_as_well_and_a_log_in_of_many_fields_is_none(api
         assert (answer.status_code, "not valid here" in answer.text) == (401, True), form
 
 
+@pytest.mark.parametrize("origin", ["http://testserver", "https://testserver", "null", None])
+def test_a_cookie_is_secure_where_the_browser_came_by_tls(api: Served, origin: str | None) -> None:
+    headers = {"Origin": origin} if origin else {}
+    answer = api.client.post("/login", data={"key": api.keys["read"]}, headers=headers, follow_redirects=False)
+    assert answer.status_code == 303
+    assert ("; Secure" in answer.headers["set-cookie"]) is (origin == "https://testserver")
+    api.client.cookies.clear()
+
+
 def test_a_model_that_no_interpreter_runs_is_named_and_asked_of_by_nobody_who_names_no_sae(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
