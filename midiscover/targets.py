@@ -37,11 +37,6 @@ def find_target(storage: Storage, name: str, overrides: Mapping[str, Any] | None
     if names_config(name):
         config = load_config(find_config(name), overrides)
         return _of_sweep(storage, resolve(config, storage.uri).sweep_id, config)
-    return find_stored(storage, name, overrides)
-
-
-def find_stored(storage: Storage, name: str, overrides: Mapping[str, Any] | None = None) -> Target:
-    """`find_target` for ids alone: opens no file that `name` might name, as is right for names in requests."""
     sweeps = [found for found in folders_with(storage, layout.SWEEPS, "sweep.json") if _fits(found, name)]
     saes = [found for found in folders_with(storage, layout.SAES, "record.json") if _fits(found, name)]
     exact = [found for found in (*sweeps, *saes) if found == name]

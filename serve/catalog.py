@@ -23,7 +23,7 @@ from midiscover.serving import ALL, MIB, PROMOTED, ServeConfig
 from midiscover.store import layout
 from midiscover.store.documents import folders_with, read_json
 from midiscover.store.storage import Storage
-from midiscover.targets import find_stored, find_target
+from midiscover.targets import find_target
 from serve.hosted import Hosted, require_record, told_apart
 
 FEATURES_BYTES = 2048 * MIB
@@ -75,14 +75,14 @@ class Catalog:
     def refresh(self) -> None:
         """Look once. StoreErrors and OSErrors of a store that is away; what is wrong with an SAE is its own."""
         self._look_at_promoted()
-        names = self._wanted()
+        names, named = self._wanted()
         with self._lock:
             self._records = {name: record for name, record in self._records.items() if name in names}
             self._broken = {name: problem for name, problem in self._broken.items() if name in names}
         hosted = {}
         for name in sorted(names):
             record = self._record(name)
-            if record is None or (is_control(record["sae"]) and self.config.follows):
+            if record is None or (is_control(record["sae"]) and name not in named):
                 continue
             hosted[name] = Hosted(id=name, record=record, is_promoted=name in self._chosen)
         if self._hosted and not hosted:
@@ -160,20 +160,31 @@ class Catalog:
         raise NotFoundError(f"There is no source '{source}' of '{model}' here; there is {', '.join(known) or 'none'}.")
 
     def members(self, name: str) -> list[str]:
-        """The hosted SAEs of a sweep, or of one SAE, by the beginning of its id. NotFoundError where there is none."""
-        hosted = {one.id for one in self.hosted}
-        if name in hosted:
-            return [name]
+        """The hosted SAEs whose ids begin with `name`, else those of the sweep whose id does; no other of the store.
+
+        NotFoundError where it is the beginning of neither, or of several sweeps'.
+        """
+        hosted = [one.id for one in self.hosted]
+        fits = [name] if name in hosted else [sae for sae in hosted if sae.startswith(name)]
+        if fits:
+            return fits
         try:
-            found = self._sweeps[name] = find_stored(self.storage, name).saes
-        except NotFoundError as error:
-            uri = self.storage.uri  # which is nobody's business
-            raise NotFoundError(str(error).replace(f"in {uri}", "here").replace(uri, "The store")) from None
-        except StoreFailedError:  # it is away, and what is hosted is known
-            found = self._sweeps.get(name) or tuple(sae for sae in hosted if sae.startswith(name))
-            if not found:
+            self._sweeps[name] = self._sweep(name)
+        except StoreFailedError:  # it is away, and what was known of the sweep goes on being so
+            if name not in self._sweeps:
                 raise
-        return [sae for sae in found if sae in hosted]
+        return [sae for sae in self._sweeps[name] if sae in hosted]
+
+    def _sweep(self, name: str) -> tuple[str, ...]:
+        """The SAEs of a sweep, hosted or not."""
+        sweeps = [one for one in folders_with(self.storage, layout.SWEEPS, "sweep.json") if one.startswith(name)]
+        fits = [name] if name in sweeps else sweeps
+        if len(fits) > 1:
+            raise NotFoundError(f"'{name}' fits {len(fits)} sweeps here; give more of the id.")
+        sweep = read_json(self.storage, layout.sweep_record(fits[0])) if fits else None
+        if sweep is None:
+            raise NotFoundError(f"There is no SAE or sweep '{name}' here; /saes and /runs list what there is.")
+        return tuple(sweep["sae_ids"])
 
     def features(self, sae_id: str) -> FeatureRecords:
         """The feature records of an SAE; NotFoundError where they are not written down, for some seconds unasked."""
@@ -296,9 +307,10 @@ class Catalog:
                 log.warning("promoted_wrong", extra={"fields": {"reason": told}})
         self.promoted_wrong = wrong
 
-    def _wanted(self) -> set[str]:
-        """What is to be hosted, of the SAEs that are there; keeps why the rest is missing."""
+    def _wanted(self) -> tuple[set[str], set[str]]:
+        """What is to be hosted, of the SAEs that are there, and what of it is named; keeps why the rest is missing."""
         names: set[str] = set()
+        named: set[str] = set()
         missing: dict[str, str] = {}
         for wanted in self.config.saes:
             if wanted == ALL:
@@ -309,7 +321,7 @@ class Catalog:
                 missing |= {sae: f"{sae} is promoted and not in the store." for sae in set(self._chosen) - there}
             else:
                 try:
-                    names |= set(find_target(self.storage, wanted).saes)
+                    named |= set(find_target(self.storage, wanted).saes)
                 except (StoreError, OSError):
                     raise
                 except Exception as error:  # of this one alone: it is gone, or its sweep.json is damaged
@@ -317,7 +329,7 @@ class Catalog:
         for name in missing.keys() - self.missing.keys():
             log.warning("sae_missing", extra={"fields": {"sae": name, "reason": missing[name]}})
         self.missing = missing
-        return names
+        return names | named, named
 
     def _record(self, name: str) -> dict[str, Any] | None:
         """None, with the reason kept, for one that makes no sense: the others go on."""

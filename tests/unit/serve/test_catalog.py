@@ -287,6 +287,36 @@ def test_a_named_sae_that_is_gone_loses_no_other(three: LocalStorage) -> None:
     assert (ids(hosting(three, "a")), set(hosting(three, "a").missing)) == ([], {"a"})
 
 
+def test_a_control_is_hosted_where_it_is_named_and_not_with_all(three: LocalStorage) -> None:
+    promote(three, "a")
+    for sae in ("d", "e"):
+        write_record(three, sae, PLACES["b"][0], 0.5)
+        record = json.loads(three.read(layout.record(sae)))
+        three.write(layout.record(sae), dump(record | {"sae": record["sae"] | {"control": "untrained"}}))
+    assert ids(hosting(three, "all")) == ["a", "b", "c"]
+    assert ids(hosting(three, "all", "d")) == ["a", "b", "c", "d"]
+    assert ids(hosting(three, PROMOTED, "e")) == ["a", "e"]
+
+
+def test_a_name_in_a_request_means_what_is_hosted_and_no_other_sae_of_the_store(three: LocalStorage) -> None:
+    write_record(three, "bb", PLACES["b"][0])
+    for sweep, saes in (("s.1", ["c", "b", "gone"]), ("s.2", ["c"])):
+        three.write(layout.sweep_record(sweep), dump({"id": sweep, "sae_ids": saes}))
+    catalog = hosting(three, "a", "bb")
+    known = {"a": ["a"], "b": ["bb"], "s.1": [], "s.2": []}
+    assert {name: catalog.members(name) for name in known} == known
+    assert hosting(three, "b", "bb", "c").members("s.1") == ["c", "b"]
+    for name, told in (
+        ("c", "There is no SAE or sweep 'c' here"),
+        ("s", "'s' fits 2 sweeps here; give more of the id"),
+    ):
+        with pytest.raises(NotFoundError, match=told) as said:
+            catalog.members(name)
+        assert three.uri not in str(said.value)
+    assert hosting(three, "all").members("b") == ["b"]
+    assert hosting(three, "a", "bb", "c").members("b") == ["bb"]
+
+
 def test_a_promoted_sae_that_is_removed_is_hosted_no_more(three: LocalStorage) -> None:
     promote(three, "a", "b")
     catalog = hosting(three, PROMOTED)
