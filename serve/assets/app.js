@@ -8,7 +8,10 @@ let chosen = null;
 async function ask(path, body) {
   const options = body ? { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) } : {};
   const answer = await fetch(path, options);
-  if (answer.status === 401) { location.reload(); }
+  if (answer.status === 401) { // the session has ended: the log-in takes this page's place, and leads back to it
+    sessionStorage.setItem("text", at("text").value);
+    location.reload();
+  }
   const told = await answer.json();
   if (!answer.ok) { throw new Error(told.detail || `The server answered ${answer.status}.`); }
   return told;
@@ -164,4 +167,6 @@ at("ask").addEventListener("submit", async (event) => {
   }
 });
 
+at("text").value = sessionStorage.getItem("text") ?? at("text").value;
+sessionStorage.removeItem("text");
 listSaes().catch(problem);

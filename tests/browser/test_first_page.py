@@ -89,6 +89,24 @@ def test_a_key_opens_the_page_and_a_text_is_read(api: Served, browser: Any, tmp_
         context.close()
 
 
+def test_what_was_typed_is_there_again_after_the_next_log_in(api: Served, browser: Any) -> None:
+    with live(api) as address:
+        page = logged_in(api, browser, address)
+        given = page.input_value("#text")
+        page.fill("#text", "Typed for an hour.")
+        page.context.clear_cookies()
+        page.click("#go")
+        page.wait_for_selector("#key")
+        page.fill("#key", api.keys["read"])
+        page.click("button")
+        page.wait_for_selector("#facts:not(:empty)")
+        assert page.input_value("#text") == "Typed for an hour."
+        page.goto(address)
+        page.wait_for_selector("#facts:not(:empty)")
+        assert page.input_value("#text") == given, "it is kept for that once"
+        page.context.close()
+
+
 def test_the_description_of_the_api_comes_from_here_alone(api: Served, browser: Any) -> None:
     with live(api) as address:
         context = browser.new_context(extra_http_headers={"X-Api-Key": api.keys["read"]})
