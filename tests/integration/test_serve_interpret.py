@@ -173,7 +173,7 @@ def test_saes_are_judged_one_by_one_and_for_nobody_who_is_gone(store: Path, monk
         found = answers[0].json()["concept"]
         assert {sae: found[sae]["sae_scores"] for sae in found} == {sae: quick[sae]["sae_scores"] for sae in quick}
         judged.clear()
-        monkeypatch.setattr(one.client.app, "_limits", LimitsConfig(seconds=1.2))
+        monkeypatch.setattr(one.client.app, "_limits", LimitsConfig(seconds=2.0))
         assert one.post("/interpret", body).status_code == 503
         time.sleep(3)
         assert 0 < len(judged) < 4
