@@ -148,12 +148,17 @@ def test_the_scripts_pass_shellcheck() -> None:
 
 STAND_INS = {
     "scontrol": 'printf "node1\\nnode2\\nnode3\\n"',
-    "srun": 'echo "srun $*" >> "$LOG"; case "$*" in *hostname*) echo 192.0.2.1 ;; esac',
-    "ray": 'echo "ray $* $RAY_AUTH_MODE $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"; exit "${STATUS:-0}"',
+    "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "hostname": "echo 192.0.2.1",
+    # A node ends as Slurm ends it: by a signal to all its processes, the shell that waits for Ray among them.
+    "ray": 'echo "ray $* $RAY_AUTH_MODE $(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"\n'
+    'if [ "$1" = start ]; then kill -TERM "$PPID"; fi; exit "${STATUS:-0}"',
+    "rm": 'echo "rm $*" >> "$LOG"; case "$*" in *"$PWD"*) command -p rm "$@" ;; esac',
     "python": 'test "${JOINED:-3}" = "$3"',
     "date": 'echo >> "$LOG.dates"; echo $((30 * $(wc -l < "$LOG.dates")))',
     "sleep": 'echo "sleep $*" >> "$LOG"',
-    "midiscover": 'echo "midiscover $* $RAY_ADDRESS ${MIDISCOVER_CLUSTER-}" >> "$LOG"; exit "${CODE:-0}"',
+    "midiscover": 'echo "midiscover $* $RAY_ADDRESS ${MIDISCOVER_CLUSTER-}" >> "$LOG"\n'
+    'until [ "$(grep -c "^ray start" "$LOG")" -eq 2 ]; do command -p sleep 0.1; done; exit "${CODE:-0}"',
 }
 
 
@@ -185,16 +190,29 @@ def run_slurm(folder: Path, **told: str) -> tuple[subprocess.CompletedProcess[st
 def test_the_slurm_job_starts_a_node_each_and_ends_as_its_stage_does(tmp_path: Path, code: int) -> None:
     done, said = run_slurm(tmp_path, CODE=str(code))
     assert done.returncode == code
-    started = [line for line in said if line.startswith("srun") and " ray start " in line]
+    started = [line.removesuffix(" token 64") for line in said if line.startswith("ray start ")]
     assert len(started) == 2
     for line in started:
-        start.make_context("start", shlex.split(line.partition(" ray start ")[2]))
-    head, workers = sorted(started, key=lambda line: "--exclude" in line)  # they start side by side
+        start.make_context("start", shlex.split(line.removeprefix("ray start ")))
+    nodes = [line for line in said if line.startswith("srun") and "ray start" in line]
+    head, workers = sorted(nodes, key=lambda line: "--exclude" in line)  # they start side by side
     assert "--nodelist=node1 " in head
     assert "--nodes=2 --ntasks-per-node=1 --exclude=node1" in workers
     assert "midiscover sweep quick --store s3://b/p 192.0.2.1:20007 " in said, "and no other cluster is named"
     assert any(line.startswith("ray status token 64") for line in said)
     assert not list(tmp_path.glob(".slurm-*")), "the token goes with the job"
+    assert all("--temp-dir=/tmp/ray-7 " in line for line in started)
+    assert said.count("rm -rf /tmp/ray-7") == 2, "and so do Ray's files, on each node"
+
+
+def test_slurm_may_requeue_the_job(tmp_path: Path) -> None:
+    """Its number stays, and what stood in the way of its EXIT trap left the folder behind."""
+    left = tmp_path / ".slurm-7"
+    left.mkdir(mode=0o700)
+    (left / "token").write_text("old")
+    done, said = run_slurm(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert any(line.startswith("ray status token 64") for line in said), "a token of its own"
 
 
 @pytest.mark.parametrize(
