@@ -6,20 +6,20 @@ checkpoints and commits its own SAEs, so that whoever shares its process changes
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from jobs.group import TorchGroup
-from jobs.halving import in_parts, room_of_card
+from jobs.halving import give_back, in_parts, room_of_card
 from jobs.harvest import model_place
 from jobs.leases import here
 from jobs.packworker import PackJob, PackWorker
 from jobs.runtime import own_error
+from midiscover.cards import is_out_of_memory, lost_its_card
 from midiscover.cores import compute_on
 from midiscover.corpus import Corpus
 from midiscover.errors import UserError
@@ -128,6 +128,8 @@ def _live(job: PackJob, crew: Crew) -> Callable[[Pack, PlannedSae], Source]:
         for number, pack in enumerate(crew):
             job.board.post("read", pack.id, 0 if number else tokens)
 
+    if job.slots.gpus:
+        give_back()  # or what is left of a part before this one makes a model look too large
     model = replace(model_place(part, job.slots), cards=1).load()
     corpus = Corpus.open(job.storage, part.corpus_id)
     ahead = corpus.manifest.tokens["train"]
@@ -185,12 +187,15 @@ def _parts(job: PackJob, crew: Crew) -> list[Crew]:
     """The crew, or parts of it that fit this card by reckoning."""
     if not job.slots.gpus:
         return [crew]
-    model = MODEL_BYTES[job.resolved.config.model.dtype] * job.resolved.table.parameters
-    return cut_crew(crew, room_of_card(job.slots.gpus) - (model if job.streams else 0))
+    room = room_of_card(job.slots.gpus)
+    if job.streams:
+        room -= MODEL_BYTES[job.resolved.config.model.dtype] * job.resolved.table.parameters
+    # A language model that is too large by itself leaves nothing to reckon, and says so once where it is loaded.
+    return cut_crew(crew, room) if room > 0 else [crew]
 
 
 def _try(job: PackJob, crew: Crew) -> None:
-    """Tries of one part. OutOfMemoryError where it could be smaller."""
+    """Tries of one part. The error of a memory that ran out where the part could be smaller."""
     tries = job.resolved.config.resources.max_failures + 1
     made: Counter[str] = Counter()
     left = list(crew)
@@ -199,16 +204,26 @@ def _try(job: PackJob, crew: Crew) -> None:
             _run(job, tuple(left))
             return
         except _Failed as failed:
-            if isinstance(failed.error, torch.OutOfMemoryError) and sum(len(pack.saes) for pack in left) > 1:
+            if is_out_of_memory(failed.error) and sum(len(pack.saes) for pack in left) > 1:
                 raise failed.error from None
             reason, is_input = why(failed.error), is_wrong_input(failed.error)
             failures = failed.packs
+            lost = job.slots.gpus > 0 and not is_input and lost_its_card(failed.error)
+        if lost:
+            _end_process(job, failures[0], reason)
         for pack in failures:
             made[pack.id] += 1
             job.board.post("retry", pack.id, f"try {made[pack.id]} of {tries}: {reason}")
             if made[pack.id] == tries or is_input:  # wrong input is wrong every time
                 fail(job, pack, reason)
                 left.remove(pack)
+
+
+def _end_process(job: PackJob, pack: Pack, reason: str) -> None:
+    """Tune or Train starts another, where packs go on from their checkpoints; how often is bounded as for deaths."""
+    job.board.post("retry", pack.id, f"its process has lost the card, and another goes on: {reason}")
+    job.board.recall(pack.id)  # once this is answered, the board has what was posted before
+    os._exit(1)
 
 
 def fail(job: PackJob, pack: Pack, reason: str) -> None:
@@ -229,4 +244,4 @@ def is_wrong_input(error: Exception) -> bool:
 def why(error: Exception) -> str:
     """An error in one line."""
     known = own_error(error)
-    return str(known) if known is not None else traceback.format_exception_only(error)[-1].strip()
+    return str(known) if known is not None else traceback.format_exception_only(error)[-1].strip().partition("\n")[0]

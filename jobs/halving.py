@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from midiscover.cards import is_out_of_memory
 from midiscover.memory import USABLE
 from midiscover.sae.replay import end_pools
 
@@ -20,12 +21,12 @@ def room_of_card(share: float) -> int:
 
     Asked between two pieces of work: what the one before has left in this process is free again.
     """
-    _give_back()
+    give_back()
     free, total = torch.cuda.mem_get_info()
     return int(USABLE * min(free, total * min(1.0, share)))
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Give the card what PyTorch keeps of work that is over."""
     gc.collect()
     end_pools()
@@ -45,7 +46,7 @@ def in_parts(
 ) -> None:
     """Do `work` on each part, or on halves of a part that was too much, one after another; `on_halving` is told of it.
 
-    OutOfMemoryError where what has no halves is too much.
+    The error of a memory that ran out (`is_out_of_memory`) where what has no halves is too much.
     """
     left = deque(parts)
     while left:
@@ -53,11 +54,11 @@ def in_parts(
         try:
             work(part)
             continue
-        except torch.OutOfMemoryError:
-            two = halves(part)
+        except RuntimeError as error:
+            two = halves(part) if is_out_of_memory(error) else None
             if two is None:
                 raise
         # Outside the handler, so that what the error's traceback held is free by now.
-        _give_back()
+        give_back()
         on_halving(part)
         left.extendleft(reversed(two))

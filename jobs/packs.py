@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import torch
 from ray import PlacementGroupID, tune
 from ray import train as ray_train
 from ray.train.collective import broadcast_from_rank_zero
@@ -22,6 +21,7 @@ from jobs.group import TorchGroup
 from jobs.leases import hangs_key
 from jobs.packworker import PackJob
 from jobs.runtime import last_line
+from midiscover.cards import is_out_of_memory
 from midiscover.errors import StageError
 from midiscover.resolve import Crew, Pack
 
@@ -111,7 +111,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     try:
         run_crew(job, crew, group)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             for pack in crew:
                 job.board.exchange(_memory_key(pack), True)
         if is_wrong_input(error):  # all of them have it

@@ -33,6 +33,7 @@ from midiscover.attach import (
     require_causal,
     why_not,
 )
+from midiscover.cards import is_out_of_memory
 from midiscover.compiled import CompiledAttention
 from midiscover.config import Dtype
 from midiscover.errors import ModelError
@@ -93,6 +94,8 @@ class LanguageModel:
                 device_map=device_map,
             )
         except Exception as error:  # files that contradict each other make a model's code raise anything
+            if is_out_of_memory(error):
+                raise _too_large(identity) from error
             raise ModelError(f"Model {identity.name} could not be loaded from {folder}: {why_not(error)}") from error
         model, report = loaded
         require_causal(model, identity.name)
@@ -101,7 +104,13 @@ class LanguageModel:
             raise ModelError(
                 f"The weights of {identity.name} lack or do not fit {absent[0]}; the folder is incomplete."
             )
-        return cls(identity, model if device_map else model.to(device), load_tokenizer(identity))
+        try:
+            placed = model if device_map else model.to(device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise _too_large(identity) from error
+            raise
+        return cls(identity, placed, load_tokenizer(identity))
 
     def compile(self) -> None:
         """Make passes on a GPU faster by a fifth and more, after some seconds at the first; nothing on a CPU.
@@ -220,6 +229,13 @@ def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
         # phi-2 in float16 with eager attention gives NaN from layer 30 on.
         raise ModelError(f"model.dtype {name!r} is not supported; it must be auto, bfloat16 or float32.")
     return getattr(torch, name)
+
+
+def _too_large(identity: ModelIdentity) -> ModelError:
+    return ModelError(
+        f"Model {identity.name} does not fit into the memory there is; spread it over several cards with "
+        "resources.gpus_per_model, or give model.dtype bfloat16, which takes half of float32's."
+    )
 
 
 def _absent(report: Mapping[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from midiscover.cards import is_out_of_memory
 from midiscover.compiled import PAYS_FROM
 from midiscover.config import HarvestConfig
 from midiscover.errors import StageError
@@ -153,8 +154,10 @@ class Reader:
         try:
             out = self.model.activations(batch, list(acts), attention_mask=_to(attention, self.model.device))
         except RuntimeError as error:
-            if not _out_of_memory(error) or self.batch_windows == 1:
+            if not is_out_of_memory(error) or self.batch_windows == 1:
                 raise
+            out = None
+        if out is None:  # outside the handler, so that what the error's traceback held is free by now
             self.batch_windows = max(1, self.batch_windows // 2)
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -180,7 +183,3 @@ class Reader:
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

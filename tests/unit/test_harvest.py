@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -140,15 +141,18 @@ def test_on_a_gpu_threads_take_turns_more_often_while_it_runs(
     assert sys.getswitchinterval() == before
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: out of memory")]
+)
 def test_the_batch_is_halved_when_memory_ends(
-    model: LanguageModel, corpus: Corpus, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, corpus: Corpus, storage: Storage, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     original, sizes = model.activations, []
 
     def limited(ids: Tensor, hooks: list[str], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         sizes.append(len(ids))
         if len(ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return original(ids, hooks, attention_mask)
 
     monkeypatch.setattr(model, "activations", limited)
@@ -160,6 +164,28 @@ def test_the_batch_is_halved_when_memory_ends(
     monkeypatch.setattr(model, "activations", lambda *_a, **_k: (_ for _ in ()).throw(RuntimeError("another error")))
     with pytest.raises(RuntimeError, match="another error"):
         list(harvester(model, corpus, storage).run([(spans[0], list(HOOKS))]))
+
+
+def test_what_a_pass_that_was_too_much_held_is_free_when_the_card_gets_it_back(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that is pretended from the error on, whose traceback holds the pass's activations."""
+    held: list[weakref.ref[Tensor]] = []
+    freed: list[bool] = []
+
+    def too_much(*_: Any, **__: Any) -> None:
+        activations = torch.ones(2)
+        held.append(weakref.ref(activations))
+        one.device = torch.device("cuda")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    one = SimpleNamespace(device=torch.device("cpu"), tokenizer=model.tokenizer, activations=too_much)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(held[-1]() is None))
+    reader = reading.Reader(one, HOOKS, CONFIG, CONTEXT)  # type: ignore[arg-type]  # a stand-in
+    windows = torch.zeros(2, CONTEXT, dtype=torch.int32)
+    assert reader._forward(windows, windows, 0, {}, {}) == 0
+    assert reader.batch_windows == 1
+    assert freed == [True]
 
 
 def test_non_finite_activations_end_the_harvest_with_their_place(

@@ -329,6 +329,35 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("where", ["read", "moved"])
+def test_a_model_that_is_too_large_is_wrong_input(phi: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """No error that fewer SAEs or another try would mend."""
+    full = torch.AcceleratorError("CUDA error: out of memory") if where == "read" else torch.OutOfMemoryError("CUDA")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise full
+
+    if where == "read":
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    else:
+        monkeypatch.setattr(transformers.PreTrainedModel, "to", fails)
+    with pytest.raises(
+        ModelError, match=r"does not fit into the memory.*resources\.gpus_per_model, or give model\.dtype"
+    ):
+        LanguageModel.load(resolve_model(ModelConfig(id=str(phi))), dtype="float32")
+
+
+def test_a_card_that_fails_while_a_model_is_loaded_is_no_wrong_input(
+    phi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", fails)
+    with pytest.raises(torch.AcceleratorError, match="ECC"):
+        LanguageModel.load(resolve_model(ModelConfig(id=str(phi))), dtype="float32")
+
+
 def test_code_in_a_model_folder_never_runs(tmp_path: Path) -> None:
     folder, ran = make_tiny_model("llama", tmp_path / "llama"), tmp_path / "ran"
     config = json.loads((folder / "config.json").read_text())

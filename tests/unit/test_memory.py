@@ -93,6 +93,49 @@ def test_what_the_crew_before_took_is_room_again(monkeypatch: pytest.MonkeyPatch
     assert room_of_card(0.5) == 47
 
 
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_memory_that_ran_out_is_known_in_whatever_words(error: Exception) -> None:
+    sizes: list[int] = []
+
+    def work(part: list[int]) -> None:
+        sizes.append(len(part))
+        if len(part) > 1:
+            raise error
+
+    in_parts([[1, 2, 3]], work)
+    assert sizes == [3, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        ValueError("out of memory is no error of a card here"),
+    ],
+    ids=str,
+)
+def test_what_is_no_lack_of_memory_is_not_tried_in_halves(error: Exception) -> None:
+    sizes: list[int] = []
+
+    def work(part: list[int]) -> None:
+        sizes.append(len(part))
+        raise error
+
+    with pytest.raises(type(error), match=str(error)[:10]):
+        in_parts([[1, 2]], work)
+    assert sizes == [2]
+
+
 def test_halves_have_the_room_of_what_was_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     card, found = Card(monkeypatch), list[int]()
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from jobs import crews, packs
+from jobs.harvest import ensure_corpus
 from jobs.leases import hangs_key
-from jobs.packworker import PackWorker
-from midiscover.resolve import Pack
+from jobs.packworker import PackJob, PackWorker
+from jobs.runtime import Slots
+from midiscover.resolve import Pack, make_packs
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from tests.boards import LocalBoard
+from tests.runs import prepared_sweep, write_run
 
 PACK = Pack(id="p.0", hook="h", saes=(SimpleNamespace(id="sae"),))  # type: ignore[arg-type]
 OTHER = Pack(id="p.1", hook="h", saes=(SimpleNamespace(id="other"),))  # type: ignore[arg-type]
@@ -178,3 +183,124 @@ def test_workers_that_can_not_talk_to_each_other_end(
             packs._train_worker({"job": given, "crew": (PACK,)})
     packs._train_worker({"job": given, "crew": (PACK,)})
     assert failed(given) == {"sae": "its process died 10 times without a new checkpoint"}
+
+
+class Ended(BaseException):
+    """The process ended."""
+
+
+LOST = [
+    torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`."),
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+]
+
+
+def on_a_card(job: Any, monkeypatch: pytest.MonkeyPatch, errors: list[Exception | None], *, lost: bool) -> list[int]:
+    """The job on a pretended card, whose tries end in `errors`, then in nothing; returns how many SAEs each had."""
+    sizes: list[int] = []
+
+    def run(_job: Any, crew: tuple[Pack, ...]) -> None:
+        sizes.append(sum(len(pack.saes) for pack in crew))
+        error = errors.pop(0) if errors else None
+        if error is not None:
+            raise crews._Failed(crew, error)
+
+    def synchronize() -> None:
+        if lost:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    job.slots.gpus = 1
+    monkeypatch.setattr(crews, "_parts", lambda _job, crew: [crew])
+    monkeypatch.setattr(crews, "_run", run)
+    monkeypatch.setattr(crews, "has_ended", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", end)
+    return sizes
+
+
+@pytest.mark.parametrize("error", LOST, ids=["torch", "triton"])
+def test_a_process_that_lost_its_card_ends_and_burns_no_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """All that it asks of the card fails from then on; what starts anew has the card again."""
+    given = job(tmp_path, "inline", 1)
+    tries = on_a_card(given, monkeypatch, [error] * 9, lost=True)
+    with pytest.raises(Ended):
+        crews.run_crew_tries(given, (PACK, OTHER))
+    assert tries == [2]
+    (told,) = given.board.data("retry")
+    assert told.startswith("its process has lost the card, and another goes on: ")
+    assert told.endswith(str(error).partition("\n")[0]), "in one line"
+    assert failed(given) == {}
+
+
+def test_an_error_that_leaves_the_card_is_tried_again_in_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = job(tmp_path, "inline", 1)
+    tries = on_a_card(given, monkeypatch, [RuntimeError("a bug"), OSError("a disk")], lost=False)
+    crews.run_crew_tries(given, (PACK, OTHER))
+    assert tries == [2, 2, 2]
+    assert failed(given) == {}
+
+
+def test_a_process_that_loses_its_card_each_time_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card that is broken: as often as a process may die."""
+    given = job(tmp_path, "inline", 1)
+    tries = on_a_card(given, monkeypatch, [LOST[0]] * 99, lost=True)
+    monkeypatch.setattr(packs.tune, "report", lambda _: None)
+    for _ in range(packs.MAX_DEATHS):
+        with pytest.raises(Ended):
+            packs.pack_trial({"crew": 0}, given)
+    packs.pack_trial({"crew": 0}, given)
+    assert tries == [2] * packs.MAX_DEATHS
+    assert set(failed(given)) == {"sae", "other"}
+
+
+def test_memory_that_another_allocator_lacks_halves_a_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Pack(id="p.2", hook="h", saes=tuple(SimpleNamespace(id=f"sae{i}") for i in range(4)))  # type: ignore[arg-type]
+    given = job(tmp_path, "inline", 1)
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    sizes = on_a_card(given, monkeypatch, [cublas, torch.AcceleratorError("CUDA error: out of memory")], lost=False)
+    crews.run_crew_tries(given, (wide,))
+    assert sizes == [4, 2, 1, 1, 2]
+    assert given.board.data("retry") == [f"{n} SAEs are too many for this card; half of them at a time" for n in (4, 2)]
+
+
+def test_a_language_model_that_no_card_holds_is_loaded_once_and_no_pack_is_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card, pretended here, that has no room for it."""
+    loads: list[object] = []
+
+    def to(model: object, *_: Any, **__: Any) -> None:
+        loads.append(model)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
+
+    prepared = prepared_sweep(write_run(tmp_path, resources={"activations": "stream"}), tmp_path / "store")
+    ensure_corpus(prepared, SimpleNamespace(update=lambda *_: None, say=lambda _: None))  # type: ignore[arg-type]
+    saes = prepared.resolved.saes
+    crew = tuple(make_packs(saes, None, {sae.id for sae in saes}))
+    given: Any = PackJob(
+        resolved=prepared.resolved,
+        crews=(crew,),
+        streams=True,
+        storage=prepared.storage,
+        board=LocalBoard(),
+        slots=Slots(count=1, cpus=1, gpus=1, threads=1),
+        trainer="ray_train",
+        prepend_bos=False,
+    )
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 10_000))
+    crews.run_crew_tries(given, crew)
+    assert len(crew) == 2
+    assert len(loads) == 1
+    assert {data.partition(";")[0] for data in failed(given).values()} == {
+        "Model model-llama does not fit into the memory there is"
+    }
+    assert set(failed(given)) == {sae.id for sae in saes}
+    assert not [data for data in given.board.data("retry") if "half of them" in data]

@@ -1,0 +1,30 @@
+"""What an error of a GPU means: memory that ran out, in whatever words, or a card that this process has lost."""
+
+from __future__ import annotations
+
+import torch
+
+_NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
+"""As the CUDA runtime and Triton say it, NVIDIA's libraries (cuBLAS, cuDNN, cuSPARSE), and PyTorch of main memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at once would do: PyTorch's own error, or that of what allocates beside it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def lost_its_card(error: Exception) -> bool:
+    """Whether this process, which computes on a card, can use it no more after an error.
+
+    After an illegal access or an uncorrectable ECC error all that it asks of CUDA fails, in whatever words, until it
+    ends.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return not is_out_of_memory(error)
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
