@@ -6,6 +6,7 @@ begins as soon as one is there; work that is meant for the others waits for them
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,12 +26,18 @@ class Node(NamedTuple):
 
     cpus: float
     gpus: float
+    memory: float = math.inf
+    """Bytes of RAM for what runs on it, as Ray counts them."""
 
 
 def working_nodes() -> tuple[Node, ...]:
     """What Ray has, node by node; nodes that run no work (a head with 0 CPUs) are left out."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(Node(have.get("CPU", 0), have.get("GPU", 0)) for have in resources if have.get("CPU", 0) >= 1)
+    return tuple(
+        Node(have["CPU"], have.get("GPU", 0), have.get("memory", math.inf))
+        for have in resources
+        if have.get("CPU", 0) >= 1
+    )
 
 
 def accelerators() -> list[str]:

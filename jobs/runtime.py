@@ -56,6 +56,11 @@ class Cluster:
         """GPUs of all nodes."""
         return sum(node.gpus for node in self.nodes)
 
+    @property
+    def memory(self) -> float:
+        """Bytes of RAM for each card, or of a node where there are no cards; of the node that has least."""
+        return min(node.memory / max(1, node.gpus) for node in self.nodes if node.gpus or not self.gpus)
+
     def fits(self, cpus: float, gpus: float) -> int:
         """How many workers that take so much find a place at once; a worker never spans two nodes."""
         return sum(_places(node, cpus, gpus) for node in self.nodes)

@@ -15,7 +15,7 @@ from midiscover.resolve import Resolved
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage
-from midiscover.ways import AUTO, STORE, STREAM, plan_ways, why_not_streamed
+from midiscover.ways import AUTO, STORE, STREAM, plan_ways, quicker, why_not_streamed
 from midiscover.work import Work
 
 
@@ -58,8 +58,8 @@ def _quicker(
         say("activations are stored: nothing is known of this device's rates; `midiscover calibrate` measures them")
         return STORE
     work = Work(corpus.tokens["train"], corpus.tokens["held_out"], exact=True)
-    ways = plan_ways(resolved, work, rates, gpus=int(cluster.gpus), cores=cluster.cores)
-    best = min(ways, key=lambda way: ways[way].seconds)
+    ways = plan_ways(resolved, work, rates, gpus=int(cluster.gpus), cores=cluster.cores, memory=cluster.memory)
+    best = quicker(ways, cluster.memory)
     say(
         "resources.activations auto: "
         + ", ".join(f"{way} would take {duration(plan.seconds)}" for way, plan in ways.items())

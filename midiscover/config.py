@@ -312,7 +312,7 @@ class ResourcesConfig:
     """store: the language model runs once and writes activation blocks, which every later stage reads. stream: it runs
     in the process that trains the SAEs of all hooks, and nothing is stored; for one epoch, or for as many as
     train.shuffle_tokens holds, rows of every hook in memory at once; features harvest the text later. auto: what
-    `midiscover plan` finds quicker."""
+    `midiscover plan` finds quicker, where a node's RAM holds it."""
     keep_activations: str = KEEP
     """always; until_done: the sweep removes them when all its SAEs stand; or days, such as 14d, after which
     `midiscover store gc` removes them. Those that another sweep keeps stay. What needs them later harvests again."""

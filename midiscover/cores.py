@@ -36,6 +36,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory() -> int:
+    """Bytes of RAM of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @cache
 def native_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 matrices in hardware: its NVIDIA cards, else its CPU by its flags."""

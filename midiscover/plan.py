@@ -79,6 +79,11 @@ class Plan:
         return self.gpus * self.seconds / 3600
 
     @property
+    def host(self) -> float:
+        """Bytes of RAM in the stage that takes most, for each card, or for the machine where there are none."""
+        return max(stage.host for stage in self.stages)
+
+    @property
     def bottleneck(self) -> Stage:
         """The stage that takes longest."""
         return max(self.stages, key=lambda stage: stage.seconds)

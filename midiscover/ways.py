@@ -5,7 +5,9 @@ Storing pays where they are read more than once; streaming needs no room, and no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from midiscover.errors import ConfigError
 from midiscover.plan import Plan, plan_sweep
@@ -42,23 +44,42 @@ def plan_ways(
     gpus: int = 0,
     cores: int = 1,
     bandwidth: float | None = None,
+    memory: float = math.inf,
 ) -> dict[str, Plan]:
     """The stages of a sweep on `gpus` cards of `rates`, or on the cores of a machine, for each way to have activations.
 
-    bandwidth: bytes/s of the store in all; None: as much as the workers take.
+    bandwidth: bytes/s of the store in all; None: as much as the workers take. memory: bytes of RAM for each card, or of
+    the machine where there are none; that a way takes more is among the notes.
     """
     ways = [STORE] if why_not_streamed(resolved, work.train) else [STORE, STREAM]
-    return {
+    plans = {
         way: plan_sweep(resolved, work, rates, gpus=gpus, cores=cores, bandwidth=bandwidth, streamed=way == STREAM)
         for way in ways
     }
+    short = {
+        way: f"activations: {way} takes {plan.host / 1e9:,.1f} GB of RAM{' for each card' if gpus else ''}, and there "
+        f"are {memory / 1e9:,.1f} here"
+        for way, plan in plans.items()
+        if plan.host > memory
+    }
+    is_open = resolved.config.resources.activations == AUTO
+    return {
+        way: replace(plan, notes=(*plan.notes, *(note for other, note in short.items() if is_open or other == way)))
+        for way, plan in plans.items()
+    }
 
 
-def chosen_way(resolved: Resolved, ways: Mapping[str, Plan]) -> str:
-    """The way that the settings ask for, or the quicker. ConfigError where it can't be."""
+def quicker(ways: Mapping[str, Plan], memory: float = math.inf) -> str:
+    """The way that takes less time, of those that so much RAM holds; where it holds none, the one that takes least."""
+    fitting = [way for way, plan in ways.items() if plan.host <= memory]
+    return min(fitting, key=lambda way: ways[way].seconds) if fitting else min(ways, key=lambda way: ways[way].host)
+
+
+def chosen_way(resolved: Resolved, ways: Mapping[str, Plan], memory: float = math.inf) -> str:
+    """The way that the settings ask for, or the quicker that so much RAM holds. ConfigError where it can't be."""
     asked = resolved.config.resources.activations
     if asked == AUTO:
-        return min(ways, key=lambda way: ways[way].seconds)
+        return quicker(ways, memory)
     if asked not in ways:
         reason = why_not_streamed(resolved, ways[STORE].work.train)
         raise ConfigError(f"resources.activations is {asked}, but {reason}; set it to store.")

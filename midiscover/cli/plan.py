@@ -13,7 +13,7 @@ from pathlib import Path
 from midiscover import plantables, tables
 from midiscover.cli.figures import require_folder
 from midiscover.configio import find_config, load_config
-from midiscover.cores import cores
+from midiscover.cores import cores, memory
 from midiscover.errors import ConfigError, NotFoundError
 from midiscover.launch import Parser, parse_calibrate, parse_overrides, prepare, run_job
 from midiscover.plan import Plan
@@ -73,14 +73,17 @@ def _plan(argv: Sequence[str]) -> None:
     refused: dict[int, ConfigError] = {}
     for count in known.gpus or (0,):
         try:
-            ways[count] = plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth)
+            ways[count] = plan_ways(
+                resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth, memory=memory()
+            )
         except ConfigError as error:
             refused[count] = error
     if not ways:
         raise next(iter(refused.values()))
     for count, error in refused.items():
         print(f"midiscover: no plan on {_gpus(count)}: {error}", file=sys.stderr)
-    chosen = {count: chosen_way(resolved, plans) for count, plans in ways.items()}
+    # What RAM the nodes of cards have, which may be others than this one, nobody knows here.
+    chosen = {count: chosen_way(resolved, plans, math.inf if count else memory()) for count, plans in ways.items()}
     first = next(iter(ways))
     if known.out is not None:
         _draw(resolved, ways[first][chosen[first]], known.out)

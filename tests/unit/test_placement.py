@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from jobs import nodes
 from jobs.runtime import Cluster, Node, model_slots, on_cards, pack_slots
 from midiscover.config import ResourcesConfig
 from midiscover.errors import ConfigError, StageError
@@ -45,6 +48,22 @@ def test_packs_on_one_machine_end_soonest(cores: int, packs: int, count: int, th
         by_hand[slots.count if slots.count <= packs else packs] <= min(by_hand.values()) + 1e-9 or slots.count == packs
     )
     assert (slots.count, slots.threads) == (count, threads)
+
+
+def test_a_card_has_its_share_of_the_node_that_has_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own count of memory; a node without cards trains nothing where there are some."""
+    have = [
+        {"CPU": 8.0, "GPU": 2.0, "memory": 100.0},
+        {"CPU": 8.0, "GPU": 1.0, "memory": 60.0},
+        {"CPU": 8.0, "memory": 10.0},
+        {"memory": 1.0},
+    ]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: [{"Alive": True, "Resources": one} for one in have])
+    there = nodes.working_nodes()
+    assert there == (Node(8, 2, 100), Node(8, 1, 60), Node(8, 0, 10))
+    assert Cluster(local=False, cores=8, nodes=there).memory == 50
+    assert Cluster(local=False, cores=8, nodes=there[2:]).memory == 10
+    assert cpu_nodes(1, 4).memory == math.inf, "where nobody says"
 
 
 def test_shares_of_a_gpu_never_span_two_cards() -> None:

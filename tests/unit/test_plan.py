@@ -107,6 +107,30 @@ def test_the_settings_or_the_quicker_way_are_taken(tmp_path: Path) -> None:
         chosen("stream", RATES, epochs=2, shuffle_tokens=5_000)
 
 
+def test_a_way_that_ram_does_not_hold_is_left_out_and_said_so(tmp_path: Path) -> None:
+    """Streaming is quicker here, and holds the rows of both hooks; storing holds those of one at a time."""
+    slow_store = replace(RATES, write=1e4, read=1e4)
+    work = Work(200_000, 4_000, exact=False)
+    settings = {"train": {"epochs": 1, "batch_size": 128, "lr": 1e-3}}
+    run = resolved(tmp_path, resources={"activations": "auto"}, **settings)
+    ways = plan_ways(run, work, slow_store)
+    rows = 200_000 * 2 * 24
+    assert ways["stream"].host > 2 * rows > ways["store"].host > rows
+    room = ways["stream"].host - 1
+    short = plan_ways(run, work, slow_store, memory=room)
+    assert [chosen_way(run, short, memory) for memory in (room, room + 1, 1)] == ["store", "stream", "store"]
+    (note,) = short["store"].notes
+    assert note == "activations: stream takes 0.0 GB of RAM, and there are 0.0 here"
+    assert short["stream"].notes == (note,)
+    assert ways["store"].notes == ways["stream"].notes == ()
+    asked = resolved(tmp_path, resources={"activations": "store"}, **settings)
+    assert plan_ways(asked, work, slow_store, memory=room)["store"].notes == (), "nobody asks for the other"
+    on_cards = plan_ways(run, work, replace(slow_store, memory=1e12), gpus=2, memory=1)
+    assert [note for note in on_cards["store"].notes if "stream takes" in note] == [
+        "activations: stream takes 0.0 GB of RAM for each card, and there are 0.0 here"
+    ]
+
+
 def test_a_slow_store_is_named_as_what_bounds_the_harvest(tmp_path: Path) -> None:
     run = resolved(tmp_path)
     slow = plan_sweep(run, WORK, replace(RATES, write=1e4))

@@ -74,6 +74,26 @@ def test_each_number_of_gpus_has_its_own_way(tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"^stream +taken ", told, re.MULTILINE)
 
 
+def test_a_plan_of_this_machine_minds_its_ram(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan on cards is of other machines, and only says so."""
+    config, store = write_run(tmp_path, resources={"activations": "auto"}), tmp_path / "store"
+    store.mkdir()
+    slow_store = replace(RATES, write=1e4, read=1e4, starts=dict.fromkeys(RATES.starts, 1.0))
+    for rates in (slow_store, replace(slow_store, device="card")):
+        write_rates(LocalStorage(store), rates)
+    command = ["plan", str(config), "--store", str(store), "--train.epochs", "1", "--json"]
+    found = []
+    for ram in (10**12, 10):
+        monkeypatch.setattr("midiscover.cli.plan.memory", lambda ram=ram: ram)
+        for words in ([], ["--gpus", "1", "--gpu", "card"]):
+            assert main([*command, *words]) == 0
+            (plan,) = json.loads(capsys.readouterr().out)
+            found.append((plan["activations"], any("stream takes" in note for note in plan["notes"])))
+    assert found == [("stream", False), ("stream", False), ("store", True), ("stream", True)]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_plan_fits_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int

@@ -60,6 +60,20 @@ def test_what_was_found_quicker_first_stays(tmp_path: Path) -> None:
     assert len(told) == 1
 
 
+def test_what_no_node_holds_is_not_streamed_however_quick(tmp_path: Path) -> None:
+    places = ["", ":in", ".mlp", ".mlp:in"]  # whose rows, all together, are 13 MB; those of one hook are 1 MB
+    hooks = {"hooks": [f"model.layers.{{0,1,2}}{place}" for place in places], "block_tokens": 1024}
+    prepared, corpus = run(tmp_path, "auto", harvest=hooks)
+    told: list[str] = []
+    write_rates(prepared.storage, rates(write=1e3))
+    nodes = (Node(4, 0, 1e12), Node(4, 0, 1e7))
+    cluster = dataclasses.replace(MACHINE, nodes=nodes)
+    assert not streams_activations(prepared.resolved, prepared.storage, corpus, cluster, told.append)
+    assert told[0].endswith("; store it is")
+    (line,) = [line for line in told if "of RAM" in line]
+    assert line.startswith("activations: stream takes 0.0 GB of RAM, and there are 0.0 here")
+
+
 def test_rates_of_another_precision_are_said_to_be_so(tmp_path: Path) -> None:
     prepared, corpus = run(tmp_path, "auto")
     told: list[str] = []
