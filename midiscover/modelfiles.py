@@ -129,13 +129,16 @@ def convert_gguf(gguf: Path, folder: Path, *, name: str, source: str, licence: s
 
 
 class HubSilentError(Exception):
-    """The hub did not name a commit in time; says why."""
+    """The hub did not name a commit: what it did instead, to be read after "the hub"."""
 
 
 def hub_commit(hub_id: str, revision: str | None) -> str:
-    """The commit that a hub id and revision mean now. ModelError: not on the hub. HubSilentError: no answer in time."""
+    """The commit that a hub id and revision mean now. ModelError: not on the hub, or not for this token.
+
+    HubSilentError: no answer in time, or a refusal that passes.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     answers: queue.Queue[str | Exception] = queue.Queue()
 
@@ -150,23 +153,43 @@ def hub_commit(hub_id: str, revision: str | None) -> str:
     try:
         answer = answers.get(timeout=HUB_SECONDS + 0.5)
     except queue.Empty:
-        raise HubSilentError(f"no reply in {HUB_SECONDS + 0.5:.0f} s") from None
+        raise HubSilentError(f"does not answer (no reply in {HUB_SECONDS + 0.5:.0f} s)") from None
     if isinstance(answer, RevisionNotFoundError):
         raise ModelError(f"Hub model {hub_id!r} has no revision {revision!r}; give a branch, tag or commit of it.")
+    if isinstance(answer, GatedRepoError):
+        raise _gated(hub_id)
     if isinstance(answer, RepositoryNotFoundError):
         raise ModelError(f"Hub model {hub_id!r} does not exist, or needs an access token (HF_TOKEN) that may read it.")
+    if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
+        raise ModelError(
+            f"The hub does not take the access token for model {hub_id!r} ({answer.response.status_code}): it is "
+            "wrong, has expired or may not read it. Set HF_TOKEN to another, or to none where the model is public."
+        )
     if isinstance(answer, Exception):
-        raise HubSilentError(str(answer).partition("\n")[0] or type(answer).__name__) from answer
+        said = str(answer).partition("\n")[0] or type(answer).__name__
+        raise HubSilentError(
+            f"{'refuses' if isinstance(answer, HfHubHTTPError) else 'does not answer'} ({said})"
+        ) from answer
     return answer
+
+
+def _gated(hub_id: str) -> ModelError:
+    return ModelError(
+        f"The hub gives model {hub_id!r} only to those it has let in: ask for access on its page, and set HF_TOKEN."
+    )
 
 
 def download(hub_id: str, revision: str, patterns: Sequence[str], *, into: Path | None = None) -> Path:
     """Fetch files to the hub cache (each once per machine: the client locks) or to a folder `into`; returns the folder.
 
-    In the hub cache the folder's name is the commit.
+    In the hub cache the folder's name is the commit. ModelError where they can't be had.
     """
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         return _snapshot(hub_id, revision, patterns, local_dir=into, etag_timeout=HUB_SECONDS)
+    except GatedRepoError as error:
+        raise _gated(hub_id) from error
     except Exception as error:  # whatever ends a download, the way out is the same
         reason = str(error).partition("\n")[0]
         raise ModelError(f"Model {hub_id!r} at {revision[:12]} could not be downloaded: {reason}") from error
@@ -186,7 +209,10 @@ def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
 def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], **how: Any) -> Path:
     """Files of a repository by these patterns, none of its folders'; `how` is snapshot_download's."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # into logs they would go as lines
     given = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"], **how}
     return Path(snapshot_download(hub_id, revision=revision, **given))
 

@@ -281,8 +281,8 @@ def _hub_identity(hub_id: str, revision: str | None) -> ModelIdentity:
         cached = cached_snapshot(hub_id, revision)
         if cached is None or not has_weights(cached):
             raise ModelError(
-                f"Model {hub_id!r}: the hub does not answer ({silent}) and no copy of it is cached here; "
-                "give a local folder in model.id, or try again with a connection."
+                f"Model {hub_id!r}: the hub {silent}, and no copy of it is cached here; give a local folder in "
+                "model.id, or try again later, with a connection."
             ) from silent
         folder = cached
     if not (folder / "config.json").is_file():

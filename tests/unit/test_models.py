@@ -243,10 +243,16 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         files = {path.name: path for path in folder.iterdir()}
+        self.refusals: dict[str, tuple[int, dict[str, str]]] = {}
+        """Beginning of a path -> status and headers."""
+        refusals = self.refusals
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
+                for beginning, refusal in refusals.items():
+                    if path.startswith(beginning):
+                        return self._reply(*refusal)
                 if path.startswith("/api/models/org/tiny"):
                     if "/revision/" in path and path.rsplit("/", 1)[1] not in ("main", COMMIT):
                         return self._reply(404, {"X-Error-Code": "RevisionNotFound"})
@@ -306,6 +312,7 @@ def ask(program: str, url: str, home: Path) -> Any:
         [sys.executable, "-c", head + program], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "Fetching" not in done.stderr, "no bars where nobody sees them move"
     return json.loads(done.stdout)
 
 
@@ -338,6 +345,32 @@ def test_what_the_hub_does_not_know_is_named(hub: Hub, tmp_path: Path) -> None:
     assert first == second == "ModelError"
     assert "'org/unknown' does not exist" in unknown
     assert "no revision 'no-such-branch'" in revision
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "headers", "told"),
+    [
+        ("/org/tiny/resolve", 401, {"X-Error-Code": "GatedRepo"}, "ask for access on its page, and set HF_TOKEN"),
+        ("/api/models", 403, {"X-Error-Code": "GatedRepo"}, "ask for access on its page, and set HF_TOKEN"),
+        (
+            "/api/models",
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "has expired or may not read it",
+        ),
+        ("/api/models", 403, {}, "it is wrong, has expired"),
+        ("/api/models", 429, {}, "the hub refuses (429 Too Many Requests"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(
+    hub: Hub, tmp_path: Path, path: str, status: int, headers: dict[str, str], told: str
+) -> None:
+    hub.refusals[path] = status, headers
+    program = "try: resolve_model(M(id='org/tiny'))\nexcept Exception as error: print(json.dumps(str(error)))"
+    said = ask(program, hub.url, tmp_path / "hf")
+    assert told in said
+    assert "'org/tiny'" in said
+    assert "does not answer" not in said
 
 
 @pytest.mark.alone
