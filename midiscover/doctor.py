@@ -46,6 +46,7 @@ def examine(store: str | None, config: RunConfig | None = None) -> list[Finding]
     looks: list[tuple[str, Callable[[], str]]] = [
         ("versions", _versions),
         ("GPUs", _gpus),
+        ("kernels", _kernels),
         ("memory", _memory),
         ("store", lambda: _store(store)),
         ("database", lambda: _database(store)),
@@ -94,6 +95,24 @@ def _gpus() -> str:
         name = torch.cuda.get_device_name(index)
         found.append(f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
     return "; ".join(found)
+
+
+def _kernels() -> str:
+    import torch
+
+    from midiscover.sae.pattern import suits_kernels, try_kernel
+
+    if not torch.cuda.is_available() or not suits_kernels(torch.device("cuda")):
+        raise Absent("no GPU from Ampere on with Triton: PyTorch's operators take the steps")
+    try:
+        try_kernel(torch.device("cuda"))
+    except Exception as error:  # whatever it is, steps do without kernels
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MiDiscoverError(
+            f"Triton can't build kernels here ({reason}), so that steps are slower: install a C compiler and the "
+            "headers of this Python (gcc and python3-dev, say)."
+        ) from error
+    return "Triton builds them"
 
 
 def _memory() -> str:

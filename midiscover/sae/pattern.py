@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from midiscover.cards import is_out_of_memory, lost_its_card
+
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # once a process, on stderr
+
+log = logging.getLogger(__name__)
 
 KERNEL_DEVICES = ("cuda",)
 SHORT = 2**16
@@ -23,7 +28,8 @@ SHORT = 2**16
 def kernels_of(device: torch.device) -> ModuleType | None:
     """`midiscover.sae.kernels` where it is to be used, else None.
 
-    On a GPU that knows bfloat16 (Ampere or later), with Triton, which PyTorch's CUDA builds bring.
+    On a GPU that knows bfloat16 (Ampere or later), with Triton, which PyTorch's CUDA builds bring, and what Triton
+    needs.
     """
     if device.type not in KERNEL_DEVICES or not _usable(device):
         return None
@@ -34,6 +40,27 @@ def kernels_of(device: torch.device) -> ModuleType | None:
 
 @cache
 def _usable(device: torch.device) -> bool:
+    if not suits_kernels(device):
+        return False
+    try:
+        try_kernel(device)
+    except Exception as error:  # of Triton, of the C compiler, or of the loader of what it made
+        if is_out_of_memory(error) or lost_its_card(error):
+            raise
+        log.warning("steps are taken by PyTorch's operators, for no kernel can be built: %s", error)
+        return False
+    return True
+
+
+def try_kernel(device: torch.device) -> None:
+    """Run a small kernel. The first one builds its launcher, for which Triton needs a C compiler and Python.h."""
+    from midiscover.sae import kernels
+
+    kernels.segment_sums(torch.tensor([0, 1], device=device), torch.ones(1, device=device))
+
+
+def suits_kernels(device: torch.device) -> bool:
+    """Whether a device is one for kernels, with Triton."""
     return find_spec("triton") is not None and (
         device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     )

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from midiscover.cli import main
 from midiscover.config import CorpusConfig, ModelConfig, RunConfig
 from midiscover.doctor import examine
+from midiscover.sae import pattern
 from midiscover.store.local import LocalStorage
 from midiscover.tracking import Tracker
 from tests.s3 import s3_server
@@ -43,7 +45,7 @@ def test_a_machine_that_has_everything(tmp_path: Path) -> None:
         corpus=CorpusConfig(source=str(tmp_path / "text.txt"), context_size=32),
     )
     seen = found(str(tmp_path / "store"), config)
-    assert {what for what, (status, _) in seen.items() if status != "ok"} <= {"GPUs", "hub token"}
+    assert {what for what, (status, _) in seen.items() if status != "ok"} <= {"GPUs", "kernels", "hub token"}
     assert seen["model"][1].startswith("tiny: 3 layers, d_model 24, digest ")
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and ".db" not in path.name}
     assert set(after) == set(before), "nothing is left behind"
@@ -55,6 +57,29 @@ def test_what_is_not_there_yet_is_no_fault(tmp_path: Path) -> None:
     assert seen["store"] == ("none", f"{tmp_path / 'none'} is not there yet; the first run makes it")
     assert seen["database"][0] == "none"
     assert not (tmp_path / "none").exists()
+
+
+def test_a_gpu_on_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretended; the error is Triton's own."""
+    store = str(tmp_path / "none")
+    if not torch.cuda.is_available():
+        assert found(store)["kernels"][0] == "none"
+    tried: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(pattern, "suits_kernels", lambda _: True)
+    monkeypatch.setattr(pattern, "try_kernel", tried.append)
+    assert found(store)["kernels"] == ("ok", "Triton builds them")
+    assert tried == [torch.device("cuda")]
+
+    def fails(_: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(pattern, "try_kernel", fails)
+    status, told = found(store)["kernels"]
+    assert status == "fails"
+    assert "(Failed to find C compiler. Please specify via CC environment variable.)" in told
+    assert "install a C compiler and the headers of this Python" in told
 
 
 class IgnoresConditions(LocalStorage):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -164,6 +164,46 @@ def test_adam_is_pytorchs(unit: bool) -> None:
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels serve whatever device there is."""
     monkeypatch.setattr(midiscover.sae.pattern, "KERNEL_DEVICES", (DEVICE,))
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """Whether kernels can be built is found out once for a process."""
+    midiscover.sae.pattern._usable.cache_clear()
+    yield
+    midiscover.sae.pattern._usable.cache_clear()
+
+
+@pytest.mark.usefixtures("kernel_device", "asked_anew")
+def test_without_a_compiler_pytorchs_operators_take_the_steps(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pattern = midiscover.sae.pattern
+    assert pattern.kernels_of(torch.device(DEVICE)) is kernels
+    pattern._usable.cache_clear()
+    tried: list[torch.device] = []
+
+    def fails(device: torch.device) -> None:
+        tried.append(device)
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(pattern, "try_kernel", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert [pattern.kernels_of(torch.device(DEVICE)) for _ in range(3)] == [None] * 3
+    assert len(tried) == 1
+    (told,) = caplog.messages
+    assert told.endswith("no kernel can be built: Failed to find C compiler.")
+
+
+@pytest.mark.usefixtures("kernel_device", "asked_anew")
+@pytest.mark.parametrize("message", ["out of memory", "an illegal memory access was encountered"])
+def test_a_card_that_fails_is_no_lack_of_a_compiler(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    def fails(_: torch.device) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {message}")
+
+    monkeypatch.setattr(midiscover.sae.pattern, "try_kernel", fails)
+    with pytest.raises(torch.AcceleratorError, match=message):
+        midiscover.sae.pattern.kernels_of(torch.device(DEVICE))
 
 
 def slot(config: SaeConfig, dtype: str, device: str) -> Slot:
