@@ -274,10 +274,10 @@ def test_a_language_model_that_no_card_holds_is_loaded_once_and_no_pack_is_halve
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card, pretended here, that has no room for it."""
-    loads: list[object] = []
+    steps: list[str] = []
 
-    def to(model: object, *_: Any, **__: Any) -> None:
-        loads.append(model)
+    def to(*_: Any, **__: Any) -> None:
+        steps.append("load")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
 
     prepared = prepared_sweep(write_run(tmp_path, resources={"activations": "stream"}), tmp_path / "store")
@@ -295,10 +295,11 @@ def test_a_language_model_that_no_card_holds_is_loaded_once_and_no_pack_is_halve
         prepend_bos=False,
     )
     monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
+    monkeypatch.setattr(crews, "give_back", lambda: steps.append("what was left is given back"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 10_000))
     crews.run_crew_tries(given, crew)
     assert len(crew) == 2
-    assert len(loads) == 1
+    assert steps == ["what was left is given back", "load"]
     assert {data.partition(";")[0] for data in failed(given).values()} == {
         "Model model-llama does not fit into the memory there is"
     }
