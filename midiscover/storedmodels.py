@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from midiscover import lineage
 from midiscover.digests import cache_dir, files_sha256, mapped_file
 from midiscover.errors import CorruptError, ModelError, StoreError
 from midiscover.ids import canonical_json
 from midiscover.modelfiles import INDEX_FILE, MODEL_FILES, NAME_FILE, SINGLE_FILE, weight_files
 from midiscover.store import layout
+from midiscover.store.documents import dump, read_json
 from midiscover.store.storage import Storage, open_store
 
 VERSION = 1
@@ -118,7 +120,8 @@ def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
 
     Files that a push which was ended has left are taken as they are where they are the same, and not replaced:
     somebody else may be pushing them now (of a file that goes to a bucket in parts, one that comes just then is not
-    seen). UserError where one changes while it is pushed.
+    seen). A manifest whose files are gone, as a removal leaves it that overlapped with a push, is taken back first.
+    UserError where one changes while it is pushed.
     """
     if not _NAME.fullmatch(model.key):
         raise ModelError(
@@ -127,15 +130,26 @@ def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
         )
     if _stands(model, storage):
         return False
+    _begin(model, storage)
     for name, file in model.files.items():
         if not _put(layout.model_file(model.key, name), folder / name, file, storage):
             raise NameTakenError(
                 f"The store {storage.uri} holds files of another model by the name {model.key!r}, whose push is not "
                 f"finished; give --name, or remove {layout.model_folder(model.key)} from the store."
             )
-    if not storage.create(layout.model_manifest(model.key), model.document()):
+    is_first = storage.create(layout.model_manifest(model.key), model.document())
+    storage.delete(layout.model_file(model.key, layout.STARTED))
+    if not is_first:
         _stands(model, storage)
     return True
+
+
+def _begin(model: StoredModel, storage: Storage) -> None:
+    """Say that the folder is being filled, anew where a push was ended, and what stood there before the first."""
+    key, folder = layout.model_file(model.key, layout.STARTED), layout.model_folder(model.key)
+    said = read_json(storage, key)
+    others = said.get("others", []) if said else [name.removeprefix(f"{folder}/") for name in storage.list(folder)]
+    storage.write(key, dump({"v": VERSION, "began": lineage.now(), "others": others}))
 
 
 def _put(key: str, path: Path, file: StoredFile, storage: Storage) -> bool:
@@ -152,9 +166,14 @@ def _put(key: str, path: Path, file: StoredFile, storage: Storage) -> bool:
 def _stands(model: StoredModel, storage: Storage) -> bool:
     if not storage.exists(layout.model_manifest(model.key)):
         return False
-    if read_stored(model.key, storage).digest != model.digest:
+    standing = read_stored(model.key, storage)
+    if standing.digest != model.digest:
         raise NameTakenError(f"The store {storage.uri} holds another model by the name {model.key!r}; give --name.")
-    return True
+    named = {layout.model_file(model.key, name) for name in standing.files}
+    if named <= set(storage.list(layout.model_folder(model.key))):
+        return True
+    storage.delete(layout.model_manifest(model.key))
+    return False
 
 
 def stored_folder(model: StoredModel, *, weights: bool) -> Path:

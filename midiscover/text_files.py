@@ -81,7 +81,8 @@ def put(source: str, storage: Storage) -> tuple[str, int, bool]:
     folder = layout.text_folder(digest(files))
     paths = [file.path for file in files if file.path is not None]
     contents = {file.name: sha256 for file, sha256 in zip(files, _sha256(paths), strict=True)}
-    is_new = not storage.exists(f"{folder}/{CONTENTS}")
+    # A removal that overlapped with another put may have left the contents without their files.
+    is_new = not {f"{folder}/{name}" for name in (CONTENTS, *contents)} <= set(storage.list(folder))
     if is_new:
         for file, path in zip(files, paths, strict=True):
             with mapped_file(path, contents[file.name]) as data:

@@ -2,7 +2,8 @@
 
 Garbage is what no later run reads: blocks that no marker names, checkpoints of packs whose SAEs stand, parts of
 features that are written down, corpora, models and exports that were never finished. Whatever goes has to be some hours
-old, so that what a running job has just written is left alone.
+old, so that what a running job has just written is left alone. A store may lie in a folder or bucket with people's own
+`models` and `texts`: what we began is known by its name or by `layout.STARTED`.
 
 Activations are no garbage: features, verification and another SAE of the same hook read them. They go where
 `resources.keep_activations` of every sweep that uses them lets them go, or where that is asked for; what is needed of
@@ -39,6 +40,8 @@ READERS = 16
 """Small documents of a bucket that are read at once."""
 LAST_WRITTEN = {layout.CORPORA: "manifest.json", layout.MODELS: "manifest.json", layout.TEXTS: "_contents.json"}
 """Folders that are unfinished without this file."""
+_NAMES = {layout.CORPORA: re.compile(r"c\.[0-9a-f]{10}"), layout.TEXTS: re.compile(r"[0-9a-f]{16}")}
+"""What we call folders whose names nobody chooses."""
 _BLOCK = re.compile(r"(?P<marker>.+/block-\d+)-[0-9a-f]+\.safetensors")
 
 Json = Mapping[str, Any]
@@ -134,8 +137,12 @@ def garbage(found: Survey, *, grace: float = GRACE_SECONDS, now: float | None = 
 
 def _unit(key: str) -> str:
     """What is as old as its newest file: a whole folder where all of it belongs to one work, else a file by itself."""
-    parts = key.split("/")
-    return "/".join(parts[:2]) if parts[0] in LAST_WRITTEN else key
+    match key.split("/"):
+        case [kind, name, _, *_] if kind in LAST_WRITTEN:
+            return f"{kind}/{name}"
+        case [layout.SAES, _, "exports", _, _, *_] as parts:
+            return "/".join(parts[:4])
+    return key
 
 
 def spent_activations(
@@ -143,8 +150,8 @@ def spent_activations(
 ) -> list[Waste]:
     """Activations that their sweeps let go; asked: those of all sweeps that are finished, whatever they say.
 
-    An unfinished sweep keeps them, and so do a harvest that no sweep names and one that is younger than `grace`
-    seconds.
+    An unfinished sweep keeps them, and so do a harvest that no sweep names, one that is younger than `grace` seconds
+    and one that a job has said to read, for a day.
     """
     now = time.time() if now is None else now
     if found.unreadable:
@@ -157,7 +164,9 @@ def spent_activations(
     for harvest, entries in _harvests(found).items():
         sweeps = users.get(harvest, ())
         age = now - max(entry.modified for entry in entries)
-        done = sweeps and age >= grace and all(_is_done(found, sweep) for sweep in sweeps)
+        words = [entry for entry in entries if entry.key.startswith(f"{layout.harvest_readers(harvest)}/")]
+        is_read = any(now - entry.modified < GRACE_SECONDS for entry in words)
+        done = sweeps and not is_read and age >= grace and all(_is_done(found, sweep) for sweep in sweeps)
         if done and (asked or all(_lets_go(found.sweeps[sweep], age) for sweep in sweeps)):
             why = "every sweep that reads them is finished" + ("" if asked else " and lets them go")
             waste += [Waste(entry.key, entry.bytes, why) for entry in entries]
@@ -167,7 +176,7 @@ def spent_activations(
 def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
     """Of `spent_activations`, those that a sweep which has just ended used itself, however young.
 
-    What was written after its SAEs were measured and recorded is another job's, and so is what one has said to read.
+    What was written after its SAEs were measured and recorded is another job's.
     """
     sweep = found.sweeps.get(sweep_id, {})
     ours, saes = _harvests_of(found, sweep), set(sweep.get("sae_ids", ()))
@@ -177,9 +186,7 @@ def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
             case [layout.SAES, name, "record.json" | "evaluations", *_] if name in saes:
                 ended = max(ended, entry.modified)
     for harvest, entries in _harvests(found).items():
-        words = [entry for entry in entries if entry.key.startswith(f"{layout.harvest_readers(harvest)}/")]
-        is_read = any(time.time() - entry.modified < GRACE_SECONDS for entry in words)
-        if is_read or max(entry.modified for entry in entries) > ended:
+        if max(entry.modified for entry in entries) > ended:
             ours.discard(harvest)
     return [one for one in spent_activations(found, grace=0) if one.key.split("/")[1] in ours]
 
@@ -187,38 +194,46 @@ def spent_by(found: Survey, sweep_id: str) -> list[Waste]:
 def remove(found: Survey, waste: Iterable[Waste]) -> int:
     """Delete what is still as it was listed; returns the bytes.
 
-    Manifests and markers go first, so that nothing half-gone is believed in. The tokens of a harvest go after its
-    hooks, which are worth nothing without them. Blocks are named by their content, so a job that misses them writes
-    them under the same names: what was written since stays, and so does all of a harvest that somebody has begun to
-    use since.
+    Manifests and markers go first, so that nothing half-gone is believed in; the word that it is unfinished goes last.
+    The tokens of a harvest go after its hooks, which are worth nothing without them. Blocks are named by their content,
+    so a job that misses them writes them under the same names: what was written since stays, and so does all of a
+    harvest that somebody has begun to use since, and of what somebody goes on with.
     """
 
-    def turn(one: Waste) -> tuple[bool, bool, bool, str]:
+    def turn(one: Waste) -> tuple[bool, bool, bool, bool, str]:
         kind, place = _place(one.key)
         tokens = kind == "activations" and place.endswith(f"/{layout.TOKENS}")
         folder = one.key.rpartition("/")[0]
-        return tokens, not one.key.endswith("manifest.json"), not one.key.endswith(".json"), folder
+        is_word = one.key.endswith(f"/{layout.STARTED}")
+        return tokens, is_word, not one.key.endswith("manifest.json"), not one.key.endswith(".json"), folder
 
     size = 0
     for (*_, folder), group in groupby(sorted(waste, key=turn), turn):
-        if folder.startswith(f"{layout.ACTIVATIONS}/") and _is_taken_up(found, folder.split("/")[1]):
+        ours = list(group)
+        if _is_taken_up(found, ours[0].key):
             continue
         standing = set(found.storage.entries(folder))
-        for one in group:
+        for one in ours:
             if found.entries[one.key] in standing:
                 found.storage.delete(one.key)
                 size += one.bytes
     return size
 
 
-def _is_taken_up(found: Survey, harvest: str) -> bool:
-    """Whether a sweep or another job has begun to use a harvest since the store was listed."""
-    storage, readers = found.storage, layout.harvest_readers(harvest)
-    fresh = {
-        entry.key: entry
-        for entry in (*storage.entries(layout.SWEEPS), *storage.entries(readers))
-        if found.entries.get(entry.key) != entry
-    }
+def _is_taken_up(found: Survey, key: str) -> bool:
+    """Whether, since the store was listed, somebody goes on with the unit of `key`, or has begun to use its harvest."""
+
+    def since(folder: str) -> dict[str, Entry]:
+        return {one.key: one for one in found.storage.entries(folder) if found.entries.get(one.key) != one}
+
+    unit = _unit(key)
+    if unit != key:
+        return bool(since(unit))
+    if not key.startswith(f"{layout.ACTIVATIONS}/"):
+        return False
+    harvest, storage = key.split("/")[1], found.storage
+    readers = layout.harvest_readers(harvest)
+    fresh = since(layout.SWEEPS) | since(readers)
     sweeps, unreadable = _documents(storage, fresh, layout.SWEEPS, "sweep.json")
     is_read = any(key.startswith(f"{readers}/") for key in fresh)
     return bool(unreadable) or is_read or any(harvest in _harvests_of(found, one) for one in sweeps.values())
@@ -290,18 +305,26 @@ def _uses(found: Survey) -> dict[str, int]:
 def _reasons(found: Survey) -> Iterator[tuple[str, str]]:
     yield from _unnamed_blocks(found)
     yield from _finished_packs(found)
+    yield from _unfinished(found)
     for key in found.entries:
-        parts = key.split("/")
-        if parts[0] in LAST_WRITTEN and len(parts) > 2:
-            if f"{parts[0]}/{parts[1]}/{LAST_WRITTEN[parts[0]]}" not in found.entries:
-                yield key, "it was never finished"
-        elif key.startswith(f"{layout.SAES}/") and "/parts/" in key:
-            if key.partition("/parts/")[0] + "/manifest.json" in found.entries:
-                yield key, "the features it was for are written down"
-        elif key.startswith(f"{layout.SAES}/") and len(parts) > 4 and parts[2] == "exports":
-            folder = "/".join(parts[:4])
-            if f"{folder}/unfinished.json" in found.entries and f"{folder}/manifest.json" not in found.entries:
-                yield key, "the export was never finished"
+        match key.split("/"):
+            case [layout.SAES, sae, "features", name, "parts", _]:
+                if layout.features_manifest(sae, name) in found.entries:
+                    yield key, "the features it was for are written down"
+
+
+def _unfinished(found: Survey) -> Iterator[tuple[str, str]]:
+    words = [key for key in found.entries if key == f"{_unit(key)}/{layout.STARTED}"]
+    read = {_unit(key): word for key, word in _read(found.storage, words)}
+    foreign = {unit: set(word.get("others") or ()) for unit, word in read.items() if isinstance(word, dict)}
+    for key in found.entries:
+        unit = _unit(key)
+        kind, _, name = unit.partition("/")
+        if unit == key or f"{unit}/{LAST_WRITTEN.get(kind, 'manifest.json')}" in found.entries:
+            continue
+        is_ours = _NAMES[kind].fullmatch(name) if kind in _NAMES else unit in foreign
+        if is_ours and key.removeprefix(f"{unit}/") not in foreign.get(unit, ()):
+            yield key, "the export was never finished" if kind == layout.SAES else "it was never finished"
 
 
 def _unnamed_blocks(found: Survey) -> Iterator[tuple[str, str]]:

@@ -25,12 +25,11 @@ from midiscover.publish.saelens import saelens_files
 from midiscover.saes import CFG, WEIGHTS
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
+from midiscover.store.layout import STARTED
 from midiscover.store.storage import Storage
 
 VERSION = 2
 MANIFEST = "manifest.json"
-STARTED = "unfinished.json"
-"""Stands in an export while it is written, so that a later run knows the rest for its own, but for what it names."""
 
 
 class Exported(NamedTuple):

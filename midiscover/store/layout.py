@@ -13,9 +13,14 @@ from midiscover.errors import StoreError
 MODELS, TEXTS, CORPORA, ACTIVATIONS = "models", "texts", "corpora", "activations"
 SAES, SWEEPS, RATES = "saes", "sweeps", "rates"
 """The folders at the top of a store, for `Storage.list`."""
+FOLDERS = (MODELS, TEXTS, CORPORA, ACTIVATIONS, SAES, SWEEPS, RATES)
+"""All of them; what else lies there is not ours."""
 
 TOKENS = "tokens"
 """Folder, beside the hooks of a harvest, of the token ids, windows and positions that all hooks share."""
+
+STARTED = "unfinished.json"
+"""Stands in the folder of a model or an export while it is filled, and names the files there that are not ours."""
 
 PROMOTED = "promoted.json"
 """What a deployment serves."""

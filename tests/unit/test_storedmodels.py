@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import pickle
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from midiscover.models import ModelIdentity, config_folder, hook_table, model_fo
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Bytes, Storage
 from midiscover.texts import push_text
+from midiscover.upkeep import garbage, remove, survey
 from tests.tiny import make_tiny_model
 
 
@@ -121,6 +124,53 @@ def test_a_push_that_was_ended_is_no_model_until_it_is_repeated(folder: Path, st
         resolve("store:tiny-phi", store)
     assert push(folder, store)
     assert resolve(model_folder(resolve("store:tiny-phi", store))).digest == resolve(folder).digest
+
+
+def test_a_push_that_was_ended_says_what_is_not_its_own(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = store / "models" / "phi"
+    place.mkdir(parents=True)
+    (place / "notes.md").write_text("mine")
+    real = LocalStorage.create
+
+    def create(self: LocalStorage, key: str, data: Bytes) -> bool:
+        if key.endswith("model.safetensors"):
+            raise OSError("the disk is gone")
+        return real(self, key, data)
+
+    for _ in range(2):  # what the first has left is no less ours
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+            patch.setattr(LocalStorage, "create", create)
+            push(folder, store, "phi")
+        assert json.loads((place / "unfinished.json").read_text())["others"] == ["notes.md"]
+    storage = LocalStorage(store)
+    began = survey(storage)
+    waste = garbage(began, grace=0)
+    assert {one.key.rpartition("/")[2] for one in waste} >= {"config.json", "tokenizer.json", "unfinished.json"}
+    os.utime(place / "unfinished.json", (0, 0))  # times may be whole seconds
+    began = survey(storage)
+    real_put = storedmodels._put
+
+    def put(key: str, *how: Any) -> bool:
+        remove(began, waste)
+        return real_put(key, *how)
+
+    monkeypatch.setattr(storedmodels, "_put", put)
+    assert push(folder, store, "phi")
+    assert {path.name for path in place.iterdir()} >= {"config.json", "model.safetensors", "manifest.json", "notes.md"}
+    assert not (place / "unfinished.json").exists()
+    assert garbage(survey(storage), grace=0) == []
+    assert resolve(model_folder(resolve("store:phi", store))).digest == resolve(folder).digest
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
+def test_a_push_puts_back_what_a_finished_model_has_lost(folder: Path, store: Path, lost: str) -> None:
+    push(folder, store, "phi")
+    (store / "models" / "phi" / lost).unlink()
+    assert push(folder, store, "phi")
+    assert not push(folder, store, "phi")
+    assert resolve(model_folder(resolve("store:phi", store))).digest == resolve(folder).digest
 
 
 def test_a_model_that_is_not_there_is_named_with_those_that_are(folder: Path, store: Path) -> None:
@@ -273,14 +323,14 @@ def test_what_changes_while_it_is_pushed_is_not_taken_for_what_it_was(
 ) -> None:
     text = tmp_path / "a.txt"
     text.write_text("the first text")
-    real = LocalStorage.exists
+    real = LocalStorage.list
 
-    def exists(self: LocalStorage, key: str) -> bool:
+    def listed(self: LocalStorage, prefix: str) -> list[str]:
         (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
         text.write_text("another text")
-        return real(self, key)
+        return real(self, prefix)
 
-    monkeypatch.setattr(LocalStorage, "exists", exists)
+    monkeypatch.setattr(LocalStorage, "list", listed)
     with pytest.raises(UserError, match=r"config\.json has changed since it was looked at"):
         push(folder, store, "phi")
     text.write_text("the first text")

@@ -162,3 +162,16 @@ def test_a_text_is_mapped_and_not_read_into_memory_while_it_is_put_into_a_store(
     address, size, is_new = text_files.put(str(tmp_path / "a.txt"), storage)
     assert (size, is_new, mapped) == (4, True, [True])
     assert Path(address).read_text() == "some"
+
+
+def test_a_put_puts_back_what_a_text_in_a_store_has_lost(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (texts / name).write_text(name)
+    storage = open_store(str(tmp_path / "store"))
+    address, _, _ = text_files.put(str(texts), storage)
+    (Path(address) / "b.txt").unlink()
+    assert text_files.put(str(texts), storage) == (address, 10, True)
+    assert (Path(address) / "b.txt").read_text() == "b.txt"
+    assert text_files.put(str(texts), storage) == (address, 10, False)

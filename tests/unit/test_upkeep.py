@@ -38,10 +38,13 @@ def fill(storage: Storage) -> None:
     files: dict[str, Any] = {
         "models/phi/manifest.json": {},
         "models/phi/model.safetensors": b"m" * 50,
+        "models/half/unfinished.json": {"others": ["notes.md"]},
         "models/half/model.safetensors": b"m",
+        "models/half/notes.md": b"mine",
+        "texts/0123456789abcdef/sub/a.txt": b"t",
         "corpora/c.1/manifest.json": {},
         "corpora/c.1/shard-0.safetensors": b"t" * 10,
-        "corpora/c.2/shard-0.safetensors": b"t",
+        "corpora/c.00000000c2/shard-0.safetensors": b"t",
         f"{HOOK}/block-00000.json": {"file": A},
         f"{HOOK}/{A}": b"a" * 1000,
         f"{HOOK}/{B}": b"b" * 900,
@@ -55,7 +58,8 @@ def fill(storage: Storage) -> None:
         "saes/one/features/f.1/features.parquet": b"p" * 20,
         "saes/one/features/f.1/parts/0.safetensors": b"p",
         "saes/one/features/f.2/parts/0.safetensors": b"p",
-        "saes/one/exports/bundle/unfinished.json": {},
+        "saes/one/exports/bundle/unfinished.json": {"others": ["LICENSE"]},
+        "saes/one/exports/bundle/LICENSE": b"mine",
         "saes/one/exports/bundle/cfg.json": {},
         "saes/one/exports/saelens/manifest.json": {},
         "saes/one/evaluations/e.1.json": {},
@@ -72,8 +76,10 @@ def fill(storage: Storage) -> None:
 
 
 GARBAGE = {
+    "models/half/unfinished.json": "it was never finished",
     "models/half/model.safetensors": "it was never finished",
-    "corpora/c.2/shard-0.safetensors": "it was never finished",
+    "texts/0123456789abcdef/sub/a.txt": "it was never finished",
+    "corpora/c.00000000c2/shard-0.safetensors": "it was never finished",
     f"{HOOK}/{B}": "its marker names another writer's block",
     f"{HOOK}/block-00001-cccccccccccc.safetensors": "no marker names it",
     "saes/one/features/f.1/parts/0.safetensors": "the features it was for are written down",
@@ -98,7 +104,7 @@ def test_garbage_is_just_what_nobody_reads(storage: LocalStorage) -> None:
 
 
 def test_what_is_young_stays(storage: LocalStorage, tmp_path: Path) -> None:
-    old = next(iter(GARBAGE))
+    old = "corpora/c.00000000c2/shard-0.safetensors"
     now = time.time()
     os.utime(tmp_path / old, (now - 7200, now - 7200))
     assert [one.key for one in garbage(survey(storage), grace=3600, now=now)] == [old]
@@ -108,12 +114,52 @@ def test_what_is_young_stays(storage: LocalStorage, tmp_path: Path) -> None:
 def test_the_old_files_of_something_that_is_still_being_made_stay(storage: LocalStorage, tmp_path: Path) -> None:
     now = time.time()
     for number in range(3):
-        storage.write(f"corpora/c.2/shard-{number}.safetensors", b"t")
-    for path in [*tmp_path.glob("corpora/c.2/shard-[01]*"), *tmp_path.glob("models/half/*")]:
+        storage.write(f"corpora/c.00000000c2/shard-{number}.safetensors", b"t")
+    for path in [*tmp_path.glob("corpora/c.00000000c2/shard-[01]*"), *tmp_path.glob("models/half/*")]:
         os.utime(path, (now - 7200, now - 7200))
-    assert [one.key for one in garbage(survey(storage), grace=3600, now=now)] == ["models/half/model.safetensors"]
+    found = garbage(survey(storage), grace=3600, now=now)
+    assert [one.key for one in found] == ["models/half/model.safetensors", "models/half/unfinished.json"]
     gone = {one.key for one in garbage(survey(storage), grace=3600, now=now + 3700)}
-    assert gone > {f"corpora/c.2/shard-{number}.safetensors" for number in range(3)}
+    assert gone > {f"corpora/c.00000000c2/shard-{number}.safetensors" for number in range(3)}
+
+
+def test_what_people_keep_in_folders_of_our_names_stays(storage: LocalStorage, tmp_path: Path) -> None:
+    """A store may be a whole bucket, or ~/data."""
+    own = {
+        "models/phi-2/config.json", "models/phi-2/model.safetensors", "models/a.bin", "texts/wiki/part-1.jsonl",
+        "corpora/mine.jsonl", "corpora/c4/a.txt", "corpora/c.4/en/a.txt", "saes/x/parts/a", "saes/x/manifest.json",
+    }  # fmt: skip
+    for key in own:
+        storage.write(key, b"mine")
+    assert main(["store", "gc", "--grace", "0", "--store", str(tmp_path)]) == 0
+    standing = set(storage.list(""))
+    assert own | {"models/half/notes.md", "saes/one/exports/bundle/LICENSE"} <= standing
+    assert not GARBAGE.keys() & standing
+
+
+def test_what_somebody_goes_on_with_while_it_is_removed_stays(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push takes the files that an ended one has left, which are then as they were listed."""
+    found = survey(storage)
+    waste = [one for one in garbage(found, grace=0, now=time.time() + 60) if one.key.startswith(("models", "corpora"))]
+    assert len(waste) == 3
+    storage.write("models/half/manifest.json", b"{}")
+    real = LocalStorage.delete
+    deleted: list[str] = []
+
+    def delete(self: LocalStorage, key: str) -> None:
+        real(self, key)
+        deleted.append(key)
+
+    monkeypatch.setattr(LocalStorage, "delete", delete)
+    remove(found, waste)
+    assert deleted == ["corpora/c.00000000c2/shard-0.safetensors"]
+    real(storage, "models/half/manifest.json")
+    found = survey(storage)
+    remove(found, garbage(found, grace=0, now=time.time() + 60))
+    models = [key for key in deleted if key.startswith("models")]
+    assert models == ["models/half/model.safetensors", "models/half/unfinished.json"], "the word goes last"
 
 
 def test_the_tokens_of_a_harvest_go_after_its_hooks(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +298,8 @@ def test_activations_that_a_job_reads_or_has_just_written_stay(storage: LocalSto
     # Somebody who said so before the sweep ended may read on for a day.
     reader = tmp_path / layout.harvest_reader("h.1", "one")
     assert spent_by(survey(storage), "s.1") == []
+    for asked in (True, False):
+        assert spent_activations(survey(storage), asked=asked, grace=0, now=now) == []
     os.utime(reader, (now - GRACE_SECONDS - 60, now - GRACE_SECONDS - 60))
     assert len(spent_by(survey(storage), "s.1")) == len(files) + 1
     # Not the records but an evaluation is the last word of a sweep that shares its SAEs with an older one.
