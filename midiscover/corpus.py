@@ -28,7 +28,7 @@ from midiscover.ids import canonical_json
 from midiscover.mixing import Document, Mixed, Split, mix, prepends_bos
 from midiscover.packing import Ints, Layout, Packer, Windows, apart_from_training
 from midiscover.store import layout as paths
-from midiscover.texts import SourceIdentity, documents
+from midiscover.texts import SourceIdentity, documents, refuse_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,8 +195,8 @@ def build_corpus(
 
     `progress` gets the tokens taken so far. Training windows are written as they fill a shard, held-out ones stay in
     memory to the end (about 20 bytes a token). CorpusError where the text is too little for two splits or a file of
-    the source is broken. Shards that were written by then stay, for they may be another build's as well: their names
-    come from their content. `upkeep` counts those of a corpus without a manifest as garbage.
+    the source is broken or changes meanwhile. Shards that were written by then stay, for they may be another build's as
+    well: their names come from their content. `upkeep` counts those of a corpus without a manifest as garbage.
     """
     finished = standing_corpus(storage, corpus_id)
     if finished is not None:
@@ -211,6 +211,7 @@ def build_corpus(
             reported = counts.tokens
             progress(reported)
     progress(counts.tokens)
+    refuse_changed(cfg, source)
     manifest = build.finish(counts, cfg, source, lineage)
     if storage.create(paths.corpus_manifest(corpus_id), manifest.to_json()):
         return manifest

@@ -23,6 +23,7 @@ from midiscover.digests import files_sha256, mapped_file
 from midiscover.errors import CorpusError
 from midiscover.ids import canonical_json
 from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".txt")
@@ -160,7 +161,9 @@ def _in_folder(folder: Path) -> list[TextFile]:
         raise _unreadable(error) from error
 
     for root, names, files in os.walk(folder, followlinks=True, onerror=refuse):
-        names[:] = [name for name in names if not name.startswith((".", "_"))]
+        names[:] = [
+            name for name in names if not name.startswith((".", "_")) and not _leads_back(Path(root, name), folder)
+        ]
         for name in files:
             path = Path(root, name)
             if name.startswith((".", "_")):
@@ -175,13 +178,24 @@ def _in_folder(folder: Path) -> list[TextFile]:
     return [TextFile(name, str(path), lambda path=path: open(path, "rb"), path=path) for name, path in names]
 
 
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Whether it is a link to a folder that was passed on the way to it, or in which `folder` itself lies."""
+    if not path.is_symlink():
+        return False
+    passed = [above for above in path.parents if above.is_relative_to(folder)]
+    return any(path.samefile(above) for above in (*passed, *folder.resolve().parents))
+
+
 def _nothing_in(where: str, others: set[str]) -> CorpusError:
     there = f"only {', '.join(sorted(others)[:5])}" if others else "nothing"
     return CorpusError(f"{where} holds no text files but {there}; text files end in {', '.join(SUFFIXES)}.")
 
 
 def _in_store(source: str) -> list[TextFile]:
-    """Objects under a prefix, or the one object that `source` names; only those whose names are keys of a store."""
+    """Objects under a prefix, or the one object that `source` names; only those whose names are keys of a store.
+
+    CorpusError where some of a text that was put there are gone: the rest would be another text.
+    """
     path = source.removeprefix("s3://").rstrip("/")
     folder, _, name = path.rpartition("/")
     is_object = bool(folder) and name.endswith(SUFFIXES) and open_store(f"s3://{folder}", create=False).exists(name)
@@ -189,11 +203,13 @@ def _in_store(source: str) -> list[TextFile]:
     storage = open_store(address, create=False)
     there = {name: storage.version(name)} if is_object else {one.key: one.version for one in storage.entries("")}
     keys = list(there)
-    texts = [key for key in keys if key.endswith(SUFFIXES) and not re.search(r"(^|/)[._]", key)]
+    texts = [key for key in keys if is_object or (key.endswith(SUFFIXES) and not re.search(r"(^|/)[._]", key))]
+    contents = (read_json(storage, CONTENTS) or {}) if is_object or CONTENTS in there else {}
+    lost = contents.keys() - there.keys()
+    if lost and not is_object:
+        raise CorpusError(f"{source} has lost {min(lost)}; submit again from the machine where the text lies.")
     if not texts:
         raise _nothing_in(source, {Path(key).suffix or key for key in keys})
-    is_pushed = storage.exists(CONTENTS) if is_object else CONTENTS in there
-    contents = json.loads(storage.read(CONTENTS)) if is_pushed else {}
     return [
         TextFile(
             key,

@@ -125,12 +125,22 @@ def documents(cfg: CorpusConfig, identity: SourceIdentity) -> list[Iterator[str]
     """
     if cfg.source in builtin_text.PARTS:
         return [iter(part) for part in builtin_text.shuffled(cfg.source, cfg.seed)]
+    files = _unchanged(cfg, identity)
+    return [_hub_documents(cfg, identity) if files is None else text_files.read(files, cfg.text_field)]
+
+
+def refuse_changed(cfg: CorpusConfig, identity: SourceIdentity) -> None:
+    """CorpusError where the files are not those any more that `resolve_source` saw: what was read may be of both."""
+    if cfg.source not in builtin_text.PARTS:
+        _unchanged(cfg, identity)
+
+
+def _unchanged(cfg: CorpusConfig, identity: SourceIdentity) -> list[text_files.TextFile] | None:
+    """The files of the source; None for a hub data set, whose commits never change."""
     files = text_files.find(cfg.source)
-    if files is None:
-        return [_hub_documents(cfg, identity)]
-    if text_files.digest(files) != identity.digest:
+    if files is not None and text_files.digest(files) != identity.digest:
         raise CorpusError(f"{cfg.source} has changed since it was looked at; run the same command again.")
-    return [text_files.read(files, cfg.text_field)]
+    return files
 
 
 def _resolve_hub(cfg: CorpusConfig) -> SourceIdentity:

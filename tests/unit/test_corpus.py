@@ -63,12 +63,14 @@ def build(
     cfg = CorpusConfig(**{"source": str(source), "context_size": 48, "held_out": 0.3} | settings)
     storage = open_store(str(folder / "store"))
     lineage = {"tokenizer": "test"}
-    manifest = build_corpus(cfg, resolve_source(cfg), tokenizer or make_tokenizer(), storage, "c.test", lineage=lineage)
-    return Corpus.open(storage, "c.test"), manifest
+    manifest = build_corpus(
+        cfg, resolve_source(cfg), tokenizer or make_tokenizer(), storage, "c.0123456789", lineage=lineage
+    )
+    return Corpus.open(storage, "c.0123456789"), manifest
 
 
 def table(corpus: Corpus) -> list[dict[str, Any]]:
-    return pq.read_table(io.BytesIO(corpus.storage.read("corpora/c.test/documents.parquet"))).to_pylist()
+    return pq.read_table(io.BytesIO(corpus.storage.read("corpora/c.0123456789/documents.parquet"))).to_pylist()
 
 
 def both_splits(corpus: Corpus) -> tuple[Windows, Windows]:
@@ -261,7 +263,7 @@ def test_only_the_shards_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.
     for _ in range(3):
         corpus.windows(shard.start_window, shard.stop_window)
         corpus.windows(shard.start_window + 1, shard.start_window + 2)
-    assert read == [f"corpora/c.test/{shard.file}"]
+    assert read == [f"corpora/c.0123456789/{shard.file}"]
     for other in manifest.shards:
         corpus.windows(other.start_window, other.stop_window)
     assert len(corpus._cache) == Corpus.CACHED_SHARDS
@@ -274,8 +276,8 @@ def test_a_finished_corpus_is_found_and_not_made_again(tmp_path: Path, monkeypat
     corpus, manifest = build(tmp_path, make_texts(40))
     monkeypatch.setattr(corpus_module, "documents", lambda *_: pytest.fail("read again"))
     identity = SourceIdentity(name="any", digest="any")
-    args = (CorpusConfig(), identity, make_tokenizer(), corpus.storage, "c.test")
-    assert build_corpus(*args, lineage={}) == manifest == find_corpus(corpus.storage, "c.test")
+    args = (CorpusConfig(), identity, make_tokenizer(), corpus.storage, "c.0123456789")
+    assert build_corpus(*args, lineage={}) == manifest == find_corpus(corpus.storage, "c.0123456789")
     assert CorpusManifest.from_json(manifest.to_json()) == manifest
     assert manifest.lineage == {"tokenizer": "test"}
     assert manifest.source["name"] == "texts.jsonl"
@@ -300,15 +302,15 @@ def test_absent_and_damaged_corpora(tmp_path: Path) -> None:
     assert find_corpus(corpus.storage, "c.other") is None
     with pytest.raises(NotFoundError, match=r"no finished corpus c\.other"):
         Corpus.open(corpus.storage, "c.other")
-    key = f"corpora/c.test/{manifest.shards[0].file}"
+    key = f"corpora/c.0123456789/{manifest.shards[0].file}"
     data = bytearray(corpus.storage.read(key))
     data[-1] ^= 1
     corpus.storage.write(key, data)
     with pytest.raises(CorruptError, match="differs from its manifest"):
         corpus.windows(0, 1)
-    corpus.storage.write("corpora/c.test/manifest.json", b"{}")
+    corpus.storage.write("corpora/c.0123456789/manifest.json", b"{}")
     with pytest.raises(CorruptError, match="manifest can't be read"):
-        find_corpus(corpus.storage, "c.test")
+        find_corpus(corpus.storage, "c.0123456789")
 
 
 @pytest.mark.parametrize(
@@ -339,8 +341,8 @@ def test_a_source_that_breaks_off_leaves_no_corpus(tmp_path: Path, monkeypatch: 
     cfg = CorpusConfig(source=str(tmp_path / "a.jsonl"))
     storage = open_store(str(tmp_path / "store"))
     with pytest.raises(CorpusError, match=r"a\.jsonl, line 3001 is not JSON"):
-        build_corpus(cfg, resolve_source(cfg), make_tokenizer(), storage, "c.b", lineage={})
-    assert find_corpus(storage, "c.b") is None
+        build_corpus(cfg, resolve_source(cfg), make_tokenizer(), storage, "c.bbbbbbbbbb", lineage={})
+    assert find_corpus(storage, "c.bbbbbbbbbb") is None
     left = storage.list("")
     assert len(left) > 1, "shards had been written"
     assert left == unfinished(tmp_path / "store")
@@ -381,15 +383,15 @@ def test_a_corpus_whose_files_are_gone_is_made_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
     corpus, manifest = build(tmp_path, make_texts(60))
     whole = files(tmp_path / "store")
-    gone = f"corpora/c.test/{manifest.shards[1].file}"
-    for key in (gone, "corpora/c.test/documents.parquet"):
+    gone = f"corpora/c.0123456789/{manifest.shards[1].file}"
+    for key in (gone, "corpora/c.0123456789/documents.parquet"):
         corpus.storage.delete(key)
         if key == gone:
-            with pytest.raises(CorruptError, match=r"shard-00001-\w+\.safetensors of corpus c\.test is gone"):
+            with pytest.raises(CorruptError, match=r"shard-00001-\w+\.safetensors of corpus c\.0123456789 is gone"):
                 corpus.windows(0, manifest.n_windows)
-        assert find_corpus(corpus.storage, "c.test") == manifest
-        assert standing_corpus(corpus.storage, "c.test") is None
-        assert find_corpus(corpus.storage, "c.test") is None
+        assert find_corpus(corpus.storage, "c.0123456789") == manifest
+        assert standing_corpus(corpus.storage, "c.0123456789") is None
+        assert find_corpus(corpus.storage, "c.0123456789") is None
         build(tmp_path, make_texts(60))
         assert files(tmp_path / "store") == whole
-        assert standing_corpus(corpus.storage, "c.test") == manifest
+        assert standing_corpus(corpus.storage, "c.0123456789") == manifest

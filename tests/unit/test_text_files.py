@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from midiscover import text_files
+from midiscover import corpus, text_files
 from midiscover.config import CorpusConfig
 from midiscover.errors import CorpusError
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Bytes, Entry, open_store
 from midiscover.texts import SourceIdentity, documents, resolve_source
+from tests.unit.test_corpus import make_texts, make_tokenizer
 
 
 def test_a_text_that_changes_in_between_is_not_taken_for_the_one_that_was_seen(tmp_path: Path) -> None:
@@ -175,3 +176,71 @@ def test_a_put_puts_back_what_a_text_in_a_store_has_lost(tmp_path: Path) -> None
     assert text_files.put(str(texts), storage) == (address, 10, True)
     assert (Path(address) / "b.txt").read_text() == "b.txt"
     assert text_files.put(str(texts), storage) == (address, 10, False)
+
+
+def test_a_text_in_a_bucket_that_has_lost_a_file_is_no_other_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (texts / name).write_text(name)
+    address, _, _ = text_files.put(str(texts), open_store(str(tmp_path / "store")))
+    monkeypatch.setattr(text_files, "open_store", lambda *_, **__: LocalStorage(Path(address)))
+    assert resolve_all("s3://bucket/texts/some") == ["a.txt", "b.txt"]
+    (Path(address) / "b.txt").unlink()
+    with pytest.raises(CorpusError, match=r"s3://bucket/texts/some has lost b\.txt; submit again from the machine"):
+        resolve_all("s3://bucket/texts/some")
+
+
+def test_an_object_that_is_named_is_read_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file of this machine is; among others such names are left out."""
+    (tmp_path / "_train.jsonl").write_text('{"text": "some"}')
+    monkeypatch.setattr(text_files, "open_store", lambda *_, **__: LocalStorage(tmp_path))
+    assert resolve_all("s3://bucket/_train.jsonl") == resolve_all(str(tmp_path / "_train.jsonl")) == ["some"]
+    with pytest.raises(CorpusError, match="s3://bucket holds no text files"):
+        resolve_all("s3://bucket")
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path: Path) -> None:
+    """Others are: as to a larger disk."""
+    for name in ("texts/a.txt", "texts/sub/b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    links = {"sub/up": "..", "sub/up2": "..", "sub/self": ".", "out": tmp_path, "disk": tmp_path / "elsewhere"}
+    for name, place in links.items():
+        (tmp_path / "texts" / name).symlink_to(place)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "texts" / "sub")
+    found = text_files.find(str(tmp_path / "texts"))
+    assert found is not None
+    assert [file.name for file in found] == ["a.txt", "disk/back/b.txt", "disk/c.txt", "sub/b.txt"]
+
+
+@pytest.mark.parametrize("in_bucket", [False, True], ids=["a file", "an object"])
+@pytest.mark.parametrize("max_tokens", [None, 500], ids=["all of it", "its beginning"])
+def test_a_text_that_changes_while_it_is_read_makes_no_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_bucket: bool, max_tokens: int | None
+) -> None:
+    file = tmp_path / "texts" / "a.jsonl"
+    file.parent.mkdir()
+    texts = make_texts(40)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(text_files, "open_store", lambda *_, **__: LocalStorage(file.parent))
+    cfg = CorpusConfig(source="s3://bucket/a.jsonl" if in_bucket else str(file), context_size=16, max_tokens=max_tokens)
+    seen, storage = resolve_source(cfg), open_store(str(tmp_path / "store"))
+    real = corpus.mix
+
+    def mix(*how: Any) -> Any:
+        for number, document in enumerate(real(*how)):
+            if number == 1:
+                with file.open("a") as stream:
+                    stream.write(json.dumps({"text": "more"}))
+            yield document
+
+    monkeypatch.setattr(corpus, "mix", mix)
+    with pytest.raises(CorpusError, match="has changed since it was looked at"):
+        corpus.build_corpus(cfg, seen, make_tokenizer(), storage, "c.1", lineage={})
+    assert corpus.find_corpus(storage, "c.1") is None
+    monkeypatch.setattr(corpus, "mix", real)
+    corpus.build_corpus(cfg, resolve_source(cfg), make_tokenizer(), storage, "c.1", lineage={})
+    assert corpus.find_corpus(storage, "c.1") is not None
