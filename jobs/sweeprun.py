@@ -340,8 +340,15 @@ class SweepRun:
         return results
 
     def _let_go(self) -> None:
-        """Remove the activations, unless another sweep keeps them or another job has begun to read them."""
-        found = upkeep.survey(self.storage)
-        size = upkeep.remove(found, upkeep.spent_by(found, self.id))
+        """Remove the activations, unless another sweep keeps them or another job has begun to read them.
+
+        The sweep is done by then, so an error is no failure of it.
+        """
+        try:
+            found = upkeep.survey(self.storage)
+            size = upkeep.remove(found, upkeep.spent_by(found, self.id))
+        except StoreError as error:
+            self.bars.say(f"activations were not removed: {error}")
+            return
         if size:
             self.bars.say(f"{size / 1e6:,.1f} MB of activations removed: resources.keep_activations is {UNTIL_DONE}")

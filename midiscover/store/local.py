@@ -15,13 +15,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from midiscover.errors import CorruptError, StoreError, StoreFailedError
-from midiscover.store.layout import check_key, is_key
+from midiscover.store.layout import FOLDERS, check_key, is_key
 from midiscover.store.storage import Bytes, Entry
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 _LEFT_SECONDS = 86_400  # a write takes seconds; the rest is for clocks that differ
 _ATTEMPTS = 10
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class LocalStorage:
         """See `Storage.replace`. A lock beside the file, which stays: a removed one would be two locks for a moment."""
         path = self.local_path(key)
         with self._explained("write", key):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path)
             with FileLock(lock_of(path)):
                 try:
                     standing = self.read(key)
@@ -113,7 +114,7 @@ class LocalStorage:
         folder = self.local_path(prefix.rstrip("/")) if prefix else self.root
         keys = []
         with self._explained("list", prefix or "what is"):
-            for parent, folders, names in _walk(self.root, folder, _refuse):
+            for parent, folders, names in _walk(self.root, folder, self._refuse):
                 base = Path(parent).relative_to(self.root)
                 keys += [(base / name).as_posix() for name in names if is_key(name)]
                 folders[:] = [name for name in folders if is_key(name)]
@@ -178,7 +179,7 @@ class LocalStorage:
     def _temporary(self, key: str, data: Bytes) -> Iterator[Path]:
         """A synced file with `data` beside the place of `key`; on return its folder is synced and the file gone."""
         path = self.local_path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             with temporary.open("xb") as file:
@@ -190,10 +191,23 @@ class LocalStorage:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _make_folder(self, path: Path) -> None:
+        """That of `path`; never the store's own, which was moved away or unmounted where it is not there."""
+        self._require_root()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
     def _require_root(self) -> None:
         """StoreFailedError where the folder itself is gone: nothing is known of what it held, and it is not empty."""
         if not os.path.isdir(self.root):  # False as well where it may not be looked at
             raise StoreFailedError(f"The store {self.uri} is not there any more.")
+
+    def _refuse(self, error: OSError) -> None:
+        """A folder that can't be listed is no empty one: its work would be done again. One at the top of the store that
+        is none of ours, as a disk's `lost+found`, holds nothing of it."""
+        place = Path(error.filename or self.root)
+        is_foreign = place.parent == self.root and place.name not in FOLDERS
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)) and not is_foreign:
+            raise error
 
     @contextmanager
     def _explained(self, verb: str, key: str) -> Iterator[None]:
@@ -215,12 +229,6 @@ def lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _refuse(error: OSError) -> None:
-    """A folder that can't be listed is no empty one: its work would be done again."""
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise error
-
-
 def _walk(
     root: Path, folder: Path, onerror: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -233,9 +241,12 @@ def _walk(
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power failure, not only the bytes behind it."""
+    """Make a new name survive a power failure, not only the bytes behind it, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)

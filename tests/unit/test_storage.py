@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,7 +67,10 @@ def test_a_folder_that_is_gone_is_no_empty_store(storage: LocalStorage) -> None:
             asking("saes/a/record.json")
     with pytest.raises(StoreFailedError, match="is not there any more"):
         storage.list("")
-    assert not storage.root.exists(), "asking makes no folder"
+    for writing in (storage.write, storage.create, lambda key, data: storage.replace(key, None, data)):
+        with pytest.raises(StoreFailedError, match="is not there any more"):
+            writing("saes/b/record.json", b"{}")
+    assert not storage.root.exists(), "neither asking nor writing makes the folder"
     away.rename(storage.root)
     assert storage.list("") == ["saes/a/record.json"]
 
@@ -166,6 +172,56 @@ def test_what_can_not_be_looked_at_is_not_taken_for_absent(
     for look in (storage.exists, storage.version):
         with pytest.raises(StoreError, match=r"Can't look for a/b/1 in the store .*: Permission denied"):
             look("a/b/1")
+
+
+def test_folders_at_the_top_that_are_not_ours_need_not_be_readable(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `lost+found` of a disk whose root is the store. Tests may run as root, whom no folder is closed to."""
+    real, denied = os.scandir, []
+
+    def scandir(path: str | Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name in closed:
+            denied.append(Path(path).name)
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[return-value]
+
+    for key in ("lost+found/x", "saes/a/record.json", "saes/lost+found/x"):
+        storage.write(key, b"{}")
+    closed = {"lost+found"}
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StoreError, match=r"Can't list what is in the store .*: Permission denied"):
+        storage.list("")
+    (storage.root / "saes/lost+found/x").unlink()
+    (storage.root / "saes/lost+found").rmdir()
+    denied.clear()
+    assert storage.list("") == ["saes/a/record.json"] == [entry.key for entry in storage.entries("")]
+    assert denied == ["lost+found"] * 2
+    closed = {"saes"}
+    with pytest.raises(StoreError, match=r"Can't list what is in the store .*: Permission denied"):
+        storage.list("")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_holds_a_store(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real, refused = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage.write("a/b", b"1")
+    assert storage.create("a/c", b"2")
+    assert len(refused) == 2
+    assert (storage.read("a/b"), storage.read("a/c")) == (b"1", b"2")
+    code = errno.EIO
+    with pytest.raises(StoreError, match="Can't write a/b"):
+        storage.write("a/b", b"1")
 
 
 def test_create_where_the_first_was_taken_back(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:

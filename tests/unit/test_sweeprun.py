@@ -206,6 +206,23 @@ def test_a_note_that_cannot_be_read_stops_no_sweep(tmp_path: Path, monkeypatch: 
     assert first.storage.read(layout.sweep_file(first.id, "annotations.json")) == b"no JSON"
 
 
+def test_a_sweep_is_done_though_its_activations_can_not_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(write_run(tmp_path), tmp_path / "store", "--resources.keep_activations", "until_done")
+    said: list[str] = []
+
+    def away(*_: Any) -> None:
+        raise StoreFailedError("the bucket is away")
+
+    monkeypatch.setattr(SweepRun, "_report", lambda *_: None)
+    monkeypatch.setattr(SweepRun, "missing", lambda *_: set())
+    monkeypatch.setattr(sweeprun.upkeep, "survey", away)
+    monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
+    run._finish()
+    assert said == ["activations were not removed: the bucket is away"]
+
+
 def test_how_a_sweep_ended_is_told_though_the_store_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, store = write_run(tmp_path), str(tmp_path / "store")
 
