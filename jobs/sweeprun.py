@@ -34,7 +34,7 @@ from midiscover.launch import Prepared
 from midiscover.plannotes import idle_resampling
 from midiscover.resolve import Crew, PlannedSae, auto_pack_size, by_site, make_crews, make_packs
 from midiscover.results import Results, sae_results, sae_stability
-from midiscover.saes import commit_record, harvest_lineage, has_ended
+from midiscover.saes import WEIGHTS, commit_record, harvest_lineage, has_ended
 from midiscover.store import layout
 from midiscover.store.documents import dump, read_json
 from midiscover.tracking import Tracker
@@ -90,6 +90,8 @@ class SweepRun:
         args, resolved = self.prepared.args, self.resolved
         if args.force:
             self._forget()
+        else:
+            self._end_forgetting()
         sweep = {
             "v": 1,
             "id": self.id,
@@ -133,14 +135,25 @@ class SweepRun:
     def _forget(self) -> None:
         """--force: the SAEs of this sweep are made anew; corpus and blocks stay, and so do people's notes and tags."""
         for sae in self.resolved.saes:
-            # What makes others believe in the rest goes first: the record, then the word that it is trained.
-            first = [layout.record(sae.id), layout.training(sae.id)]
-            rest = set(self.storage.list(layout.sae_folder(sae.id))).difference(first)
-            for key in [*first, *sorted(rest - {annotations_key("sae", sae.id)})]:
-                self.storage.delete(key)
+            self._forget_sae(sae)
         for key in self.storage.list(layout.sweep_folder(self.id)):
             if key != annotations_key("sweep", self.id):
                 self.storage.delete(key)
+
+    def _forget_sae(self, sae: PlannedSae) -> None:
+        """The record goes first, which makes others believe in the rest. Without its weights an SAE that is said to be
+        trained is one that was not forgotten to the end, so that word goes last."""
+        first, last = [layout.record(sae.id), layout.sae_file(sae.id, WEIGHTS)], layout.training(sae.id)
+        rest = set(self.storage.list(layout.sae_folder(sae.id))).difference(first, {last})
+        for key in [*first, *sorted(rest - {annotations_key("sae", sae.id)}), last]:
+            self.storage.delete(key)
+
+    def _end_forgetting(self) -> None:
+        """Forget what a --force that was ended began to: trained anew, it would keep what was measured before."""
+        for sae in self.resolved.saes:
+            is_open = self.storage.exists(layout.training(sae.id)) and not self.storage.exists(layout.record(sae.id))
+            if is_open and not self.storage.exists(layout.sae_file(sae.id, WEIGHTS)):
+                self._forget_sae(sae)
 
     def _check_held_out(self, corpus: CorpusManifest) -> None:
         if corpus.windows["held_out"] == 0:

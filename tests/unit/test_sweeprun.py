@@ -16,6 +16,7 @@ from midiscover.errors import ConfigError, CorruptError, StoreFailedError
 from midiscover.launch import parse_job, prepare
 from midiscover.results import Results
 from midiscover.store import layout
+from midiscover.store.local import LocalStorage
 from midiscover.store.storage import open_store
 from midiscover.tracking import Tracker
 from midiscover.tracking.annotations import read_annotations
@@ -129,6 +130,40 @@ def test_force_leaves_what_people_said(tmp_path: Path) -> None:
     of_sweep = again.storage.list(layout.sweep_folder(again.id))
     assert of_sweep == [layout.sweep_file(again.id, name) for name in ("annotations.json", "sweep.json")]
     assert read_annotations(again.storage, "sweep", again.id) == ("read with care", ["kept"])
+
+
+class Cut(Exception): ...
+
+
+def test_a_force_that_is_cut_short_is_ended_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it was cut: an SAE is then as it was, but for its record, or nothing of it is left."""
+    config, store = write_run(tmp_path), tmp_path / "store"
+    first = started(config, store)
+    sae, storage = first.resolved.saes[0].id, first.storage
+    evaluation = layout.evaluation(sae, first.resolved.evaluation_id)
+    names = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "features/f.1/manifest.json")
+    rest = {layout.training(sae), evaluation, *(layout.sae_file(sae, name) for name in names)}
+    real, left = LocalStorage.delete, 0
+
+    def delete(self: LocalStorage, key: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise Cut
+        left -= 1
+        real(self, key)
+
+    found: list[set[str]] = []
+    for cut in range(len(rest) + 1):
+        for key in (layout.record(sae), *rest):
+            storage.write(key, b"{}")
+        left = cut
+        monkeypatch.setattr(LocalStorage, "delete", delete)
+        with pytest.raises(Cut):
+            started(config, store, "--force")
+        monkeypatch.setattr(LocalStorage, "delete", real)
+        started(config, store)
+        found.append(set(storage.list(layout.sae_folder(sae))))
+    assert found == [{layout.record(sae), *rest}, rest, *[set()] * (len(rest) - 1)]
 
 
 class Clock:
