@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from ray.train.torch import get_device
@@ -12,10 +14,13 @@ from jobs.board import Board
 from jobs.group import TorchGroup
 from jobs.runtime import Slots
 from midiscover import ids
+from midiscover.errors import CorruptError
 from midiscover.progress import Progress
 from midiscover.resolve import Crew, Pack, Resolved
 from midiscover.store import layout
 from midiscover.store.storage import Storage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,18 +51,33 @@ class PackWorker:
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
-    def load_checkpoint(self) -> bytes | None:
-        """The newest checkpoint in the store from which this pack can go on; of a group the first's."""
-        found = self._newest() if self.leads else None
-        return found if self.group is None else self.group.from_first(found)
+    def load_checkpoint(self, read: Callable[[bytes], T | None]) -> T | None:
+        """Of the newest checkpoint in the store from which this pack can go on; of a group the first's.
 
-    def _newest(self) -> bytes | None:
+        One from which it can't, as of activations that came another way, stays for whoever can, until a newer one
+        stands. So does one that can't be read, which is told.
+        """
+        data, made = self._newest(read) if self.leads else (None, None)
+        if self.group is None:
+            return made
+        data = self.group.from_first(data)
+        return made if self.leads or data is None else read(data)
+
+    def _newest(self, read: Callable[[bytes], T | None]) -> tuple[bytes | None, T | None]:
         keys = [key for pack in dict.fromkeys((*self._own(), *self.pack.parents)) for key in self._checkpoints(pack)]
-        if not keys:
-            return None
-        newest = max(keys, key=_step_of)
-        self.job.board.post("resumed", self.pack.id, _step_of(newest))
-        return self.job.storage.read(newest)
+        for key in sorted(keys, key=_step_of, reverse=True):
+            try:
+                data = self.job.storage.read(key)
+                made = read(data)
+            except FileNotFoundError:  # the whole pack stands since
+                continue
+            except CorruptError as error:
+                self.job.board.post("retry", self.pack.id, f"{key} is passed over: {error}")
+                continue
+            if made is not None:
+                self.job.board.post("resumed", self.pack.id, _step_of(key))
+                return data, made
+        return None, None
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Written by a background thread, one at a time; older ones go once the new one stands."""

@@ -191,9 +191,8 @@ class Nobody:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def load_checkpoint(self) -> bytes | None:
+    def load_checkpoint(self, read: object) -> None:
         """None."""
-        return None
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
         """Not reached."""

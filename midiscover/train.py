@@ -8,8 +8,9 @@ equals the uninterrupted one bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from midiscover.sidebyside import Batch, Cores, for_each
 from midiscover.stacked import Stepper, steppers
 
 __all__ = ["Diverged", "Group", "Member", "Retired", "Source", "Trained", "Worker", "train", "train_in_turns"]
+
+T = TypeVar("T")
 
 
 class Pair(NamedTuple):
@@ -81,8 +84,8 @@ class Worker(Protocol):
 
     device: torch.device
 
-    def load_checkpoint(self) -> bytes | None:
-        """The last complete checkpoint of this pack, or None."""
+    def load_checkpoint(self, read: Callable[[bytes], T | None]) -> T | None:
+        """The last complete checkpoint of this pack of which `read` makes something; what it made, or None."""
         ...
 
     def save_checkpoint(self, step: int, data: bytes) -> None:
@@ -140,7 +143,8 @@ def train_in_turns(
 
     Yields the rows of the stream that have been used so far.
     """
-    checkpoint = _Checkpoint.of(worker.load_checkpoint(), members, remembering=isinstance(source, Remembering))
+    remembering = isinstance(source, Remembering)
+    checkpoint = worker.load_checkpoint(partial(_Checkpoint.of, wanted=members, remembering=remembering))
     if checkpoint is not None and checkpoint.source is not None and isinstance(source, Remembering):
         source.restore(checkpoint.source)
     numbers = max((member.d_sae * source.outputs.mean.numel() for member in members), default=0)
@@ -283,15 +287,13 @@ class _Checkpoint(NamedTuple):
     source: dict[str, Any] | None
 
     @classmethod
-    def of(cls, data: bytes | None, wanted: Sequence[Member], *, remembering: bool) -> Self | None:
-        """None where there is none, or where the members can't go on from it as if they had never stopped: it lacks one
-        of them, one was dropped by a retirement that is not asked for any more, or activations came another way, stored
-        or streamed, so with another mean and scale.
+    def of(cls, data: bytes, wanted: Sequence[Member], *, remembering: bool) -> Self | None:
+        """None where the members can't go on from it as if they had never stopped: it lacks one of them, one was
+        dropped by a retirement that is not asked for any more, or activations came another way, stored or streamed, so
+        with another mean and scale. CorruptError where it can't be read.
 
         It may hold more SAEs than are asked for: those of the pack that stand already.
         """
-        if data is None:
-            return None
         tensors, fields = unpack_state(data)
         held = {member["id"]: member for member in fields["members"]}
         if (fields.get("source") is not None) is not remembering or not {member.id for member in wanted} <= held.keys():

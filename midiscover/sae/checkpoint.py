@@ -28,9 +28,7 @@ def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:
         raise CorruptError(f"A checkpoint of a pack can't be read: {error}.") from error
     if fields.pop("v") != VERSION:
-        raise CorruptError(
-            "A checkpoint of a pack was written by another version of miDiscover; remove it to train anew."
-        )
+        raise CorruptError("A checkpoint of a pack was written by another version of miDiscover.")
     return tensors, fields
 
 

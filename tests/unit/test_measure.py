@@ -40,7 +40,7 @@ from midiscover.store.storage import Storage, open_store
 from midiscover.train import Member, Trained, train
 from tests.boards import LocalBoard
 from tests.runs import write_run
-from tests.unit.test_train import MemoryWorker
+from tests.workers import MemoryWorker
 
 HOOK = "model.layers.0.mlp:in"
 GRID = [{"sae.kind": ["standard", "transcoder"]}, {"sae.control": ["random_model"]}]

@@ -17,6 +17,7 @@ from jobs.harvest import ensure_corpus
 from jobs.leases import hangs_key
 from jobs.packworker import PackJob, PackWorker
 from jobs.runtime import Slots
+from midiscover.errors import CorruptError
 from midiscover.resolve import Pack, make_packs
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
@@ -137,13 +138,45 @@ def test_what_is_left_of_a_pack_goes_on_from_its_newest_checkpoint(tmp_path: Pat
     given = job(tmp_path, "inline", 1)
     for pack, step in ((whole, 100), (part, 200)):
         write_checkpoint(given, pack, step)
-    assert PackWorker(given, left).load_checkpoint() == b"200"
+    assert PackWorker(given, left).load_checkpoint(bytes) == b"200"
     write_checkpoint(given, left, 300)
     for pack in (left, part):
-        assert PackWorker(given, pack).load_checkpoint() == b"300", "the newest, whoever wrote it"
+        assert PackWorker(given, pack).load_checkpoint(bytes) == b"300", "the newest, whoever wrote it"
     assert given.board.data("resumed") == [200, 300, 300]
     PackWorker(given, left).finish()
     assert given.storage.list(layout.sweep_file("s.0", "packs")) == []
+
+
+def test_a_checkpoint_that_does_not_fit_hides_none_that_does(tmp_path: Path) -> None:
+    """As one of stored activations where they are streamed, one that is damaged, and one of another version."""
+    given = job(tmp_path, "inline", 1)
+    for step in (400, 300, 200):
+        write_checkpoint(given, PACK, step)
+    keys = given.storage.list(layout.pack_folder("s.0", PACK.id))
+    assert len(keys) == 3, "a write removes only what is older"
+
+    def read(data: bytes) -> int | None:
+        if data == b"400":
+            raise CorruptError("It is damaged.")
+        return None if data == b"300" else int(data)
+
+    class Second(Group):
+        rank = 1
+
+        def from_first(self, value: Any) -> Any:
+            assert value is None
+            return b"200"
+
+    for group in (None, Group(), Second()):
+        assert PackWorker(given, PACK, group).load_checkpoint(read) == 200  # type: ignore[arg-type]
+    assert given.board.data("resumed") == [200] * 2
+    damaged = layout.pack_checkpoint("s.0", PACK.id, 400)
+    assert given.board.data("retry") == [f"{damaged} is passed over: It is damaged."] * 2
+    assert PackWorker(given, PACK).load_checkpoint(lambda _: None) is None
+    assert given.board.data("resumed") == [200] * 2
+    assert given.storage.list(layout.pack_folder("s.0", PACK.id)) == keys, "somebody else may go on from them"
+    write_checkpoint(given, PACK, 500)
+    assert given.storage.list(layout.pack_folder("s.0", PACK.id)) == [layout.pack_checkpoint("s.0", PACK.id, 500)]
 
 
 def test_several_workers_do_not_try_for_ever_what_no_card_holds(

@@ -88,7 +88,7 @@ class Worker:
 
     device = torch.device("cpu")
 
-    def load_checkpoint(self) -> bytes | None:
+    def load_checkpoint(self, read: object) -> None:
         return None
 
     def save_checkpoint(self, step: int, data: bytes) -> None:

@@ -16,7 +16,8 @@ from midiscover.member import Slot
 from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.sidebyside import Batch, Cores, for_each
 from midiscover.train import Diverged, Member, Retired, Trained, train
-from tests.unit.test_train import TRAIN, MemorySource, MemoryWorker, assert_equal, source, trained
+from tests.unit.test_train import TRAIN, MemorySource, assert_equal, source, trained
+from tests.workers import MemoryWorker
 
 __all__ = ["source"]
 

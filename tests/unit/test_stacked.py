@@ -14,7 +14,8 @@ from midiscover.sae.base import Normalisation
 from midiscover.saeconfig import SaeConfig, StandardConfig, TopKConfig
 from midiscover.stacked import Stack
 from midiscover.train import Diverged, Member, Retired, Trained, train
-from tests.unit.test_train import BATCH, D_IN, ROWS, MemorySource, MemoryWorker
+from tests.unit.test_train import BATCH, D_IN, ROWS, MemorySource
+from tests.workers import MemoryWorker
 
 TRAIN = TrainConfig(batch_size=BATCH, epochs=3, lr=1e-2, report_every=4, checkpoint_every=1e-9, resample_at=(0.5,))
 GRID = (StandardConfig(l1_coefficient=0.1), StandardConfig(l1_coefficient=1.0), StandardConfig(target_l0=4.0))

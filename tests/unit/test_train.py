@@ -12,13 +12,13 @@ from torch import Tensor
 
 from midiscover.config import TrainConfig
 from midiscover.errors import CorruptError
-from midiscover.progress import Progress
 from midiscover.sae.base import Normalisation
 from midiscover.sae.checkpoint import pack_state, unpack_state
 from midiscover.sae.registry import make_sae
 from midiscover.sae.schedule import aux_window, dead_window, l1_scale, lr_scale, peak_lr
 from midiscover.saeconfig import StandardConfig, TopKConfig
 from midiscover.train import Diverged, Member, Retired, Trained, train
+from tests.workers import MemoryWorker
 
 D_IN, ROWS, BATCH = 10, 160, 16
 TRAIN = TrainConfig(batch_size=BATCH, epochs=3, lr=1e-2, report_every=4, checkpoint_every=1e-9, dead_window=40)
@@ -42,30 +42,6 @@ class MemorySource:
         order = torch.cat(orders)
         for step in range(start, len(self)):
             yield self.rows[order[step * BATCH : (step + 1) * BATCH]].bfloat16()
-
-
-class MemoryWorker:
-    """Keeps checkpoints in memory; can be made to stop at a step."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, stop_at: int | None = None, data: bytes | None = None) -> None:
-        self.stop_at, self.data = stop_at, data
-        self.reports: list[Progress] = []
-
-    def load_checkpoint(self) -> bytes | None:
-        return self.data
-
-    def save_checkpoint(self, step: int, data: bytes) -> None:
-        self.data = data
-        if step == self.stop_at:
-            raise KeyboardInterrupt
-
-    def is_saving(self) -> bool:
-        return False
-
-    def report(self, progress: Progress) -> None:
-        self.reports.append(progress)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from midiscover.saeconfig import BatchTopKConfig, GatedConfig, JumpReluConfig, S
 from midiscover.train import train
 from tests.planted import PlantedDictionary, PlantedSource, scores
 from tests.unit.sae.naive import CONFIGS, D_SAE, TOKENS, batch, dead_of, make_used, some_dead
-from tests.unit.test_train import MemoryWorker
+from tests.workers import MemoryWorker
 
 WINDOW = 100
 
