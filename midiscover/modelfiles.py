@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,10 +115,15 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
-                made = Path(temporary) / folder.name
+            temporary = folder.parent / f".making-{folder.name}"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
+            temporary.mkdir()
+            try:
+                made = temporary / folder.name
                 make(made)
                 made.replace(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

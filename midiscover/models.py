@@ -191,7 +191,8 @@ def hook_table(identity: ModelIdentity, *, context_size: int = 512, wanted: Sequ
     """
     version = importlib.metadata.version("transformers")
     file = cache_dir() / "hooks" / f"{identity.digest[:40]}-transformers-{version}-v{_TABLE_VERSION}.json"
-    if not file.is_file():
+    table = _kept_table(file)
+    if table is None:
         folder = config_folder(identity)
         if wanted:
             config = json.loads((folder / "config.json").read_text())
@@ -200,7 +201,7 @@ def hook_table(identity: ModelIdentity, *, context_size: int = 512, wanted: Sequ
         lm = sys.modules.get("midiscover.lm")
         text = json.dumps(lm.hook_facts(folder)) if lm else run_module("midiscover.lm", "table", str(folder))
         write_atomically(file, text.encode())
-    table = json.loads(file.read_text())
+        table = json.loads(text)
     recommended = set(table.pop("recommended"))
 
     def flops(linear: float, attention: float) -> float:
@@ -221,6 +222,14 @@ def hook_table(identity: ModelIdentity, *, context_size: int = 512, wanted: Sequ
         },
         **table,
     )
+
+
+def _kept_table(file: Path) -> dict[str, Any] | None:
+    """None where there is none, or a power cut has left half of it."""
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _weight_names(identity: ModelIdentity, folder: Path) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +33,7 @@ VERSION = 1
 CHUNK_BYTES = 64 << 20
 """What is held in memory of a file while it is fetched."""
 
+_FETCHING = ".fetching-"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -183,7 +186,7 @@ def stored_folder(model: StoredModel, *, weights: bool) -> Path:
     """
     names = [name for name in model.files if weights or not _is_weights(name)]
     folder = cache_dir() / "models" / f"{model.key}-{model.digest[:10]}"
-    if all((folder / name).is_file() for name in names):
+    if not _missing(model, names, folder):
         return folder
     storage = open_store(model.store, create=False)
     local = storage.local_path(layout.model_folder(model.key))
@@ -195,7 +198,9 @@ def stored_folder(model: StoredModel, *, weights: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            missing = [name for name in names if not (folder / name).is_file()]
+            for left in folder.glob(f"{_FETCHING}*"):  # by a process that was killed: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+            missing = _missing(model, names, folder)
             if any(_is_weights(name) for name in missing):
                 size = sum(model.files[name].size for name in missing) / 1e9
                 print(f"midiscover: fetching {model.name} from {model.store}, once ({size:.1f} GB)", file=sys.stderr)
@@ -204,6 +209,16 @@ def stored_folder(model: StoredModel, *, weights: bool) -> Path:
     except OSError as error:
         raise ModelError(f"Model {model.name} can't be kept in {folder}: {error.strerror}.") from error
     return folder
+
+
+def _missing(model: StoredModel, names: Iterable[str], folder: Path) -> list[str]:
+    """Names of files that are not there whole; a file's end may be lost where the power was cut after a fetch."""
+
+    def is_whole(name: str) -> bool:
+        file = folder / name
+        return file.is_file() and file.stat().st_size == model.files[name].size
+
+    return [name for name in names if not is_whole(name)]
 
 
 def read_part(model: StoredModel, name: str, start: int, length: int | None) -> bytes:
@@ -217,12 +232,14 @@ def read_part(model: StoredModel, name: str, start: int, length: int | None) -> 
 def _fetch(model: StoredModel, name: str, storage: Storage, folder: Path) -> None:
     expected, key = model.files[name], layout.model_file(model.key, name)
     sha256, done = hashlib.sha256(), 0
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_FETCHING) as temporary:
         with (Path(temporary) / name).open("xb") as file:
             for chunk in _chunks(storage, key, expected.size):
                 file.write(chunk)
                 sha256.update(chunk)
                 done += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())  # what is fetched is not looked into again
         if done != expected.size or sha256.hexdigest() != expected.sha256:
             raise CorruptError(_corrupt(model, name))
         (Path(temporary) / name).replace(folder / name)

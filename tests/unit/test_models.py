@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import midiscover.lm  # noqa: F401  so that hook tables are made in this process
 from midiscover import modelfiles, models
 from midiscover.config import ModelConfig
+from midiscover.digests import cache_dir
 from midiscover.errors import ModelError
 from midiscover.ids import hook_layer
 from midiscover.models import ModelIdentity, hook_table, resolve_model
@@ -195,6 +196,17 @@ def test_hook_table_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys.modules["midiscover.lm"], "hook_facts", None)
     assert hook_table(identity) == first
     assert hook_table(identity, context_size=1).flops_per_token < first.flops_per_token
+
+
+@pytest.mark.parametrize("left", [b"", b'{"full": [1', b"\0" * 100])
+def test_a_hook_table_that_a_power_cut_has_damaged_is_made_again(folder: Path, left: bytes) -> None:
+    identity = resolve(folder)
+    first = hook_table(identity)
+    (kept,) = (cache_dir() / "hooks").glob(f"{identity.digest[:40]}-*.json")
+    whole = kept.read_bytes()
+    kept.write_bytes(left)
+    assert hook_table(identity) == first
+    assert kept.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

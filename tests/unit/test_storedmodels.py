@@ -16,6 +16,7 @@ import midiscover.lm  # noqa: F401  so that hook tables are made in this process
 from midiscover import models, storedmodels
 from midiscover.config import ModelConfig
 from midiscover.errors import CorruptError, ModelError, StoreError, UserError
+from midiscover.modelfiles import made_once
 from midiscover.models import ModelIdentity, config_folder, hook_table, model_folder, push_model, resolve_model
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Bytes, Storage
@@ -230,6 +231,38 @@ def test_a_bucket_is_asked_for_each_file_once(bucket: Bucket, folder: Path, home
     assert model_folder(copy) == fetched
     assert len(bucket.reads) == count
     assert not [path for path in fetched.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_file_that_a_power_cut_has_shortened_is_fetched_again(bucket: Bucket, folder: Path, size: int) -> None:
+    fetched = model_folder(resolve("store:tiny-phi"))
+    for name in ("model.safetensors", "tokenizer.json"):
+        os.truncate(fetched / name, size)
+    bucket.reads.clear()
+    assert resolve(model_folder(resolve("store:tiny-phi"))).digest == resolve(folder).digest
+    assert sorted(bucket.reads[1:]) == [f"models/tiny-phi/{name}" for name in ("model.safetensors", "tokenizer.json")]
+
+
+def test_what_a_killed_fetch_has_left_is_removed_by_the_next(bucket: Bucket) -> None:
+    fetched = config_folder(resolve("store:tiny-phi"))
+    (fetched / ".fetching-x").mkdir()
+    (fetched / ".fetching-x" / "model.safetensors").write_bytes(b"half")
+    assert model_folder(resolve("store:tiny-phi")) == fetched
+    assert not [path for path in fetched.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_conversion_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".making-phi" / "phi"
+    left.mkdir(parents=True)
+    (left / "half.safetensors").write_bytes(b"half")
+
+    def make(made: Path) -> None:
+        made.mkdir()
+        (made / "config.json").write_text("{}")
+
+    made_once(tmp_path / "phi", make)
+    assert [path.name for path in (tmp_path / "phi").iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".phi.lock", "phi"]
 
 
 def test_files_are_fetched_in_chunks(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
