@@ -206,6 +206,7 @@ class FeaturesRun:
     def _read(self, sites: Mapping[Site, list[str]], identities: Mapping[str, ModelIdentity], cluster: Cluster) -> None:
         with Reading(self.storage, (site.harvest_id for site in sites)) as reading:
             self._ensure_rows(sites, cluster)
+            reading.announce()  # a harvest may have taken more than a day
             self._collect(sites, identities, cluster, reading)
 
     def _ensure_rows(self, sites: Mapping[Site, list[str]], cluster: Cluster) -> None:

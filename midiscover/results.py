@@ -22,6 +22,7 @@ from midiscover.store import layout
 from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage
 from midiscover.summary import Row
+from midiscover.tracking.rows import whole_planned
 
 READERS = 8
 ROW_METRICS = ("l0", "fvu", "mse", "cosine", "ce_recovered", "kl_recovered", "dead_share", "inactive_share")
@@ -62,7 +63,7 @@ def sweep_results(storage: Storage, sweep: Mapping[str, Any]) -> Results:
     rows, evaluation_id = sweep.get("saes"), sweep.get("evaluation_id")
     if not isinstance(rows, list) or not isinstance(evaluation_id, str):
         raise CorruptError(f"The sweep.json of {sweep.get('id')} lacks 'saes' or 'evaluation_id'.")
-    return _results(storage, rows, evaluation_id)
+    return _results(storage, [whole_planned(row) for row in rows], evaluation_id)
 
 
 def _results(storage: Storage, planned: Sequence[Row], evaluation_id: str) -> Results:

@@ -146,14 +146,16 @@ def _place(entry: Entry) -> tuple[str, str]:
 
 
 def _whole(storage: Storage, entry: Entry) -> Entry:
-    """With `output_hook`, which entries once lacked."""
-    if "output_hook" in entry:
+    """With `output_hook`, which entries once lacked, and with `hook` where somebody wrote the entry by hand."""
+    if entry.get("hook") and entry.get("output_hook"):
         return entry
     try:
         record = read_json(storage, layout.record(entry["id"])) or {}
     except CorruptError:  # whoever promotes another one can't help it
         record = {}
-    return entry | {"output_hook": record.get("output_hook") or entry["hook"]}
+    hook = entry.get("hook") or record.get("hook")
+    output_hook = entry.get("output_hook") or record.get("output_hook") or hook
+    return entry | {"hook": hook, "output_hook": output_hook}
 
 
 def _metrics(storage: Storage, target: Target, record: Mapping[str, Any]) -> Mapping[str, Any]:

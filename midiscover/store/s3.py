@@ -52,6 +52,10 @@ _BUSY = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError"}
 _BROKEN_BODY = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError)
 
 
+class _ReplacedError(Exception):
+    """Another version of an object stands than the one that was begun."""
+
+
 class _View(io.RawIOBase):
     """Bytes as a file, without a copy of them."""
 
@@ -119,10 +123,13 @@ class S3Storage:
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `Storage.read`."""
-        return b"" if length == 0 else b"".join(self._chunks(key, start, length))
+        return b"" if length == 0 else self._of_one_version(key, lambda: b"".join(self._chunks(key, start, length)))
 
     def read_into(self, key: str, targets: Sequence[memoryview]) -> None:
         """See `Storage.read_into`."""
+        self._of_one_version(key, lambda: self._fill(key, targets))
+
+    def _fill(self, key: str, targets: Sequence[memoryview]) -> None:
         expected, size = sum(len(target) for target in targets), 0
         remaining = iter(targets)
         target = next(remaining, memoryview(b""))
@@ -259,18 +266,29 @@ class S3Storage:
             expected=_STANDS | _CONTENDED if condition else frozenset(),
         )
 
+    def _of_one_version(self, key: str, read: Callable[[], T]) -> T:
+        """What `read` makes of the chunks of an object; anew where it was replaced after a body broke off."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return read()
+            except _ReplacedError:
+                _wait(attempt)
+        raise StoreError(f"{key} in {self.uri} was replaced again and again while it was read.")
+
     def _chunks(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        """The bytes of an object from `start` on, whatever breaks on the way; all of one version of it."""
+        """The bytes of an object from `start` on, whatever breaks on the way; all of one version of it, or
+        _ReplacedError."""
         done, size, failures = 0, None, 0
         request: dict[str, Any] = {"Bucket": self.bucket, "Key": self._name(key)}
         while size is None or done < size:
             if start + done or length is not None:
                 request["Range"] = f"bytes={start + done}-{'' if length is None else start + length - 1}"
             try:
-                answer = self._ask(
-                    "read", key, lambda: self._client.get_object(**request), expected={"416", "InvalidRange"}
-                )
-            except ClientError:
+                expected = {"416", "InvalidRange"} | _STANDS
+                answer = self._ask("read", key, lambda: self._client.get_object(**request), expected=expected)
+            except ClientError as error:
+                if _code(error) in _STANDS:
+                    raise _ReplacedError from error
                 return  # nothing lies at or behind `start`
             if size is None:
                 size, request["IfMatch"] = answer["ContentLength"], answer["ETag"]

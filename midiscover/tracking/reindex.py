@@ -174,7 +174,10 @@ class _Reindex:
     def _files(self, name: str, files: set[str]) -> None:
         for file in sorted(files.intersection(SWEEP_FILES)):
             key = layout.sweep_file(name, file)
-            data = self.storage.read(key)
+            try:
+                data = self.storage.read(key)
+            except FileNotFoundError:  # a sweep is made anew
+                continue
             self.tracker.add_artifact("sweep", name, file, key, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
     def _take(self, key: str, use: Callable[[dict[str, Any]], None], *, versioned: bool = True) -> dict[str, Any]:

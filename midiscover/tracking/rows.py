@@ -68,14 +68,15 @@ def planned_row(planned: Mapping[str, Any], owner: str | None) -> Row:
     unknown = planned.keys() - {"sae_id", *PLANNED}
     if unknown:
         raise ValueError(f"a planned SAE has no {', '.join(sorted(unknown))}; it has sae_id, {', '.join(PLANNED)}")
-    if "sparsity_label" not in planned and "kind" in planned:
-        planned = _of_first_release(planned)
+    planned = whole_planned(planned)
     row = {column: storable(planned.get(name)) for name, column in zip(PLANNED, PLANNED_COLUMNS, strict=True)}
     return row | {"id": planned["sae_id"], "owner": owner, "status": "planned"}
 
 
-def _of_first_release(planned: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A sweep.json of 0.1.0 knew one l1 or k for each SAE, and neither controls nor transcoders."""
+def whole_planned(planned: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With what a sweep.json of 0.1.0 lacks: it knew one l1 or k for each SAE, and neither controls nor transcoders."""
+    if "sparsity_label" in planned or "kind" not in planned:
+        return planned
     setting = next((f"{name} {planned[name]:g}" for name in ("l1", "k") if planned.get(name) is not None), None)
     return {**planned, "sparsity_label": setting, "control": "none", "output_hook": planned.get("hook")}
 

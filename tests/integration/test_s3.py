@@ -250,6 +250,34 @@ def test_bodies_that_break_off_are_continued(proxied: tuple[S3Storage, FaultProx
     assert target == data
 
 
+@pytest.mark.parametrize("how", ["whole", "part", "into"])
+def test_an_object_that_is_replaced_after_its_body_broke_off_is_read_anew(
+    proxied: tuple[S3Storage, FaultProxy], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    storage, proxy = proxied
+    old, new = bytes(range(256)) * 1000, bytes(reversed(range(256))) * 1000
+    storage.write("x", old)
+    waits: list[int] = []
+
+    def replace(attempt: int) -> None:
+        if not waits:
+            storage.write("x", new)
+        waits.append(attempt)
+
+    monkeypatch.setattr(s3, "_wait", replace)
+    proxy.cut_bodies = 1
+    target = bytearray(len(new))
+    match how:
+        case "whole":
+            assert storage.read("x") == new
+        case "part":
+            assert storage.read("x", 100, 5000) == new[100:5100]
+        case _:
+            storage.read_into("x", [memoryview(target)[:7], memoryview(target)[7:]])
+            assert target == new
+    assert len(waits) == 2, "once for the body, once for the other object"
+
+
 def test_bodies_that_break_off_for_ever_end_in_an_error(proxied: tuple[S3Storage, FaultProxy]) -> None:
     storage, proxy = proxied
     storage.write("x", bytes(100_000))

@@ -13,7 +13,7 @@ from torch import Tensor
 from midiscover import results
 from midiscover.config import TrainConfig
 from midiscover.configio import to_tree
-from midiscover.figures import map_chart
+from midiscover.figures import frontier_chart, map_chart
 from midiscover.results import CURVES, ROW_METRICS, sae_stability, sweep_results
 from midiscover.saeconfig import StandardConfig
 from midiscover.store import layout
@@ -68,6 +68,23 @@ def test_rows_tell_what_their_saes_differ_in_and_what_the_sweep_measured(storage
     assert {bin["variant"] for bin in tables.densities} == {"lr 0.001", "lr 0.003"}
     cells = map_chart(tables.rows).to_dict()["data"]["values"]
     assert [(cell["group"], cell["fvu"]) for cell in cells] == [("lr 0.001", 0.2), ("lr 0.003", 0.6)]
+
+
+def test_a_sweep_of_the_first_release_has_its_tables(storage: Storage) -> None:
+    """Its rows know neither output hook, label, control nor target."""
+    metrics = dict.fromkeys(ROW_METRICS, 0.5) | {"density": DENSITY}
+    settings = {"sae": to_tree(StandardConfig()), "train": to_tree(TrainConfig())}
+    storage.write(
+        layout.record("a"), dump({"id": "a", "hook": "h.1.mlp", "seconds": 1.0, "metrics": metrics} | settings)
+    )
+    storage.write(layout.training("a"), dump({"history": dict.fromkeys(CURVES, [1.0])}))
+    storage.write(layout.evaluation("a", "e.1"), dump({"metrics": metrics}))
+    new = ("output_hook", "control", "sparsity_label", "target_l0")
+    old = {name: value for name, value in row("a").items() if name not in new}
+    tables = sweep_results(storage, {"id": "s.0", "saes": [old], "evaluation_id": "e.1"})
+    (now,) = sweep_results(storage, {"id": "s.0", "saes": [row("a")], "evaluation_id": "e.1"}).rows
+    assert {**tables.rows[0], "target_l0": None} == now
+    assert frontier_chart(tables.rows).to_dict()
 
 
 def test_pairs_are_loaded_compared_and_plain(storage: Storage) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,16 +43,28 @@ def test_one_pass_of_each_language_model_for_all_hooks(tmp_path: Path, monkeypat
     passes: list[tuple[str, set[str]]] = []
 
     def harvest(asked: Prepared, *_: Any) -> None:
-        assert run.storage.list(layout.harvest_readers(asked.resolved.harvest_id)), "before it is looked for"
+        words = run.storage.list(layout.harvest_readers(asked.resolved.harvest_id))
+        assert words, "before it is looked for"
+        for word in words:
+            os.utime(tmp_path / "store" / word, (0, 0))  # as after days
         passes.append((asked.resolved.harvest_id, set(asked.resolved.hooks)))
 
     monkeypatch.setattr(jobs.features, "harvest", harvest)
     monkeypatch.setattr(jobs.features, "ensure_corpus", lambda *_: None)
     monkeypatch.setattr(jobs.features, "commit_manifests", lambda *_: None)
-    monkeypatch.setattr(run, "_collect", lambda *_: None)
+    ages: list[float] = []
+
+    def collect(*_: Any) -> None:
+        for part in prepared.resolved.parts():
+            words = run.storage.entries(layout.harvest_readers(part.harvest_id))
+            ages.extend(time.time() - word.modified for word in words)
+
+    monkeypatch.setattr(run, "_collect", collect)
     run._read(sites, {}, None)  # type: ignore[arg-type]
     hooks = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
     assert passes == [(part.harvest_id, hooks) for part in prepared.resolved.parts()]
+    assert len(ages) == 2
+    assert max(ages) < 3600, "said anew after the harvest"
     assert not [
         word for part in prepared.resolved.parts() for word in run.storage.list(layout.harvest_readers(part.harvest_id))
     ]

@@ -171,6 +171,17 @@ def test_a_transcoder_of_before_gives_way_to_the_next(storage: LocalStorage) -> 
 
 
 @pytest.mark.usefixtures("verified")
+def test_entries_that_name_no_hook_stand_in_nobodys_way(storage: LocalStorage) -> None:
+    """As somebody writes them by hand: the id is enough to be served."""
+    put(storage, "first", "mlp")
+    put(storage, "second", "mlp")
+    entries = [{"id": "absent", "sweep": SWEEP}, {"id": "first", "sweep": SWEEP}]
+    storage.write(layout.PROMOTED, json.dumps({"v": 1, "saes": entries}).encode())
+    promote(storage, of("second"), LIMITS)
+    assert {entry["id"]: entry["hook"] for entry in promoted(storage)} == {"absent": None, "second": "mlp"}
+
+
+@pytest.mark.usefixtures("verified")
 def test_two_who_promote_at_once_both_succeed(storage: LocalStorage) -> None:
     """Each reads before the other writes: without the comparison one of the changes would be lost."""
     names = [f"sae-{i}" for i in range(6)]

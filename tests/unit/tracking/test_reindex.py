@@ -221,6 +221,26 @@ def test_damaged_files_are_named_and_passed_over(told: Tracker, storage: Storage
         assert rebuilt.show(sweep["id"])["tags"] == ["first", "small"]
 
 
+def test_a_report_that_is_removed_in_between_is_passed_over(
+    told: Tracker, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a sweep that is made anew meanwhile."""
+    key, gone = layout.sweep_file(samples.sweep()["id"], "report.html"), []
+    storage.write(key, b"<p>")
+    real = type(storage).read
+
+    def read(self: Storage, wanted: str, *part: int) -> bytes:
+        if wanted == key:
+            gone.append(wanted)
+            self.delete(wanted)
+        return real(self, wanted, *part)
+
+    monkeypatch.setattr(type(storage), "read", read)
+    counts = reindex(storage, told)
+    assert gone == [key]
+    assert (counts.sweeps, counts.unreadable) == (2, {})
+
+
 @pytest.mark.parametrize("how", ["bits turned over", "cut short", "no parquet by its manifest either"])
 def test_damaged_features_are_named_and_no_number_of_them_taken(
     told: Tracker, storage: Storage, tmp_path: Path, how: str
