@@ -12,6 +12,7 @@ import pytest
 from midiscover.cli import main
 from midiscover.rates import write_rates
 from midiscover.store.local import LocalStorage
+from midiscover.store.storage import open_store
 from tests.runs import write_run
 from tests.unit.test_plan import RATES
 
@@ -149,7 +150,7 @@ def test_the_store_of_the_environment_may_lie_at_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x").mkdir()
-    write_rates(LocalStorage(tmp_path / "x"), RATES)
+    write_rates(open_store(str(tmp_path / "x")), RATES)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MIDISCOVER_STORE", "~/x")
     assert main(["plan", str(write_run(tmp_path))]) == 0

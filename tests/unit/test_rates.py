@@ -93,6 +93,7 @@ def test_rates_of_an_older_midiscover_are_refused(tmp_path: Path) -> None:
 
 def test_a_sheet_stands_in_for_rates_of_an_older_midiscover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, store = write_run(tmp_path), tmp_path / "store"
+    store.mkdir()
     storage = LocalStorage(store)
     for device in ("NVIDIA H200", "NVIDIA B200", "CPU"):
         key = write_rates(storage, replace(RATES, device=device))

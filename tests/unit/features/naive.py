@@ -68,6 +68,7 @@ def fake_corpus(windows: int) -> Any:
 
 
 def make_world(folder: Path, settings: FeaturesConfig = SETTINGS, *, d_out: int = D_IN) -> World:
+    folder.mkdir(parents=True, exist_ok=True)
     storage = LocalStorage(folder)
     manifest, acts, mask = write_harvest(storage, train_windows=20, d_in=D_IN, context_size=CONTEXT)
     sae = random_sae(d_out)

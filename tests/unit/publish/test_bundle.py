@@ -57,7 +57,7 @@ def make(root: Path, kind: str, rows: list[dict[str, Any]]) -> Made:
     if kind == "transcoder":
         transcode(sae, D_OUT)
     folders.add_features(root / "store", sae)
-    storage = LocalStorage(root / "store")
+    storage = open_store(str(root / "store"))
     record, cfg = folders.get_json(sae / "record.json"), folders.get_json(sae / "cfg.json")
     export = Export(
         storage=storage,
@@ -304,7 +304,7 @@ def _write(out: LocalStorage, export: Export, bundle: Bundle, prefix: str = "") 
 def test_the_copy_of_a_record_in_a_bundle_is_no_sae(tmp_path: Path) -> None:
     """So that the beginning of an id still means one."""
     sae = folders.write_sae(tmp_path / "store", "standard")
-    storage = LocalStorage(tmp_path / "store")
+    storage = open_store(str(tmp_path / "store"))
     storage.write(f"saes/{sae.name}/exports/bundle/record.json", (sae / "record.json").read_bytes())
     assert sae_ids(storage) == [sae.name]
     assert find_sae(storage, sae.name[:8]) == sae.name

@@ -18,24 +18,23 @@ from midiscover.publish.export import prepare_export, write_export
 from midiscover.publish.neuronpedia import ModelFacts
 from midiscover.publish.saelens import card
 from midiscover.publish.verify import subject_of_folder, verify
-from midiscover.store.local import LocalStorage
-from midiscover.store.storage import open_store
+from midiscover.store.storage import Storage, open_store
 from tests.unit.publish import folders
 
 HOOK = "model.layers.3.mlp"
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStorage:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """With one SAE, of a language model that is not here."""
     folders.write_sae(tmp_path / "store", "standard")
     facts = ModelFacts(name="microsoft/phi-2", model_type="phi", layers=3, d_model=6, neurons_per_layer=24)
     monkeypatch.setattr(exports, "resolve_origin", lambda *_: SimpleNamespace())
     monkeypatch.setattr(exports, "_facts", lambda _: facts)
-    return LocalStorage(tmp_path / "store")
+    return open_store(str(tmp_path / "store"))
 
 
-def card_of(store: LocalStorage, cfg: dict[str, Any] | None = None, **changes: Any) -> str:
+def card_of(store: Storage, cfg: dict[str, Any] | None = None, **changes: Any) -> str:
     """The card of that SAE with another record and other metadata, as one line."""
     record, told = (json.loads(store.read(f"saes/{folders.SAE}/{name}")) for name in ("record.json", "cfg.json"))
     told["metadata"] |= {"model_class_name": "AutoModelForCausalLM", "hook_name": HOOK} | (cfg or {})
@@ -43,14 +42,14 @@ def card_of(store: LocalStorage, cfg: dict[str, Any] | None = None, **changes: A
     return " ".join(card(record | {"hook": HOOK, "output_hook": HOOK, "sae": sae} | changes, told, None).split())
 
 
-def test_an_sae_and_where_it_is_read(store: LocalStorage) -> None:
+def test_an_sae_and_where_it_is_read(store: Storage) -> None:
     told = card_of(store)
     assert "A sparse autoencoder (standard, 40 features) on `model.layers.3.mlp` of microsoft/phi-2, trained by" in told
     assert f"It reads `{HOOK}` in transformers, in SAELens `{HOOK}` of `AutoModelForCausalLM`." in told
     assert "control" not in told.split("## Where it comes from")[0]
 
 
-def test_a_transcoder_tells_what_it_predicts_and_claims_no_hook_that_nobody_has(store: LocalStorage) -> None:
+def test_a_transcoder_tells_what_it_predicts_and_claims_no_hook_that_nobody_has(store: Storage) -> None:
     of = {"kind": "transcoder", "hook": f"{HOOK}:in", "output_hook": HOOK}
     told = card_of(store, {"hook_name": f"{HOOK}:in", "hook_name_out": HOOK}, **of)
     assert f"A transcoder (transcoder, 40 features) that reads the input of `{HOOK}` and predicts `{HOOK}` of" in told
@@ -71,11 +70,11 @@ def test_a_transcoder_tells_what_it_predicts_and_claims_no_hook_that_nobody_has(
         ("random_model", "phi-2 with its weights shuffled, trained by miDiscover on builtin. It is a control: "),
     ],
 )
-def test_a_control_is_called_one(store: LocalStorage, control: str, sentence: str) -> None:
+def test_a_control_is_called_one(store: Storage, control: str, sentence: str) -> None:
     assert sentence in card_of(store, sae={"control": control})
 
 
-def test_a_licence_is_stated_where_one_is_given(store: LocalStorage, tmp_path: Path) -> None:
+def test_a_licence_is_stated_where_one_is_given(store: Storage, tmp_path: Path) -> None:
     free, same, licensed = (
         prepare_export(store, folders.SAE, "saelens", licence=licence) for licence in (None, None, "apache-2.0")
     )
@@ -93,7 +92,7 @@ def test_a_licence_is_stated_where_one_is_given(store: LocalStorage, tmp_path: P
     assert not write_export(licensed, out).is_new
 
 
-def test_a_licence_beside_the_export_in_a_store_is_no_fault(store: LocalStorage) -> None:
+def test_a_licence_beside_the_export_in_a_store_is_no_fault(store: Storage) -> None:
     prefix = f"saes/{folders.SAE}/exports/saelens"
     write_export(prepare_export(store, folders.SAE, "saelens"), store, prefix)
 

@@ -156,6 +156,7 @@ def ids(catalog: Catalog) -> list[str]:
 
 @pytest.fixture
 def three(tmp_path: Path) -> LocalStorage:
+    (tmp_path / "store").mkdir()
     storage = LocalStorage(tmp_path / "store")
     for sae, (hook, fvu) in PLACES.items():
         write_record(storage, sae, hook, fvu)
