@@ -185,7 +185,7 @@ def runs_table(runs: Iterable[Row]) -> RenderableType:
         gone = "".join(f", {run[name]} {name}" for name in ("failed", "retired") if run.get(name))
         created = str(run.get("created_at") or "-")[:16].replace("T", " ")
         saes = f"{run.get('done', 0)}/{run.get('saes', 0)}{gone}"
-        name, status, owner = (_text(run.get(key)) for key in ("name", "status", "owner"))
+        name, status, owner = (text(run.get(key)) for key in ("name", "status", "owner"))
         status.style = STATUS_STYLES.get(status.plain, "")
         table.add_row(run["id"], name, created, saes, status, owner)
     return table if table.row_count else Text("No runs yet.")
@@ -207,11 +207,11 @@ def jobs_table(jobs: Iterable[Row], now: float) -> RenderableType:
     """Jobs of a cluster: `id, stage, name, owner, status, started, ended` of each; times in milliseconds."""
     table = empty("id", "owner", "status", ">minutes", "started")
     for job in jobs:
-        began, status = job["started"], _text(job["status"])
+        began, status = job["started"], text(job["status"])
         status.style = STATUS_STYLES.get(status.plain, "")
         minutes = fixed(((job["ended"] or now) - began) / 60_000, 1) if began else "-"
         started = datetime.fromtimestamp(began / 1000, UTC).isoformat(" ", "minutes")[:16] if began else "-"
-        table.add_row(job["id"], _text(job["owner"]), status, minutes, started)
+        table.add_row(job["id"], text(job["owner"]), status, minutes, started)
     return table if table.row_count else Text("No jobs yet.")
 
 
@@ -220,7 +220,7 @@ def keys_table(keys: Iterable[Row]) -> RenderableType:
     table = empty("id", "name", "may", "made", "by", "revoked")
     for key in keys:
         times = (key["created"][:10], key["by"] or "-", (key["revoked"] or "-")[:10])
-        table.add_row(key["id"], _text(key["name"]), ", ".join(key["scopes"]), *map(_text, times))
+        table.add_row(key["id"], text(key["name"]), ", ".join(key["scopes"]), *map(text, times))
     return table if table.row_count else Text("No keys yet.")
 
 
@@ -251,16 +251,6 @@ def features_made(manifests: Iterable[Row]) -> RenderableType:
         counts = (f"{made[name]:,}" for name in ("alive", "d_sae", "tokens"))
         table.add_row(made["sae"], *counts, fixed(made["seconds"], 1))
     return table
-
-
-def details(data: Mapping[str, Any]) -> RenderableType:
-    """Everything about one sweep or SAE: names and values, nested mappings indented, lists of mappings as tables."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    tables: list[RenderableType] = []
-    _fill(grid, tables, data, depth=0)
-    return Group(grid, *tables)
 
 
 class Fitted:
@@ -362,7 +352,7 @@ def _quality_cells(line: Indicator) -> tuple[RenderableType, ...]:
     return line.name, line.goal, line.best, verdict, line.passing, line.span
 
 
-def _text(value: Any) -> Text:
+def text(value: Any) -> Text:
     """A cell whose brackets are text; rich would read a bare string as markup."""
     return Text(_plain(value))
 
@@ -377,24 +367,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value)) or "-"
     return str(value)
-
-
-def _fill(grid: Table, tables: list[RenderableType], data: Mapping[str, Any], depth: int) -> None:
-    indent = "  " * depth
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            grid.add_row(_text(f"{indent}{key}"), "")
-            _fill(grid, tables, value, depth + 1)
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            tables.append(_listing(key, value))
-        else:
-            grid.add_row(_text(f"{indent}{key}"), _text(None if isinstance(value, Mapping) else value))
-
-
-def _listing(title: str, items: Sequence[Mapping[str, Any]]) -> Table:
-    keys = list(dict.fromkeys(key for item in items for key in item))
-    numeric = {key for key in keys if all(isinstance(item.get(key), (int, float, type(None))) for item in items)}
-    table = empty(*(f">{key}" if key in numeric else key for key in keys), title=title)
-    for item in items:
-        table.add_row(*(_text(item.get(key)) for key in keys))
-    return table

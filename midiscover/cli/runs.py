@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from midiscover import tables
+from midiscover import runview, tables
 from midiscover.errors import ConfigError
 from midiscover.frontier import frontier_of_hooks, frontier_of_kinds
 from midiscover.launch import Parser
@@ -51,14 +51,14 @@ def _run_action(
         case "list":
             return tracker.list_runs(), tables.runs_table
         case "show":
-            return tracker.show(known.id), tables.details
+            return tracker.show(known.id), runview.details
         case "compare":
             return _compared(tracker, known.sweeps), lambda both: tables.comparison(both["saes"], both["stability"])
         case "annotate":
             after = tracker.annotate(known.id, known.note, add_tags=known.tag, remove_tags=known.untag)
-            return after._asdict(), tables.details
+            return after._asdict(), runview.details
         case _:
-            return reindex(storage, tracker)._asdict(), tables.details
+            return reindex(storage, tracker)._asdict(), runview.details
 
 
 def _compared(tracker: Tracker, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,6 @@ from midiscover.tables import (
     MAPS,
     compare_table,
     comparison,
-    details,
     hooks_table,
     layer_map,
     quality_box,
@@ -209,22 +208,3 @@ def test_runs_table() -> None:
 def test_hooks_table_counts_bytes_and_flops() -> None:
     hook = {"path": "model.layers.10.mlp:in", "d_in": 2560, "layer": 10, "flops_per_token": 1.5e9, "recommended": True}
     assert printed(hooks_table([hook]))[-1].split() == ["model.layers.10.mlp:in", "2,560", "5,120", "1.500", "yes"]
-
-
-def test_details_show_every_value() -> None:
-    data = {
-        "id": "demo.01",
-        "tags": ["a", "b"],
-        "metrics": {"l0": 1 / 3, "fvu": None},
-        "ok": True,
-        "saes": [{"id": "x", "l1": 3.0}],
-    }
-    lines = printed(details(data))
-    assert [line.split() for line in lines[:5]] == [
-        ["id", "demo.01"],
-        ["tags", "a,", "b"],
-        ["metrics"],
-        ["l0", "0.333333"],
-        ["fvu", "-"],
-    ]
-    assert lines[-1].split() == ["x", "3"]
