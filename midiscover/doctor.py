@@ -164,7 +164,7 @@ def _database(uri: str | None) -> str:
         raise Absent("tracker.db is not there yet; the first run makes it")
     with Tracker.for_store(open_store(uri, create=False)) as tracker:
         runs = len(tracker.list_runs())
-        return f"{tracker.where}: answers, its tables are current; {runs} sweeps"
+        return f"{tracker.where}: answers, its tables are current; {runs} sweep{'' if runs == 1 else 's'}"
 
 
 def _token() -> str:

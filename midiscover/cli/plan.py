@@ -156,7 +156,8 @@ def _print(
     print(f"{resolved.sweep_id}: {plantables.inputs(plan)}\n")
     tables.show(plantables.plan_table(plan))
     if len(plans) > 1 or price is not None:
-        print(f"\nOn {', '.join(map(str, plans))} GPUs:")
+        counts = _gpus(first) if len(plans) == 1 else f"{', '.join(map(str, plans))} GPUs"
+        print(f"\nOn {counts}:")
         tables.show(plantables.scaling_table(plans, price))
     longest = plan.bottleneck
     print(f"\nLongest: {longest.name} ({longest.bound}).")

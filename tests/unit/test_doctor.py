@@ -18,6 +18,7 @@ from midiscover.store.local import LocalStorage
 from midiscover.tracking import Tracker
 from tests.s3 import s3_server
 from tests.tiny import make_tiny_model
+from tests.unit.tracking import samples
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,14 @@ def test_a_machine_that_has_everything(tmp_path: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and ".db" not in path.name}
     assert set(after) == set(before), "nothing is left behind"
     assert all(after[path] == time for path, time in before.items())
+
+
+@pytest.mark.parametrize(("made", "told"), [(0, "0 sweeps"), (1, "1 sweep"), (2, "2 sweeps")])
+def test_the_sweeps_of_a_database_are_counted(tmp_path: Path, made: int, told: str) -> None:
+    with Tracker.for_store(LocalStorage(tmp_path)) as tracker:
+        for number in range(made):
+            tracker.start_sweep(samples.sweep() | {"id": f"made.{number}"}, [])
+    assert found(str(tmp_path))["database"][1].endswith(f"its tables are current; {told}")
 
 
 def test_what_is_not_there_yet_is_no_fault(tmp_path: Path) -> None:

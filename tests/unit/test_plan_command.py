@@ -53,6 +53,8 @@ def test_a_plan_is_printed_drawn_and_given_as_json(tmp_path: Path, capsys: pytes
     told = capsys.readouterr().out
     assert "rates of NVIDIA H200, reckoned from its data sheet, not measured" in told
     assert "US$" in told
+    assert main(["plan", str(config), "--store", str(store), "--gpus", "1", "--price", "2"]) == 0
+    assert "\nOn 1 GPU:\n" in capsys.readouterr().out
 
 
 def test_each_number_of_gpus_has_its_own_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
