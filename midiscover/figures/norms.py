@@ -89,7 +89,7 @@ def dead_chart(
             count = classes.count(name)
             share = count / len(found) if found else 0.0
             text = f"{fixed(count, 0)} ({percent(share)})"
-            values.append({"group": group, "rate": name, "count": count, "share": rounded(share), "text": text})
+            values.append({"group": group, "rate": name, "count": count, "share": rounded(share), "count_text": text})
     highest = max((value["share"] for value in values), default=0.0) or 1.0
     bars = alt.Chart().encode(
         # The numbers stand right of the bars.
@@ -100,13 +100,16 @@ def dead_chart(
             axis=alt.Axis(format="~%", tickCount=5),
         ),
         y=alt.Y("rate:N", sort=names, title="Fires on a share of tokens", axis=alt.Axis(ticks=False, domain=False)),
-        tooltip=[alt.Tooltip(f"{key}:N") for key in ("group", "rate", "text")],
+        tooltip=[
+            *(alt.Tooltip(f"{key}:N") for key in ("group", "rate")),
+            alt.Tooltip("count_text:N", title="features"),
+        ],
     )
     scale = alt.Scale(domain=groups, range=categories(len(groups)))
     legend = alt.Legend(columns=legend_columns(groups)) if len(groups) > 1 else None
     bars = bars.encode(yOffset=alt.YOffset("group:N", sort=groups)) if len(groups) > 1 else bars
     drawn = bars.mark_bar().encode(color=alt.Color("group:N", title=None, scale=scale, legend=legend))
-    numbers = bars.mark_text(align="left", dx=4, fontSize=10, color=INK_SOFT).encode(text="text:N")
+    numbers = bars.mark_text(align="left", dx=4, fontSize=10, color=INK_SOFT).encode(text="count_text:N")
     height = len(RATES) * (BAR if len(groups) < 2 else 14 * len(groups) + 8)
     chart = alt.layer(drawn, numbers, data=alt.InlineData(values=values, name="rates"))
     return finish(chart.properties(width=PLOT_WIDTH - 60, height=height), title, subtitle)

@@ -24,6 +24,25 @@ from midiscover.palette import FONT_MONO
 
 Table = Sequence[Mapping[str, Any]]
 
+DRAWN = {
+    "colour",
+    "line",
+    "note",
+    "ink",
+    "ground",
+    "left",
+    "right",
+    "start",
+    "top",
+    "middle",
+    "bottom",
+    "align",
+    "bold",
+}
+"""Columns of a chart's data that only place or colour a mark. CSV is without them, and without those of DRAWN_ENDS."""
+DRAWN_ENDS = ("_text", "_ink", "_head")
+"""Of columns that say another one in words, in the colour of its words, or as a heading."""
+
 _VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NO_CHARACTER = "\U0010ffff"
@@ -76,12 +95,13 @@ def html(chart: Chart) -> str:
 
 
 def csv(chart: Chart) -> str:
-    """The numbers behind a chart: a line per row of its data, the union of all columns.
+    """The numbers behind a chart: a line per row of its data, the union of all columns but those that only draw it.
 
     Where a chart has several tables, the first column, `table`, names them.
     """
     tables = data(chart)
-    columns = list(dict.fromkeys(column for rows in tables.values() for row in rows for column in row))
+    known = dict.fromkeys(column for rows in tables.values() for row in rows for column in row)
+    columns = [column for column in known if column not in DRAWN and not column.endswith(DRAWN_ENDS)]
     named = len(tables) > 1
     file = io.StringIO()
     writer = csv_module.writer(file, lineterminator="\n")

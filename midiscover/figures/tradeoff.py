@@ -45,7 +45,7 @@ _TOOLTIP = {
     "path": "hook",
     "kind": "kind",
     "setting": "setting",
-    "width": "features",
+    "width_text": "features",
     "variant": "other settings",
     "control": "control",
     "seed": "seed",
@@ -77,8 +77,8 @@ def frontier_chart(rows: Sequence[Row]) -> Chart:
     dashed = next(
         (
             key
-            for key in ("width", "variant")
-            if colours.by != key and len({v[key] for v in values if v["control"] == TRAINED}) > 1
+            for key, by in (("width_text", "width"), ("variant", "variant"))
+            if colours.by != by and len({v[key] for v in values if v["control"] == TRAINED}) > 1
         ),
         None,
     )
@@ -157,7 +157,9 @@ def _frontier_layers(
     colour = alt.Color("colour:N", title=None, scale=colours.scale(), legend=colours.legend())
     lines = (
         base.transform_filter(f"datum.control === '{TRAINED}'")
-        .transform_aggregate(l0="mean(l0)", fvu="mean(fvu)", groupby=["line", "setting", "colour", "width", "variant"])
+        .transform_aggregate(
+            l0="mean(l0)", fvu="mean(fvu)", groupby=["line", "setting", "colour", "width_text", "variant"]
+        )
         .mark_line(strokeWidth=1.5)
         .encode(color=colour, detail="line:N", order=alt.Order("l0:Q"))
     )
@@ -166,7 +168,7 @@ def _frontier_layers(
         dashes = [DASHES[i % len(DASHES)] for i in range(len(domain))]
         columns = legend_columns(domain)
         legend = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=HOOKS[-1], columns=columns)
-        title = "features" if dashed == "width" else None
+        title = "features" if dashed == "width_text" else None
         dash = alt.StrokeDash(f"{dashed}:N", title=title, scale=alt.Scale(domain=domain, range=dashes), legend=legend)
         lines = lines.encode(strokeDash=dash)
     points = base.mark_point(size=75, strokeWidth=2).encode(
@@ -199,11 +201,14 @@ def _point(row: Row, short: Mapping[str, str], colours: Colouring) -> dict[str, 
         "l0": rounded(row["l0"]),
         "fvu": rounded(row["fvu"]),
         "foreign": rounded(row.get("fvu_foreign")),
+        "ce_recovered": rounded(row.get("ce_recovered")),
+        "dead_share": rounded(row.get("dead_share")),
         "sae": row.get("sae_id"),
         "setting": label(row),
         "seed": row.get("seed"),
-        "width": fixed(row.get("d_sae"), 0),
+        "d_sae": row.get("d_sae"),
         "variant": row.get("variant") or "-",
+        "width_text": fixed(row.get("d_sae"), 0),
         "l0_text": fixed(row["l0"], 1),
         "fvu_text": fixed(row["fvu"], 3),
         "foreign_text": fixed(row.get("fvu_foreign"), 3),

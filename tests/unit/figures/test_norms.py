@@ -43,7 +43,7 @@ def test_rates_fall_into_the_class_whose_highest_they_do_not_pass(rate: float, n
 def test_dead_features_are_counted() -> None:
     rates = [0.0] * 30 + [5e-4] * 50 + [0.02] * 20
     table = figures.data(figures.dead_chart([{"value": rate} for rate in rates]))["rates"]
-    assert {row["rate"]: row["text"] for row in table if row["count"]} == {
+    assert {row["rate"]: row["count_text"] for row in table if row["count"]} == {
         "never": "30 (30.0%)",
         "to 0.1%": "50 (50.0%)",
         "to 10%": "20 (20.0%)",

@@ -45,6 +45,24 @@ def test_csv_holds_the_rows_of_one_table() -> None:
     assert "table" not in read[0]
 
 
+def test_csv_holds_numbers_and_nothing_that_only_draws() -> None:
+    rows, _, _ = plain_tables()
+    rows = [row | {"fvu_foreign": 0.5} for row in rows]
+    rows[0] |= {"d_sae": 16_384, "ce_recovered": None}
+    read = {line["sae"]: line for line in csv.DictReader(io.StringIO(figures.csv(figures.frontier_chart(rows))))}
+    for row in rows:
+        line = read[row["sae_id"]]
+        assert line["d_sae"] == str(row["d_sae"])
+        assert line["ce_recovered"] == ("" if row["ce_recovered"] is None else f"{row['ce_recovered']:.5g}")
+        assert line["dead_share"] == f"{row['dead_share']:.5g}"
+    assert not {"width", "line", "colour", "note"} & set(read[rows[0]["sae_id"]])
+    charts = [figures.map_chart(rows), figures.dead_chart([{"value": 0.5}]), figures.foreign_chart(rows), card()]
+    for chart in [*charts, figures.frontier_chart(rows)]:
+        columns = next(csv.reader(io.StringIO(figures.csv(chart))))
+        assert len(columns) > 1
+        assert not [name for name in columns if name.endswith(("_text", "_ink", "_head")) or name in ("left", "ground")]
+
+
 def test_csv_of_a_card_names_its_tables_and_keeps_every_token() -> None:
     read = list(csv.DictReader(io.StringIO(figures.csv(card()))))
     tables = {line["table"] for line in read}
