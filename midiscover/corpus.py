@@ -260,7 +260,7 @@ class _Build:
         self, counts: Mixed, cfg: CorpusConfig, source: SourceIdentity, lineage: dict[str, Any]
     ) -> CorpusManifest:
         """Write what is left: the last training shard, the held-out windows that may stay, the documents."""
-        held_out = self._held_out(cfg, source)
+        held_out = self._held_out(counts, cfg, source)
         apart = apart_from_training(held_out, self._training(), self.layout)
         if apart.left:
             raise StageError(
@@ -296,14 +296,17 @@ class _Build:
             lineage=lineage,
         )
 
-    def _held_out(self, cfg: CorpusConfig, source: SourceIdentity) -> Windows:
+    def _held_out(self, counts: Mixed, cfg: CorpusConfig, source: SourceIdentity) -> Windows:
         """Close both streams: writes the last training windows and returns all held-out ones."""
         training, held_out = (packer.take(rest=True) for packer in self.packers.values())
         splits = {row["split"] for row in self.rows}
         if held_out is None or "train" not in splits:
+            read = {"max_samples": counts.read, "max_tokens": counts.tokens}
+            stops = [f"a higher corpus.{name} (now {n:,})" for name, n in read.items() if n == getattr(cfg, name)]
+            more = ", ".join(stops).capitalize() or "More documents"
             raise CorpusError(
                 f"{source.name} gave {len(self.rows)} documents, of which {'all' if held_out else 'none'} fell to "
-                f"held-out text; training and held-out text need at least one each. More documents, another "
+                f"held-out text; training and held-out text need at least one each. {more}, another "
                 f"corpus.held_out (now {cfg.held_out:g}) or another corpus.seed would do."
             )
         self._write("train", training)

@@ -316,12 +316,14 @@ def test_absent_and_damaged_corpora(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "settings", "said"),
     [
-        (make_texts(1), {}, "gave 1 documents, of which .* training and held-out text need at least one each"),
+        (make_texts(1), {}, "gave 1 documents, of which .* training and held-out text need at least one each. More "),
+        (make_texts(30), {"max_tokens": 8}, r"A higher corpus\.max_tokens \(now 8\), another corpus"),
+        (make_texts(30), {"max_samples": 1}, r"A higher corpus\.max_samples \(now 1\), another corpus"),
         (make_texts(30), {"held_out": 0.001}, "gave 30 documents, of which none fell to held-out"),
         (make_texts(30), {"held_out": 0.999}, "gave 30 documents, of which all fell to held-out"),
         ([f"{REFRAIN} {text}" for text in make_texts(30)], {"context_size": 8192}, "every held-out window shares"),
     ],
-    ids=["one document", "none held out", "all held out", "a refrain in the only window"],
+    ids=["one document", "few tokens", "one sample", "none held out", "all held out", "a refrain in the only window"],
 )
 def test_too_little_text(tmp_path: Path, texts: list[str], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(CorpusError, match=said):
