@@ -228,9 +228,9 @@ def to_tree(config: Any) -> Any:
     return config
 
 
-def to_yaml(config: Any) -> str:
-    """A config as YAML that reads back to an equal one."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, width=100)
+def to_yaml(config: Any, *, ascii_only: bool = True) -> str:
+    """A config as YAML that reads back to an equal one; ascii_only: other characters as escapes."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=not ascii_only, width=100)
 
 
 def _given(config: Any) -> dict[str, Any]:

@@ -61,9 +61,10 @@ def _shown(hook: HookInfo, table: HookTable) -> bool:
 def _config(argv: Sequence[str]) -> None:
     args = parse_job("config", argv, prog="midiscover config")
     resolved = resolve(load_config(find_config(args.config), args.overrides), args.store)
-    print(to_yaml(resolved.config), end="")
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    print(to_yaml(resolved.config, ascii_only=ascii_only), end="")
     print("\n# what it resolves to")
-    print(to_yaml(_ids(resolved, args.store)), end="")
+    print(to_yaml(_ids(resolved, args.store), ascii_only=ascii_only), end="")
 
 
 def _ids(resolved: Resolved, store: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Standard output that takes nothing: a full disk is told, a reader who has gone is not."""
+"""Standard output that takes nothing, or not every letter: a full disk is told, a reader who has gone is not."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.jobs_cli import environment
+from tests.runs import write_run
 from tests.tiny import make_tiny_model
 
 COMMAND = (sys.executable, "-m", "midiscover.cli")
@@ -60,3 +62,18 @@ def test_another_failure_is_none_of_the_output(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(cli.VERBS, "runs", fail)
     with pytest.raises(OSError, match="a file"):
         cli.main(["runs"])
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "sünnet"), ("latin-1", r"s\xFCnnet")])
+def test_a_config_is_shown_in_the_letters_that_the_output_has(encoding: str, shown: str, tmp_path: Path) -> None:
+    config = write_run(tmp_path, publish={"neuronpedia": {"creator_name": "sünnet"}})
+    done = subprocess.run(
+        [*COMMAND, "config", str(config), "--store", str(tmp_path)],
+        capture_output=True,
+        env=environment() | {"PYTHONIOENCODING": encoding},
+        timeout=120,
+        check=True,
+    )
+    told = done.stdout.decode(encoding)
+    assert shown in told
+    assert yaml.safe_load(told)["publish"]["neuronpedia"]["creator_name"] == "sünnet"
