@@ -29,6 +29,12 @@ def details(data: Mapping[str, Any]) -> RenderableType:
     return Group(grid, *tables)
 
 
+def listing(title: str, items: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A table; where it is too narrow for one, each item by itself, so that what is to be copied stays whole."""
+    apart = [part for item in items for part in (details(item), "")]
+    return Fitted(lambda: _table(title, items), lambda: Group(Text(title, style="bold"), *apart))
+
+
 def _fill(grid: Table, tables: list[RenderableType], data: Mapping[str, Any], depth: int) -> None:
     indent = "  " * depth
     for key, value in data.items():
@@ -36,7 +42,7 @@ def _fill(grid: Table, tables: list[RenderableType], data: Mapping[str, Any], de
             grid.add_row(text(f"{indent}{key}"), "")
             _fill(grid, tables, value, depth + 1)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            tables.append(_saes(value) if key == "saes" else _listing(key, value))
+            tables.append(_saes(value) if key == "saes" else listing(key, value))
         else:
             grid.add_row(text(f"{indent}{key}"), text(None if isinstance(value, Mapping) else value))
 
@@ -66,12 +72,6 @@ def _saes_table(
         if column.header == "id" and folds:
             column.no_wrap = False
     return table
-
-
-def _listing(title: str, items: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A table; where it is too narrow for one, each item by itself, so that what is to be copied stays whole."""
-    apart = [part for item in items for part in (details(item), "")]
-    return Fitted(lambda: _table(title, items), lambda: Group(Text(title, style="bold"), *apart))
 
 
 def _table(title: str, items: Sequence[Mapping[str, Any]]) -> Table:

@@ -59,7 +59,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   publish TARGET     the exports that `publish` in a config lists, each of them verified
   verify SAE|DIR     named checks of an SAE or an export, and an archive of what passed
   import SRC --from saelens|seed   an SAE of others: folded, measured, then like one of ours
-  promote TARGET     mark what a deployment serves, within limits; or take it out again
+  promote TARGET | --list   mark what a deployment serves, within limits; or take it out again
   serve              host the SAEs of a store over HTTP, with a first API key
   keys create NAME | list | revoke KEY   who may use a deployment, and for what
   model push MODEL   put a local model into the store, where nodes fetch it as store:NAME

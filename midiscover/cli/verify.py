@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from midiscover import tables
+from midiscover import runview, tables
 from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_import, run_job
-from midiscover.store.storage import open_store
+from midiscover.promoted import promoted
+from midiscover.store.storage import Storage, open_store
 from midiscover.targets import find_sae, find_target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from midiscover.publish.checks import Subject
-    from midiscover.publish.promote import Decision
+    from midiscover.publish.promote import Decision, Limits
     from midiscover.publish.verify import Report
 
 STYLES = {"pass": "green", "fail": "bold red", "skipped": "dim"}
@@ -122,16 +125,28 @@ def _promote(argv: Sequence[str]) -> None:
         description="Mark which SAEs a deployment serves: of each hook the one with the lowest FVU within the limits.",
         epilog="Limits are on held-out text. Exit code 1, with the reasons, where no SAE keeps them.",
     )
-    parser.add_argument("target", metavar="SWEEP|SAE|CONFIG", help="by the beginning of its id, or a config")
+    parser.add_argument("target", nargs="?", metavar="SWEEP|SAE|CONFIG", help="by the beginning of its id, or a config")
     parser.add_argument("--max-fvu", type=float, metavar="X", help="highest share of variance left unexplained")
     parser.add_argument("--l0", metavar="MIN..MAX", help="features a token, for example 20..100")
     parser.add_argument("--max-dead", type=float, metavar="Y", help="highest share of features that never fire")
     parser.add_argument("--min-ce", type=float, metavar="Z", help="lowest share of cross-entropy recovered")
     parser.add_argument("--withdraw", action="store_true", help="take an SAE, or all of a sweep, out of it again")
+    parser.add_argument("--list", action="store_true", help="show what is promoted")
     parser.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    parser.add_argument("--json", action="store_true", help="the list as JSON")
     known = parser.parse_args(list(argv))
     limits = (known.max_fvu, known.l0, known.max_dead)
-    if known.withdraw and (known.min_ce is not None or any(limit is not None for limit in limits)):
+    limited = known.min_ce is not None or any(limit is not None for limit in limits)
+    if known.list:
+        if known.target is not None or known.withdraw or limited:
+            raise ConfigError("--list shows all that is promoted; give it nothing but --store and --json.")
+        _show_promoted(open_store(known.store, create=False), as_json=known.json)
+        return
+    if known.json:
+        raise ConfigError("--json goes with --list.")
+    if known.target is None:
+        raise ConfigError("SWEEP|SAE|CONFIG is missing; `midiscover promote --list` shows what is promoted.")
+    if known.withdraw and limited:
         raise ConfigError("--withdraw takes SAEs out, whatever they measure; give it no limits.")
     if not known.withdraw and None in limits:
         raise ConfigError("Promotion needs --max-fvu, --l0 MIN..MAX and --max-dead, for example 0.25, 20..100 and 0.1.")
@@ -142,6 +157,13 @@ def _promote(argv: Sequence[str]) -> None:
         gone = promote.withdraw(storage, known.target)
         print("\n".join(f"withdrawn: {sae}" for sae in gone))
         return
+    _say(promote.promote(storage, find_target(storage, known.target), _limits(known)))
+
+
+def _limits(known: argparse.Namespace) -> Limits:
+    """ConfigError for a limit that no SAE could keep, or that is no range."""
+    from midiscover.publish.promote import Limits
+
     for name in ("max_fvu", "max_dead", "min_ce"):
         value = getattr(known, name)
         # FVU can be above 1 and cross-entropy recovered below 0, so there is one end to each.
@@ -155,10 +177,22 @@ def _promote(argv: Sequence[str]) -> None:
         low = high = None
     if low is None or high is None or low > high:
         raise ConfigError(f"--l0 {known.l0} is no range; give MIN..MAX, for example 20..100.")
-    wanted = promote.Limits(
-        max_fvu=known.max_fvu, min_l0=low, max_l0=high, max_dead=known.max_dead, min_ce=known.min_ce
-    )
-    _say(promote.promote(storage, find_target(storage, known.target), wanted))
+    return Limits(max_fvu=known.max_fvu, min_l0=low, max_l0=high, max_dead=known.max_dead, min_ce=known.min_ce)
+
+
+def _show_promoted(storage: Storage, *, as_json: bool) -> None:
+    entries = promoted(storage, lambda told: print(f"midiscover: {told}", file=sys.stderr))
+    if as_json:
+        print(json.dumps(entries, indent=1))
+        return
+    rows = []
+    for entry in entries:
+        measured = entry.get("metrics") or {}
+        rows.append(
+            {"id": entry["id"], "hook": entry.get("hook"), "L0": measured.get("l0"), "FVU": measured.get("fvu")}
+            | {"promoted": entry.get("promoted"), "by": entry.get("by")}
+        )
+    tables.show(runview.listing("promoted", rows) if rows else f"Nothing is promoted in {storage.uri} yet.")
 
 
 def _say(decision: Decision) -> None:

@@ -122,8 +122,10 @@ def withdraw(storage: Storage, name: str) -> list[str]:
     def without(entries: list[Entry]) -> list[Entry]:
         named = {entry[key] for entry in entries for key in ("id", "sweep") if entry[key]}
         fits = {name} if name in named else {found for found in named if found.startswith(name)}
+        if not entries:
+            raise NotFoundError(f"Nothing is promoted in {storage.uri}, so nothing can be withdrawn.")
         if len(fits) != 1:
-            known = ", ".join(sorted(entry["id"] for entry in entries)) or "none"
+            known = ", ".join(sorted(entry["id"] for entry in entries))
             what = f"'{name}' fits {len(fits)}" if fits else f"Nothing that '{name}' names"
             raise NotFoundError(f"{what} of the promoted SAEs of {storage.uri}; they are {known}.")
         gone[:] = [entry["id"] for entry in entries if fits & {entry["id"], entry["sweep"]}]

@@ -143,6 +143,8 @@ def test_promoting_again_replaces_and_withdrawing_removes(storage: LocalStorage)
     assert withdraw(storage, "a") == ["a"]
     assert withdraw(storage, "tiny") == ["b", "c"]
     assert promoted(storage) == []
+    with pytest.raises(NotFoundError, match="Nothing is promoted in .*, so nothing can be withdrawn"):
+        withdraw(storage, "tiny")
 
 
 @pytest.mark.usefixtures("verified")
@@ -263,7 +265,44 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--withdraw", "--max-fvu", "1"), "give it no limits"),
         (("--max-fvu", "1", "--l0", "9-3", "--max-dead", "1"), "--l0 9-3 is no range; give MIN..MAX"),
         (("--max-fvu", "1", "--l0", "9..3", "--max-dead", "1"), "--l0 9..3 is no range"),
-        (("--withdraw",), f"Nothing that '{folders.SAE}' names"),
+        (("--withdraw",), f"Nothing is promoted in {tmp_path}"),
     ):
         code, out = run(capsys, "promote", folders.SAE, *wrong, *at)
         assert (code, message in out) == (2, True), out
+
+
+@pytest.mark.usefixtures("verified")
+def test_what_is_promoted_is_listed(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ("promote", "--list", "--store", str(storage.root))
+    assert run(capsys, *at) == (0, f"Nothing is promoted in {storage.uri} yet.\n")
+    assert run(capsys, *at, "--json") == (0, "[]\n")
+    put(storage, "a", fvu=0.19)
+    put(storage, "b", "model.layers.2.mlp")
+    promote(storage, of("a", "b"), LIMITS)
+    entries = json.loads(storage.read(layout.PROMOTED))["saes"]
+    code, out = run(capsys, *at)
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert ["a", "model.layers.1.mlp", "40", "0.19", entries[0]["promoted"], "ada"] in lines
+    assert ["b", "model.layers.2.mlp", "40", "0.2", entries[1]["promoted"], "ada"] in lines
+    code, out = run(capsys, *at, "--json")
+    assert json.loads(out) == entries
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "SWEEP|SAE|CONFIG is missing; `midiscover promote --list` shows what is promoted."),
+        (("--withdraw",), "SWEEP|SAE|CONFIG is missing; `midiscover promote --list` shows what is promoted."),
+        (("--list", "a"), "give it nothing but --store and --json"),
+        (("--list", "--withdraw"), "give it nothing but --store and --json"),
+        (("--list", "--min-ce", "0"), "give it nothing but --store and --json"),
+        (("a", "--withdraw", "--json"), "--json goes with --list."),
+    ],
+)
+def test_what_does_not_go_together(
+    words: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(capsys, "promote", *words, "--store", str(tmp_path))
+    assert code == 2
+    assert told in out
