@@ -152,7 +152,7 @@ def portable(config: RunConfig, store: str) -> RunConfig:
     config = replace(config, corpus=corpus, evaluate=evaluate)
     if config.model.id == "embedded" or Path(os.path.expanduser(config.model.id)).exists():
         stored, is_new = push_model(config.model, store, beside=True)
-        _say_put(stored.name, sum(file.size for file in stored.files.values()), store, is_new=is_new)
+        _say_put(stored.name, stored.size, store, is_new=is_new)
         return replace(config, model=replace(config.model, id=f"{STORED}{stored.key}", revision=None))
     return config
 

@@ -60,6 +60,11 @@ class StoredModel:
     tokenizer_digest: str
     files: Mapping[str, StoredFile]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files.values())
+
     def document(self) -> bytes:
         """The manifest: the same bytes wherever the store lies."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("store", "key")}
@@ -85,18 +90,22 @@ def read_stored(name: str, storage: Storage) -> StoredModel:
     return stored
 
 
+def stored_names(storage: Storage) -> list[str]:
+    """The names of the complete models of a store."""
+    keys = storage.list(layout.MODELS)
+    return [key.split("/")[1] for key in keys if key == layout.model_manifest(key.split("/")[1])]
+
+
 _REMEDY = "Remove its folder from the store, then push the model again."
 
 
 def _absent(name: str, storage: Storage) -> str:
-    keys = storage.list(layout.MODELS)
-    if any(key.startswith(f"{layout.MODELS}/{name}/") for key in keys):
+    if any(key.startswith(f"{layout.MODELS}/{name}/") for key in storage.list(layout.MODELS)):
         return (
             f"The model {name!r} in the store {storage.uri} has no manifest, so it is not complete: "
             "push it again with `midiscover model push`."
         )
-    manifests = [key for key in keys if key == layout.model_manifest(key.split("/")[1])]
-    there = ", ".join(key.split("/")[1] for key in manifests) or "none; `midiscover model push` puts one there"
+    there = ", ".join(stored_names(storage)) or "none; `midiscover model push` puts one there"
     return f"The store {storage.uri} holds no model {name!r}. Its models: {there}."
 
 

@@ -62,7 +62,7 @@ Train sparse autoencoders on language-model activations, on a laptop or a cluste
   promote TARGET | --list   mark what a deployment serves, within limits; or take it out again
   serve              host the SAEs of a store over HTTP, with a first API key
   keys create NAME | list | revoke KEY   who may use a deployment, and for what
-  model push MODEL   put a local model into the store, where nodes fetch it as store:NAME
+  model push MODEL | list   put a local model into the store, where nodes fetch it as store:NAME; those there
   store du | gc      what a store holds; remove what nobody needs
   doctor [CONFIG]    what a run needs of this machine, or of a cluster's: store, database, GPUs, model, text
   jobs list | logs ID [-f] | stop ID   jobs on a cluster

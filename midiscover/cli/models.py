@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from midiscover import tables
+from midiscover import runview, tables
 from midiscover.config import ModelConfig
 from midiscover.configio import find_config, load_config, to_yaml
 from midiscover.launch import Parser, parse_doctor, parse_job
 from midiscover.models import STORED, HookInfo, HookTable, hook_table, push_model, resolve_model
 from midiscover.resolve import Resolved, make_packs, resolve
 from midiscover.store import layout
-from midiscover.store.storage import store_uri
+from midiscover.store.storage import Storage, open_store, store_uri
+from midiscover.storedmodels import read_stored, stored_names
+from midiscover.summary import fixed
 
 
 def _inspect(argv: Sequence[str]) -> None:
@@ -87,12 +89,35 @@ def _model(argv: Sequence[str]) -> None:
     push = actions.add_parser("push", help="put a local model into the store; afterwards model.id is store:NAME")
     push.add_argument("model", metavar="MODEL", help="folder, GGUF file, or 'embedded'")
     push.add_argument("--name", help="its name in the store; else what the model calls itself")
-    push.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    listing = actions.add_parser("list", help="the models of the store")
+    for action in (push, listing):
+        action.add_argument("--store", metavar="URI", help="folder or s3://bucket/prefix; else $MIDISCOVER_STORE")
+    listing.add_argument("--json", action="store_true", help="as JSON")
     known = parser.parse_args(list(argv))
+    if known.action == "list":
+        _list_models(open_store(known.store, create=False), as_json=known.json)
+        return
     stored, is_new = push_model(ModelConfig(id=known.model), known.store, known.name)
-    size = sum(file.size for file in stored.files.values()) / 1e6
-    print(f"{stored.name}: {size:,.1f} MB {'put' if is_new else 'stand already'} in {stored.store}", file=sys.stderr)
+    print(
+        f"{stored.name}: {stored.size / 1e6:,.1f} MB {'put' if is_new else 'stand already'} in {stored.store}",
+        file=sys.stderr,
+    )
     print(f"{STORED}{stored.key}")
+
+
+def _list_models(storage: Storage, *, as_json: bool) -> None:
+    models = [read_stored(name, storage) for name in stored_names(storage)]
+    if as_json:
+        rows = [{"id": f"{STORED}{m.key}", "name": m.name, "digest": m.digest, "bytes": m.size} for m in models]
+        print(json.dumps(rows, indent=1))
+        return
+    rows = [
+        {"id": f"{STORED}{model.key}", "what it is": model.name, "MB": fixed(model.size / 1e6, 1)} for model in models
+    ]
+    if rows:
+        tables.show(runview.listing("models", rows))
+    else:
+        print(f"No models in {storage.uri} yet; `midiscover model push` puts one there.")
 
 
 def _doctor(argv: Sequence[str]) -> None:

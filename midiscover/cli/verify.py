@@ -185,6 +185,9 @@ def _show_promoted(storage: Storage, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(entries, indent=1))
         return
+    if not entries:
+        print(f"Nothing is promoted in {storage.uri} yet.")
+        return
     rows = []
     for entry in entries:
         measured = entry.get("metrics") or {}
@@ -192,7 +195,7 @@ def _show_promoted(storage: Storage, *, as_json: bool) -> None:
             {"id": entry["id"], "hook": entry.get("hook"), "L0": measured.get("l0"), "FVU": measured.get("fvu")}
             | {"promoted": entry.get("promoted"), "by": entry.get("by")}
         )
-    tables.show(runview.listing("promoted", rows) if rows else f"Nothing is promoted in {storage.uri} yet.")
+    tables.show(runview.listing("promoted", rows))
 
 
 def _say(decision: Decision) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import midiscover.lm  # noqa: F401  so that hook tables are made in this process
 from midiscover import models, storedmodels
+from midiscover.cli import main
 from midiscover.config import ModelConfig
 from midiscover.errors import CorruptError, ModelError, StoreError, UserError
 from midiscover.modelfiles import made_once
@@ -382,3 +383,24 @@ def test_an_upload_that_fails_is_told_whatever_still_holds_the_bytes(
     monkeypatch.setattr(LocalStorage, "create", create)
     with pytest.raises(StoreError, match=r"Can't write models/mine/.*, 1 bytes"):
         push(folder, store, "mine")
+
+
+def test_the_models_of_a_store_are_listed(folder: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ("model", "list", "--store", str(store))
+    store.mkdir()
+    assert main([*at]) == 0
+    assert capsys.readouterr().out == f"No models in {store} yet; `midiscover model push` puts one there.\n"
+    push(folder, store)
+    push(folder, store, "second")
+    unfinished = store / "models" / "third"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+    files = [path for path in (store / "models" / "second").iterdir() if path.name != "manifest.json"]
+    size = sum(path.stat().st_size for path in files)
+    assert main([*at, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["id"], row["bytes"]) for row in rows] == [("store:second", size), ("store:tiny-phi", size)]
+    assert [resolve(row["id"], store).digest for row in rows] == [row["digest"] for row in rows]
+    assert main([*at]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["store:second", rows[0]["name"], f"{size / 1e6:.1f}"] in lines
