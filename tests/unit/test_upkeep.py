@@ -329,9 +329,15 @@ def test_the_command(storage: LocalStorage, tmp_path: Path, capsys: pytest.Captu
     before = set(storage.list(""))
     assert main(["store", "gc", "--dry-run", "--grace", "0", "--store", str(tmp_path)]) == 0
     assert "MB would go" in capsys.readouterr().out
+    assert main(["store", "gc", "--dry-run", "--grace", "0", "--json", "--store", str(tmp_path)]) == 0
+    planned = json.loads(capsys.readouterr().out)
     assert set(storage.list("")) == before
-    assert main(["store", "gc", "--grace", "0", "--store", str(tmp_path)]) == 0
+    assert main(["store", "gc", "--grace", "0", "--json", "--store", str(tmp_path)]) == 0
+    done = json.loads(capsys.readouterr().out)
     assert set(storage.list("")) == before - GARBAGE.keys()
+    assert done == planned | {"dry_run": False}
+    assert {one["key"] for one in done["waste"]} == GARBAGE.keys()
+    assert done["bytes"] == sum(one["bytes"] for one in done["waste"]) > 0
     assert main(["store", "du", "--json", "--store", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main(["store", "du", "--store", str(tmp_path)]) == 0
