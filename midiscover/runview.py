@@ -1,4 +1,5 @@
-"""What `runs show` prints of one sweep or SAE: every name and value, and tables of what there are several of."""
+"""One sweep or SAE in the terminal, as `runs show` prints it: every name and value, and lists of what there are several
+of; other lists of few things as well."""
 
 from __future__ import annotations
 

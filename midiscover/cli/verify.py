@@ -16,6 +16,7 @@ from midiscover.errors import ConfigError
 from midiscover.launch import Parser, parse_import, run_job
 from midiscover.promoted import promoted
 from midiscover.store.storage import Storage, open_store
+from midiscover.summary import fixed
 from midiscover.targets import find_sae, find_target
 
 if TYPE_CHECKING:
@@ -191,10 +192,9 @@ def _show_promoted(storage: Storage, *, as_json: bool) -> None:
     rows = []
     for entry in entries:
         measured = entry.get("metrics") or {}
-        rows.append(
-            {"id": entry["id"], "hook": entry.get("hook"), "L0": measured.get("l0"), "FVU": measured.get("fvu")}
-            | {"promoted": entry.get("promoted"), "by": entry.get("by")}
-        )
+        numbers = {"L0": fixed(measured.get("l0"), 1), "FVU": fixed(measured.get("fvu"), 3)}
+        when = str(entry.get("promoted") or "-")[:16].replace("T", " ")
+        rows.append({"id": entry["id"], "hook": entry.get("hook"), **numbers, "promoted": when, "by": entry.get("by")})
     tables.show(runview.listing("promoted", rows))
 
 
