@@ -199,7 +199,9 @@ class FeaturesRun:
 
     def _forget(self) -> None:
         for sae in self.target.saes:
-            keys = self.storage.list(layout.features_folder(sae, self.run.features_id))
+            said = layout.explanations_folder(sae, self.run.features_id) + "/"  # which holds of the same records anew
+            listed = self.storage.list(layout.features_folder(sae, self.run.features_id))
+            keys = [key for key in listed if not key.startswith(said)]
             for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):
                 self.storage.delete(key)
 

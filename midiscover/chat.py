@@ -8,7 +8,7 @@ import re
 import statistics
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from midiscover.config import ModelConfig
@@ -25,8 +25,9 @@ ANSWER_TOKENS = 256
 """That a model which runs here says at most; an endpoint has limits of its own."""
 LISTED = 10
 """Passages that an endpoint is asked about at once."""
-_LIST = re.compile(r"\[[^\[\]]*\]")
-_THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
+_LIST = re.compile(r"\[([^\[\]]*)\]")
+_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
+_TRUTHS = {"1": True, "true": True, "0": False, "false": False}
 
 _WHICH = """\
 {about}
@@ -46,6 +47,10 @@ Here is a passage: {passage}
 Is it true that {claim}? Answer with Yes or No."""
 
 
+class RefusedError(UserError):
+    """The model answers others, and not this question: it is too long, or against its rules."""
+
+
 class Chat(Protocol):
     """A language model that is asked one question at a time, without memory of the last."""
 
@@ -56,7 +61,8 @@ class Chat(Protocol):
     """What tells it from others of its name, as far as that is known."""
 
     def answer(self, question: str) -> str:
-        """What it says. UserError where it refuses what is asked, StageError where it stayed away."""
+        """What it says. RefusedError where it refuses this question, UserError where it refuses any, StageError where
+        it stayed away."""
         ...
 
     def which(self, about: str, claim: str, passages: Sequence[str]) -> list[bool | None]:
@@ -104,13 +110,17 @@ class EndpointChat(_Counted):
                 f"{KEY} is not set; --llm takes the key from there, and the address from {ADDRESS}. "
                 "A server that asks for no key takes any word."
             )
+        if not os.environ[KEY].isascii():
+            raise UserError(f"{KEY} holds letters that no key has; give the key of the server, or any word.")
         self.name, self.at_once, self.identity = model, at_once, {}
         try:
             self._client = openai.OpenAI(max_retries=ATTEMPTS - 1, timeout=TIMEOUT_SECONDS)
         except Exception as error:  # of its settings: an address that is none
             raise UserError(f"{ADDRESS} is no address of a server: {error}") from None
         place = urlsplit(str(self._client.base_url))
-        self._at = f"{place.hostname or '?'}{f':{place.port}' if place.port else ''}"
+        if not place.hostname:
+            raise UserError(f"{ADDRESS} names no server; give its address, such as http://127.0.0.1:11434/v1.")
+        self._at = f"{place.hostname}{f':{place.port}' if place.port else ''}"
 
     def answer(self, question: str) -> str:
         import openai
@@ -121,18 +131,20 @@ class EndpointChat(_Counted):
             )
         except (openai.RateLimitError, openai.InternalServerError) as error:
             raise StageError(f"{self._at} did not answer {ATTEMPTS} times: {_told(error)}") from error
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise RefusedError(f"{self._at} refused a question to '{self.name}': {_told(error)}") from error
         except openai.APIStatusError as error:
             raise UserError(f"{self._at} refused a question to '{self.name}': {_told(error)}") from error
         except openai.APIConnectionError as error:
             raise StageError(f"{self._at} did not answer {ATTEMPTS} times: {error}") from error
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, ValueError) as error:  # also what is no JSON
             raise StageError(f"{self._at} gave an answer that is none: {error}") from error
         usage = getattr(reply, "usage", None)
-        self.count(getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
-        choices = getattr(reply, "choices", None)
-        if not choices:
-            raise StageError(f"{self._at} gave an answer without a text; is it an OpenAI-compatible server?")
-        return choices[0].message.content or ""
+        self.count(*(int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens")))
+        try:
+            return _text(reply.choices[0].message.content)
+        except (AttributeError, LookupError, TypeError):
+            raise StageError(f"{self._at} gave an answer without a text; is it an OpenAI-compatible server?") from None
 
     def which(self, about: str, claim: str, passages: Sequence[str]) -> list[bool | None]:
         answers: list[bool | None] = []
@@ -216,15 +228,19 @@ def thought_out(answer: str) -> str:
 
 
 def listed_verdicts(answer: str, count: int) -> list[bool | None]:
-    """The last list of `count` zeros and ones in an answer; as many None where it holds none."""
-    for text in reversed(_LIST.findall(thought_out(answer))):
-        try:
-            found = json.loads(text.lower())
-        except ValueError:
-            continue
-        if len(found) == count and all(one in (0, 1) for one in found):
-            return [bool(one) for one in found]
+    """The last list of `count` zeros and ones in an answer; as many None where it holds none of them."""
+    for text in reversed(_LIST.findall(thought_out(answer).replace("\\", ""))):
+        words = [word.strip().lower() for word in text.strip().rstrip(",").split(",")]
+        if len(words) == count and all(word in _TRUTHS for word in words):
+            return [_TRUTHS[word] for word in words]
     return [None] * count
+
+
+def _text(content: Any) -> str:
+    """The text of a message: itself, or that of its parts; none of one that says nothing."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content)
+    return "" if content is None else content.strip()
 
 
 def _told(error: Exception) -> str:

@@ -109,6 +109,7 @@ _AVERAGED = {
     "fuzz": "fuzz",
     "tokens": "detection by the tokens at the peaks",
     "other": "detection by another feature's explanation",
+    "other_fuzz": "fuzz by another feature's explanation",
 }
 
 
@@ -135,6 +136,7 @@ def explained(sae_id: str, llm: str, outcome: Any, used: Mapping[str, int]) -> R
         )
         if found
     ]
+    lines += [f"feature {feature}: {told}" for feature, told in outcome.refused.items()]
     unread, asked = unread_answers(entries.values())
     if unread:
         lines.append(f"{unread:,} of {asked:,} passages were judged by no list that could be read, and are left out")

@@ -40,8 +40,12 @@ class TokenStrings:
         """One string for each id."""
         return [self._string(int(token)) for token in ids]
 
-    def in_text(self, ids: Sequence[int]) -> list[str]:
-        """The same for ids that follow each other in a text: each piece of a character as that character."""
+    def in_text(self, ids: Sequence[int], *, once: bool = False) -> list[str]:
+        """The same for ids that follow each other in a text: each piece of a character as that character.
+
+        once: the character stands at its first piece alone, and nothing at the others, so that all together are the
+        text.
+        """
         strings = self(ids)
         start = 0
         while start < len(ids):
@@ -51,7 +55,7 @@ class TokenStrings:
                 before, after = strings[start].partition(PIECE)[0], strings[end - 1].rpartition(PIECE)[2]
                 if PIECE not in text and text.startswith(before) and text.endswith(after):
                     whole = text[len(before) : len(text) - len(after)]
-                    strings[start:end] = [whole] * (end - start)
+                    strings[start:end] = [whole, *([""] * (end - start - 1))] if once else [whole] * (end - start)
                     strings[start], strings[end - 1] = before + strings[start], strings[end - 1] + after
                     start = end - 1
                     break

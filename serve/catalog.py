@@ -280,8 +280,7 @@ class Catalog:
                 if found is None:
                     del self._features[name]
                 else:  # an unchanged one has its files open already
-                    same = (held.manifest, held.explained) == (found.manifest, found.explained)
-                    kept = held if same else found
+                    kept = held.renewed(found.explained) if held.manifest == found.manifest else found
                     self._features[name] = (now, kept)
                     if kept is found or name in self._listings:  # whose rows are whole
                         self._damaged.discard(name)

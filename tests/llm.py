@@ -29,6 +29,8 @@ class Llm:
         self.questions: list[str] = []
         self.failures: list[tuple[int, str]] = []
         """Status and message of the answers that come first."""
+        self.bodies: list[bytes] = []
+        """Whole answers that come first, as they are."""
         self.lock = threading.Lock()
 
     def environment(self) -> dict[str, str]:
@@ -82,6 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         if status != 200:
             self._send(status, {"error": {"message": told}})
             return
+        with self.llm.lock:
+            whole = self.llm.bodies.pop(0) if self.llm.bodies else None
+        if whole is not None:
+            self._send(200, whole)
+            return
         question = body["messages"][0]["content"]
         with self.llm.lock:
             self.llm.questions.append(question)
@@ -94,8 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             | {"choices": [choice], "usage": usage},
         )
 
-    def _send(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
+    def _send(self, status: int, body: dict[str, Any] | bytes) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from midiscover.cli.features import LISTED, fitting, parse_filter, require_posit
 from midiscover.errors import ConfigError, NotFoundError
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.launch import Parser
+from midiscover.store import layout
+from midiscover.store.documents import read_json
 from midiscover.store.storage import Storage, open_store
 from midiscover.targets import find_sae
 
@@ -31,8 +34,8 @@ def _parser() -> Parser:
         description="Have a language model say in a phrase what features stand for, and judge by that alone where they "
         "fire: beside another feature's phrase, and beside the tokens at the peaks, which need no such model.",
         epilog="--llm takes its address from OPENAI_BASE_URL and its key from OPENAI_API_KEY. What is explained stays "
-        "beside the features, and the same command goes on where it was. A feature takes 8 questions, 4 with "
-        "--no-baselines, 1 with --no-scores.",
+        "beside the features, and the same command goes on where it was. A feature takes 9 questions of --llm, 4 with "
+        "--no-baselines, 1 with --no-scores; --local-llm is asked of each passage by itself.",
     )
     parser.add_argument("sae", metavar="SAE", help="an SAE, or a unique beginning of its id")
     who = parser.add_mutually_exclusive_group(required=True)
@@ -65,29 +68,31 @@ def _explain(argv: Sequence[str]) -> None:
     storage = open_store(known.store, create=False)
     records = open_features(storage, find_sae(storage, known.sae))
     features = _chosen(records, known)
-    from midiscover.features.explain import ExplainSettings
+    from midiscover.features.explain import ExplainSettings, Reader
     from midiscover.features.explainer import Explainer
     from midiscover.features.explanations import Explanations
+    from midiscover.lm import load_tokenizer
+    from midiscover.origin import resolve_origin
 
     chat = _chat(known)
     settings = ExplainSettings(shown=known.shown, judged=known.judged, seed=known.seed)
+    identity = resolve_origin(read_json(storage, layout.record(records.sae_id)), storage.uri, known.model)
     stored = Explanations(storage, records.sae_id, records.features_id, chat.name, _asked(settings, chat))
     explainer = Explainer(
         chat=chat,
         records=records,
         stored=stored,
         settings=settings,
-        quiet=None if known.no_scores else _quiet(storage, records, known),
+        reader=Reader(load_tokenizer(identity)),
+        held_out=None if known.no_scores else lambda: _held_out(storage, records, known),
         baselines=not known.no_baselines,
-        progress=_tell,
+        progress=_Teller(),
     )
-    try:
-        outcome = explainer.run(features, force=known.force)
-    finally:
-        _tell_end()
+    outcome = explainer.run(features, force=known.force)
     if known.json:
         told = {"sae": records.sae_id, "llm": chat.name, "used": chat.used, "features": outcome.entries}
-        print(json.dumps(told | {"seldom": outcome.seldom, "silent": outcome.silent}, indent=1))
+        told |= {"seldom": outcome.seldom, "silent": outcome.silent, "refused": outcome.refused}
+        print(json.dumps(told, indent=1))
         return
     tables.show(featureview.explained(records.sae_id, chat.name, outcome, chat.used))
 
@@ -133,7 +138,7 @@ def _asked(settings: ExplainSettings, chat: Chat) -> Mapping[str, Any]:
     return {"shown": settings.shown, "judged": settings.judged, "seed": settings.seed, **chat.identity}
 
 
-def _quiet(storage: Storage, records: FeatureRecords, known: argparse.Namespace) -> Quiet:
+def _held_out(storage: Storage, records: FeatureRecords, known: argparse.Namespace) -> Quiet:
     """Held-out passages, by one forward pass for all features."""
     from midiscover.corpus import Corpus
     from midiscover.features.quiet import held_out_passages
@@ -154,14 +159,19 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _tell(what: str, done: int, total: int) -> None:
-    end, start = ("", "\r") if sys.stderr.isatty() else ("\n", "")
-    print(f"{start}explain: {done:,} of {total:,} features {what}", end=end, file=sys.stderr, flush=True)
+class _Teller:
+    """Tells on standard error how far it is: on one line of a terminal, else now and then on one more."""
 
+    def __init__(self) -> None:
+        self._last = 0.0
 
-def _tell_end() -> None:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    def __call__(self, what: str, done: int, total: int) -> None:
+        terminal, ended = sys.stderr.isatty(), done >= total
+        if not (ended or time.monotonic() - self._last > (0.1 if terminal else 10.0)):
+            return
+        self._last = time.monotonic()
+        start, end = ("\r", "\n" if ended else "") if terminal else ("", "\n")
+        print(f"{start}explain: {done:,} of {total:,} features {what}", end=end, file=sys.stderr, flush=True)
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {"explain": _explain}

@@ -8,8 +8,11 @@ arXiv 2410.13928):
     fuzz        in which of these contexts are the right tokens marked?  in half of them others are
 
 A score is the balanced accuracy of the answers, 0.5 for guesses. Beside it stand, on the same passages, the same
-judge's for another feature's explanation, which tells what the passages give away, and for the tokens at the feature's
-peaks, which need no language model.
+judge's for another feature's explanation, which tells what the passages give away, and, of detection, for the tokens at
+the feature's peaks, which need no language model.
+
+So that nothing but the text tells the two kinds of passages apart, both are written alike, without special tokens, and
+are as long; and marks, right or wrong, have as much text around them.
 """
 
 from __future__ import annotations
@@ -25,14 +28,21 @@ from typing import Any, NamedTuple
 from midiscover.chat import Chat, thought_out
 from midiscover.features.labels import peaks
 from midiscover.features.records import Context
+from midiscover.tokens import TokenStrings, shown
 
 MARK_ABOVE = 0.3
 """Share of a context's maximum above which a token is marked, as in delphi."""
+BESIDE = {"tokens": "detection", "other": "detection", "other_fuzz": "fuzz"}
+"""The baselines, and the score that each stands beside."""
+SPACE = "\u2423"
 FEWEST = 2
 """Contexts that are shown, and passages of each kind that are judged, at least."""
 LONGEST = 300
 """Characters of an explanation; Neuronpedia takes 512."""
-_SAID = re.compile(r"^\W*explanation\W*:[\s*]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_SAID = re.compile(r"\bexplanation\b[^:\uff1a\n]{0,40}[:\uff1a][\s*]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_JOINERS = "\u200c\u200d"
+"""Of Persian, of Indian scripts, of emoji: `isprintable` has them as unprintable."""
+_PHRASE = "<one phrase of at most 20 words>"
 
 _EXPLAIN = """\
 A feature of a language model fires on some tokens of a text and not on others. Below are {count} passages in which it \
@@ -42,7 +52,7 @@ fires. The tokens where it fires stand between << and >>; what comes before a to
 
 What do the marked tokens, or their contexts, have in common? Be specific, say nothing of the marks, and give no list \
 of examples. You may think first. End with one line:
-Explanation: <one phrase of at most 20 words>"""
+Explanation: {phrase}"""
 
 _ABOUT = "A feature of a language model fires on this: {explanation}"
 _DETECTION = "the feature fires somewhere in it"
@@ -54,6 +64,34 @@ class Passage(NamedTuple):
 
     tokens: list[str]
     values: list[float]
+    peak: int = 0
+    """Place of the token that it is about."""
+
+
+class Reader:
+    """Makes passages of token ids; all texts that a model is shown pass through it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._strings = TokenStrings(tokenizer)
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def passage(self, token_ids: Sequence[int], values: Sequence[float], peak: int = 0) -> Passage:
+        """Special tokens are left out; a character in several tokens is one, as active as the strongest of them; line
+        breaks and tabs are arrows, for they may be what a feature fires on."""
+        tokens: list[str] = []
+        merged: list[float] = []
+        place = 0
+        kept = [at for at, token in enumerate(token_ids) if token not in self._special]
+        texts = self._strings.in_text([token_ids[at] for at in kept], once=True)
+        for at, text in zip(kept, texts, strict=True):
+            if text or not tokens:
+                tokens.append(shown(text) if text else "")
+                merged.append(values[at])
+            else:
+                merged[-1] = max(merged[-1], values[at])
+            if at <= peak:
+                place = len(tokens) - 1
+        return Passage(tokens, merged, place)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +106,9 @@ class ExplainSettings:
     """Of the order of the passages, and of the tokens that are marked wrongly."""
 
 
-def halves(contexts: Sequence[Context], settings: ExplainSettings) -> tuple[list[Passage], list[Passage]]:
+def halves(
+    contexts: Sequence[Context], settings: ExplainSettings, reader: Reader
+) -> tuple[list[Passage], list[Passage]]:
     """Contexts to show and contexts to judge, of different windows: half of each from the highest, half from intervals
     of activation, as far as there are so many."""
     top = [c for c in contexts if c.kind == "top" and max(c.values) > 0]
@@ -83,8 +123,8 @@ def halves(contexts: Sequence[Context], settings: ExplainSettings) -> tuple[list
             _take(_spread(found, wanted), chosen[place], windows[place], windows[1 - place], most)
         for _, found in mine:
             _take(found, chosen[place], windows[place], windows[1 - place], most)
-    shown, judged = ([Passage(c.tokens, c.values) for c in found] for found in chosen)
-    return shown, judged
+    first, second = ([reader.passage(c.token_ids, c.values, c.peak) for c in found] for found in chosen)
+    return first, second
 
 
 def _take(found: Sequence[Context], into: list[Context], mine: set[int], others: set[int], most: int) -> None:
@@ -101,66 +141,60 @@ def _spread(found: Sequence[Context], most: int) -> list[Context]:
     return [found[len(found) * i // count] for i in range(count)]
 
 
-def explain(chat: Chat, shown: Sequence[Passage]) -> str | None:
+def explain(chat: Chat, passages_shown: Sequence[Passage]) -> str | None:
     """What the model says of a feature; None where its answer holds no explanation."""
-    passages = "\n".join(f"{number}. {marked(passage)}" for number, passage in enumerate(shown, start=1))
-    return said(chat.answer(_EXPLAIN.format(count=len(shown), passages=passages)))
+    passages = "\n".join(f"{number}. {marked(passage)}" for number, passage in enumerate(passages_shown, start=1))
+    return said(chat.answer(_EXPLAIN.format(count=len(passages_shown), passages=passages, phrase=_PHRASE)))
 
 
 def said(answer: str) -> str | None:
-    """The explanation in an answer: what follows the last `Explanation:`, or all of an answer of one line."""
-    answer = thought_out(answer)
-    named = _SAID.findall(answer)
-    lines = [line for line in answer.splitlines() if line.strip()]
-    text = named[-1] if named else lines[0] if len(lines) == 1 else ""
-    text = "".join(c if c.isprintable() else " " for c in text).strip(" *")
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+    """The explanation in an answer: what follows the last `Explanation:`."""
+    named = _SAID.findall(thought_out(answer))
+    if not named or named[-1].strip() == _PHRASE:
+        return None
+    text = "".join(c if c.isprintable() or c in _JOINERS else " " for c in named[-1]).strip(" *")
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text[:LONGEST].rstrip() or None
 
 
 class Judge:
-    """Asks how well explanations of one feature tell where it fires; all of them on the same passages."""
+    """The passages by which explanations of one feature are judged; the same ones for all of them."""
 
     def __init__(
-        self,
-        chat: Chat,
-        firing: Sequence[Passage],
-        quiet: Sequence[Passage],
-        settings: ExplainSettings,
-        feature: int,
+        self, firing: Sequence[Passage], quiet: Sequence[Passage], settings: ExplainSettings, feature: int
     ) -> None:
         """firing, quiet: passages in which the feature fires and such in which it is 0 everywhere; as many of the one
         as of the other are asked about."""
-        self._chat, random = chat, Random(f"{settings.seed} {feature}")
+        random = Random(f"{settings.seed} {feature}")
         count = min(len(firing), len(quiet), settings.judged)
         drawn = random.sample(list(quiet), count)
-        self._detection = [(plain(passage), True) for passage in firing[:count]]
-        self._detection += [(plain(passage), False) for passage in drawn]
+        self._detection = [(plain(passage.tokens), True) for passage in firing[:count]]
+        self._detection += [(plain(q.tokens[: len(p.tokens)]), False) for p, q in zip(firing, drawn, strict=False)]
         random.shuffle(self._detection)
         order = list(firing)
         random.shuffle(order)
-        wrong = [_misled(passage, random) for passage in order[: len(order) // 2]]
-        right = [marked(passage) for passage in order[len(order) // 2 :]]
-        pairs = min(len(right), sum(text is not None for text in wrong))
-        self._fuzz = [(text, True) for text in right[:pairs]]
-        self._fuzz += [(text, False) for text in [text for text in wrong if text is not None][:pairs]]
+        wrong = [text for passage in order[: len(order) // 2] if (text := _misled(passage, random)) is not None]
+        right = [_trimmed(passage, random) for passage in order[len(order) // 2 :]]
+        pairs = min(len(right), len(wrong))
+        self._fuzz = [*((text, True) for text in right[:pairs]), *((text, False) for text in wrong[:pairs])]
         random.shuffle(self._fuzz)
 
-    def detection(self, explanation: str) -> dict[str, Any] | None:
+    def detection(self, chat: Chat, explanation: str) -> dict[str, Any] | None:
         """`score`, the four counts that it is made of, and `unread`, of answers that held no list; None where there are
         too few passages to judge by."""
-        return self._asked(_DETECTION, explanation, self._detection)
+        return _asked(chat, _DETECTION, explanation, self._detection)
 
-    def fuzz(self, explanation: str) -> dict[str, Any] | None:
+    def fuzz(self, chat: Chat, explanation: str) -> dict[str, Any] | None:
         """The same, of marks."""
-        return self._asked(_FUZZ, explanation, self._fuzz)
+        return _asked(chat, _FUZZ, explanation, self._fuzz)
 
-    def _asked(self, claim: str, explanation: str, passages: Sequence[tuple[str, bool]]) -> dict[str, Any] | None:
-        if len(passages) < 2 * FEWEST:
-            return None
-        about = _ABOUT.format(explanation=explanation)
-        return scored([truth for _, truth in passages], self._chat.which(about, claim, [text for text, _ in passages]))
+
+def _asked(chat: Chat, claim: str, explanation: str, passages: Sequence[tuple[str, bool]]) -> dict[str, Any] | None:
+    if len(passages) < 2 * FEWEST:
+        return None
+    about = _ABOUT.format(explanation=explanation)
+    return scored([truth for _, truth in passages], chat.which(about, claim, [text for text, _ in passages]))
 
 
 def scored(truth: Sequence[bool], answers: Sequence[bool | None]) -> dict[str, Any]:
@@ -182,51 +216,70 @@ def scored(truth: Sequence[bool], answers: Sequence[bool | None]) -> dict[str, A
 
 
 def judged(
-    judge: Judge, text: str, row: Mapping[str, Any], other: tuple[int, str] | None, *, baselines: bool = True
+    chat: Chat, judge: Judge, text: str, row: Mapping[str, Any] | None, other: tuple[int, str] | None
 ) -> dict[str, Any]:
-    """Scores of an explanation and, with `baselines`, of what stands beside it.
+    """Scores of an explanation and, with the feature's `row` of features.parquet, of what stands beside it.
 
-    row: of features.parquet. other: another feature and its explanation; None where there is none.
+    other: another feature and its explanation; None where there is none.
     """
-    found: dict[str, Any] = {"detection": judge.detection(text), "fuzz": judge.fuzz(text)}
-    if not baselines:
+    found: dict[str, Any] = {"detection": judge.detection(chat, text), "fuzz": judge.fuzz(chat, text)}
+    if row is None:
         return found
-    beside: dict[str, Any] = {"tokens": judge.detection(peaks(row)), "other": None}
+    beside: dict[str, Any] = {"tokens": judge.detection(chat, peaks(row)), "other": None, "other_fuzz": None}
     if other is not None:
-        scores = judge.detection(other[1])
-        beside["other"] = scores and {"feature": other[0], **scores}
+        beside["other"] = _of(other[0], judge.detection(chat, other[1]))
+        beside["other_fuzz"] = _of(other[0], judge.fuzz(chat, other[1]))
     return {**found, "baselines": beside}
 
 
-def plain(passage: Passage) -> str:
+def _of(feature: int, found: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if found is None else {"feature": feature, **found}
+
+
+def plain(tokens: Sequence[str]) -> str:
     """A passage on one line."""
-    return _line("".join(passage.tokens))
+    return _line("".join(tokens))
 
 
 def marked(passage: Passage) -> str:
     """The same with << >> around the tokens whose activation is above `MARK_ABOVE` of the passage's highest."""
+    return _marked(passage.tokens, _marks(passage))
+
+
+def _marks(passage: Passage) -> list[bool]:
     limit = MARK_ABOVE * max(passage.values)
-    return _marked(passage.tokens, [value > limit for value in passage.values])
+    return [value > limit for value in passage.values]
+
+
+def _trimmed(passage: Passage, random: Random) -> str:
+    """`marked`, from anywhere before the first mark on: so much text stands before wrong marks."""
+    marks = _marks(passage)
+    start = random.randint(0, marks.index(True))
+    return _marked(passage.tokens[start:], marks[start:])
 
 
 def _misled(passage: Passage, random: Random) -> str | None:
-    """As many other tokens marked, where the feature is 0; None where there are not so many."""
-    limit = MARK_ABOVE * max(passage.values)
-    count = sum(value > limit for value in passage.values)
-    silent = [place for place, value in enumerate(passage.values) if value <= 0 and passage.tokens[place].strip()]
+    """As many other tokens marked, where the feature is 0, the last with as much text after it; None where there are
+    not so many."""
+    marks = _marks(passage)
+    count, after = sum(marks), len(marks) - 1 - passage.peak
+    silent = [at for at, value in enumerate(passage.values[: len(marks) - after]) if value <= 0]
     if len(silent) < count:
         return None
-    wrong = set(random.sample(silent, count))
-    return _marked(passage.tokens, [place in wrong for place in range(len(passage.tokens))])
+    wrong = sorted(random.sample(silent, count))
+    stop = wrong[-1] + 1 + after
+    return _marked(passage.tokens[:stop], [at in wrong for at in range(stop)])
 
 
 def _marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
-    """Neighbours that are marked share one pair of marks."""
+    """Neighbours that are marked share one pair of marks; a space by itself that is marked is seen."""
     pieces: list[str] = []
     before = False
     for token, mark in zip([*tokens, ""], [*marks, False], strict=True):
         if before and not mark:
             pieces.append(">>")
+        if mark and not token.strip():
+            token = SPACE
         if mark and not before:
             blank = token[: len(token) - len(token.lstrip())]
             pieces.append(blank + "<<")
@@ -244,13 +297,13 @@ class Average(NamedTuple):
     """Over features."""
 
     name: str
-    """`detection`, `fuzz`, or of which baseline."""
+    """`detection`, `fuzz`, or of which of the baselines."""
     mean: float
     error: float | None
     """Standard error; None of one feature."""
     features: int
     apart: float | None
-    """Of a baseline: by how much the explanations' detection is above it, on the features that have both."""
+    """Of a baseline: by how much the explanations' score is above it, on the features that have both."""
     apart_error: float | None
 
 
@@ -258,17 +311,17 @@ def averages(entries: Iterable[Mapping[str, Any]]) -> list[Average]:
     """Of scores of explanations and of what stands beside them; what nothing has is left out."""
     rows = [
         {name: _score(entry.get(name)) for name in ("detection", "fuzz")}
-        | {name: _score((entry.get("baselines") or {}).get(name)) for name in ("tokens", "other")}
+        | {name: _score((entry.get("baselines") or {}).get(name)) for name in BESIDE}
         for entry in entries
     ]
     found = []
-    for name in ("detection", "fuzz", "tokens", "other"):
+    for name in ("detection", "fuzz", *BESIDE):
         values = [score for row in rows if (score := row[name]) is not None]
         if not values:
             continue
         apart: tuple[float | None, float | None] = (None, None)
-        if name in ("tokens", "other"):
-            both = [(row["detection"], row[name]) for row in rows]
+        if name in BESIDE:
+            both = [(row[BESIDE[name]], row[name]) for row in rows]
             pairs = [mine - beside for mine, beside in both if mine is not None and beside is not None]
             apart = _mean(pairs) if pairs else apart
         found.append(Average(name, statistics.fmean(values), _mean(values)[1], len(values), *apart))

@@ -1,6 +1,7 @@
 """What language models said of features, and how well that tells where they fire, as it stands beside the records.
 
-    saes/<id>/features/<features id>/explanations/<llm>-<hash>.json    one for each model that was asked, and how
+    saes/<id>/features/<features id>/explanations/<llm>-<hash>/00000.json    of `BLOCK` features; one folder for each
+                                                                             model that was asked, and how
 
 Several may write at once: what each adds is kept. Loads no torch.
 """
@@ -8,6 +9,7 @@ Several may write at once: what each adds is kept. Loads no torch.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +22,10 @@ from midiscover.store.documents import dump
 from midiscover.store.storage import Storage
 
 VERSION = 1
+BLOCK = 1024
+"""Features of a document, which is written anew each time that one of them is added."""
+SCORED = ("detection", "fuzz")
+log = logging.getLogger("midiscover.features")
 
 Entry = dict[str, Any]
 """Of one feature: `text`, `made`, and, where it was judged, `detection`, `fuzz` and `baselines`."""
@@ -40,53 +46,57 @@ class Explanations:
     """What one model said of the features of one SAE."""
 
     def __init__(self, storage: Storage, sae_id: str, features_id: str, llm: str, settings: Mapping[str, Any]) -> None:
-        """settings: what was asked and how; another gets a document of its own."""
-        self.storage = storage
+        """settings: what was asked and how; another gets documents of its own."""
+        self.storage, self._of = storage, (sae_id, features_id)
         self._head = {"v": VERSION, "sae": sae_id, "features_id": features_id, "llm": llm, "settings": dict(settings)}
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", llm).strip("-")[:60]
-        digest = fingerprint("explain", VERSION, {"llm": llm, **settings})
-        self.key = layout.explanations(sae_id, features_id, f"{name}-{digest}")
+        self._name = f"{name or 'llm'}-{fingerprint('explain', VERSION, {'llm': llm, **settings})}"
+
+    def key(self, feature: int) -> str:
+        """Of the document in which a feature stands."""
+        return layout.explanations(*self._of, self._name, feature // BLOCK)
 
     def read(self) -> dict[int, Entry]:
         """Feature -> its entry. CorruptError for a document that is none."""
-        data = _bytes(self.storage, self.key)
-        return {} if data is None else _entries(_parsed(data, self.key))
+        found: dict[int, Entry] = {}
+        for key in self.storage.list(self.key(0).rpartition("/")[0]):
+            found |= _read(self.storage, key)
+        return found
 
     def add(self, entries: Mapping[int, Entry]) -> None:
-        """Put these in; those of other features stay as they stand."""
-        while True:
-            old = _bytes(self.storage, self.key)
-            known = {} if old is None else _entries(_parsed(old, self.key))
-            merged = known | dict(entries)
-            features = {str(feature): merged[feature] for feature in sorted(merged)}
-            new = dump(self._head | {"changed": lineage.now(), "features": features})
-            if self.storage.replace(self.key, old, new):
-                return
+        """Put these in; those of other features stay as they stand. CorruptError for a document that is none."""
+        blocks: dict[str, dict[int, Entry]] = {}
+        for feature, entry in entries.items():
+            blocks.setdefault(self.key(feature), {})[feature] = entry
+        for key, block in blocks.items():
+            while not self._replaced(key, block):
+                pass
+
+    def _replaced(self, key: str, entries: Mapping[int, Entry]) -> bool:
+        """Whether nobody else wrote meanwhile."""
+        old = _bytes(self.storage, key)
+        merged = ({} if old is None else _entries(_parsed(old, key))) | dict(entries)
+        features = {str(feature): merged[feature] for feature in sorted(merged)}
+        new = dump(self._head | {"changed": lineage.now(), "features": features})
+        return self.storage.replace(key, old, new)
 
 
 def newest(storage: Storage, keys: Iterable[str]) -> dict[int, Explanation]:
-    """Feature -> the newest of what these documents say of it. CorruptError for one that is none."""
+    """Feature -> the newest of what these documents say of it; one that is none is left out, which the log tells."""
     found: dict[int, Explanation] = {}
     for key in sorted(keys):
         data = _bytes(storage, key)
-        if data is None:
+        try:
+            document: dict[str, Any] = {"features": {}} if data is None else _parsed(data, key)
+        except CorruptError as error:
+            log.warning("%s", error)
             continue
-        document = _parsed(data, key)
         for feature, entry in _entries(document).items():
-            mine = Explanation(
-                str(entry["text"]),
-                str(document["llm"]),
-                str(entry["made"]),
-                _score(entry, "detection"),
-                _score(entry, "fuzz"),
-            )
+            scores = [(entry.get(name) or {}).get("score") for name in SCORED]
+            mine = Explanation(entry["text"], document["llm"], entry["made"], *scores)
             if feature not in found or found[feature].made <= mine.made:
                 found[feature] = mine
     return found
-
-
-def _score(entry: Entry, name: str) -> float | None:
-    return (entry.get(name) or {}).get("score")
 
 
 def _bytes(storage: Storage, key: str) -> bytes | None:
@@ -96,17 +106,30 @@ def _bytes(storage: Storage, key: str) -> bytes | None:
         return None
 
 
+def _read(storage: Storage, key: str) -> dict[int, Entry]:
+    data = _bytes(storage, key)
+    return {} if data is None else _entries(_parsed(data, key))
+
+
 def _parsed(data: bytes, key: str) -> dict[str, Any]:
+    """A document whose entries are what `Entry` says. CorruptError else."""
     try:
         document = json.loads(data)
         if document["v"] != VERSION:
-            raise CorruptError(f"{key} has version {document['v']}; this miDiscover reads {VERSION}.")
-        if not all(isinstance(entry["text"], str) for entry in document["features"].values()):
-            raise TypeError("a feature without a text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TypeError(f"version {document['v']}, not {VERSION}")
+        good = isinstance(document["llm"], str) and all(map(_is_entry, _entries(document).values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptError(f"{key} is not readable as explanations ({error}); remove it and explain again.") from None
+    if not good:
+        raise CorruptError(f"{key} holds entries that are no explanations; remove it and explain again.")
     return document
 
 
 def _entries(document: Mapping[str, Any]) -> dict[int, Entry]:
     return {int(feature): entry for feature, entry in document["features"].items()}
+
+
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    scores = [entry[name]["score"] for name in SCORED if entry.get(name) is not None]
+    texts = isinstance(entry["text"], str) and isinstance(entry["made"], str)
+    return texts and all(score is None or isinstance(score, (int, float)) for score in scores)

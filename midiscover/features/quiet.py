@@ -10,11 +10,10 @@ from torch import Tensor
 
 from midiscover.corpus import Corpus
 from midiscover.errors import CorpusError
-from midiscover.features.explain import Passage
+from midiscover.features.explain import Passage, Reader
 from midiscover.interpret import ENCODED_TOKENS, batches, hook_of, require_width
 from midiscover.lm import LanguageModel
 from midiscover.saes import LoadedSae
-from midiscover.tokens import TokenStrings
 
 PASSAGES = 512
 _BATCH_TOKENS = 4096
@@ -23,14 +22,13 @@ _BATCH_TOKENS = 4096
 class Quiet(NamedTuple):
     """Passages of held-out text."""
 
-    tokens: list[list[str]]
+    passages: list[Passage]
     fires: Tensor
     """bool [passages, d_sae]: whether the feature is above 0 at one of its tokens."""
 
     def of(self, feature: int) -> list[Passage]:
         """Those in which the feature is 0 everywhere."""
-        places = (~self.fires[:, feature]).nonzero().flatten().tolist()
-        return [Passage(self.tokens[place], [0.0] * len(self.tokens[place])) for place in places]
+        return [self.passages[place] for place in (~self.fires[:, feature]).nonzero().flatten().tolist()]
 
 
 def held_out_passages(
@@ -47,8 +45,8 @@ def held_out_passages(
     count = min(held_out, math.ceil(most / ((size - 1) // length)))
     windows = [corpus.windows(at, at + 1) for at in (train + held_out * i // count for i in range(count))]
     special = torch.tensor(_special_ids(lm), dtype=torch.long)
-    strings, hook = TokenStrings(lm.tokenizer), hook_of(name, sae)
-    tokens: list[list[str]] = []
+    reader, hook = Reader(lm.tokenizer), hook_of(name, sae)
+    passages: list[Passage] = []
     fires: list[Tensor] = []
     for batch in batches([size] * count, _BATCH_TOKENS):
         ids = torch.cat([torch.from_numpy(windows[i].ids).long() for i in batch])
@@ -60,11 +58,11 @@ def held_out_passages(
             for start in range(1, size - length + 1, length):
                 stretch = slice(start, start + length)
                 if bool(usable[stretch].all()):
-                    tokens.append(strings.in_text(text[stretch].tolist()))
+                    passages.append(reader.passage(text[stretch].tolist(), [0.0] * length))
                     fires.append(fired[row * size + start : row * size + start + length].any(0))
     if not fires:
         raise CorpusError(f"The held-out text of corpus {corpus.manifest.id} has no passage of {length} tokens.")
-    return Quiet(tokens[:most], torch.stack(fires[:most]))
+    return Quiet(passages[:most], torch.stack(fires[:most]))
 
 
 def _special_ids(lm: LanguageModel) -> list[int]:

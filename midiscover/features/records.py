@@ -11,6 +11,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -78,16 +79,26 @@ class FeatureRecords:
             return self._features.read(list(columns) if columns is not None else None)
 
     def rows(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """The same as rows, with the `explanation` of those that have one."""
+        """The same as rows; all with their `explanation`, or None, where one is explained."""
         found = self.table(columns).to_pylist()
-        for feature, explanation in self.explanations.items():
-            if feature < len(found):
-                found[feature]["explanation"] = explanation.text
+        if self.explanations:
+            for feature, row in enumerate(found):
+                explanation = self.explanations.get(feature)
+                row["explanation"] = None if explanation is None else explanation.text
+        return found
+
+    def renewed(self, explained: Sequence[tuple[str, str]]) -> FeatureRecords:
+        """These, with what is said of them now; what was read of their files is read no second time."""
+        if tuple(explained) == self.explained:
+            return self
+        found = copy(self)  # with the lock, for the files are the same
+        found.explained = tuple(explained)
+        found.__dict__.pop("explanations", None)
         return found
 
     @cached_property
     def explanations(self) -> dict[int, Explanation]:
-        """Feature -> what stands for it of what language models said. CorruptError as `newest`."""
+        """Feature -> what stands for it of what language models said."""
         return newest(self.storage, [key for key, _ in self.explained])
 
     @property

@@ -173,9 +173,9 @@ def explanations_folder(sae_id: str, features_id: str) -> str:
     return features_file(sae_id, features_id, "explanations")
 
 
-def explanations(sae_id: str, features_id: str, name: str) -> str:
-    """What one of them said; `name` is made of the model and of what it was asked."""
-    return f"{explanations_folder(sae_id, features_id)}/{name}.json"
+def explanations(sae_id: str, features_id: str, name: str, block: int) -> str:
+    """What one of them said of a block of features; `name` is made of the model and of what it was asked."""
+    return f"{explanations_folder(sae_id, features_id)}/{name}/{block:05d}.json"
 
 
 def concept_scores(sae_id: str, name: str) -> str:

@@ -82,7 +82,7 @@ def test_features_are_explained_and_shown_everywhere(store: Path, one_sae: str, 
 
 
 def test_what_ends_a_run_keeps_what_was_done(store: Path, one_sae: str, server: Llm) -> None:
-    server.failures = [(200, "")] * 3 + [(400, "your credit is used up")]
+    server.failures = [(200, "")] * 3 + [(402, "your credit is used up")]
     done = run(store, one_sae, server, "--all", "--filter", "firing_rate>0.01", "--no-scores", "--at-once", "1")
     assert done.code == 2
     assert "refused a question to 'stand-in': your credit is used up." in done.err

@@ -351,7 +351,7 @@ def test_what_a_model_said_of_a_feature_is_told_with_its_scores(api: Served) -> 
             feature = FeatureRequest().get(sae.neuronpedia_model, sae.source, 5)
         assert feature.explanations[0].text == "Words <b>about</b> rain"
     finally:
-        catalog.storage.delete(said.key)
+        catalog.storage.delete(said.key(0))
         catalog._features.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from midiscover import chat
-from midiscover.chat import EndpointChat, LocalChat, listed_verdicts
+from midiscover.chat import EndpointChat, LocalChat, RefusedError, listed_verdicts
 from midiscover.errors import ModelError, StageError, UserError
 from tests.llm import KEY, Llm, llm
 from tests.tiny import make_tiny_model
@@ -50,7 +51,7 @@ def test_a_failure_that_passes_is_waited_for(server: Llm) -> None:
     [
         ((401, "no"), UserError, "refused a question to 'some-model': no."),
         ((404, "The model does not exist"), UserError, "refused a question to 'some-model': The model does not exist."),
-        ((400, "too\nlong"), UserError, "refused a question to 'some-model': too long."),
+        ((400, "too\nlong"), RefusedError, "refused a question to 'some-model': too long."),
         ((429, "slow down"), StageError, "did not answer 1 times: slow down."),
         ((500, "broken"), StageError, "did not answer 1 times: broken."),
     ],
@@ -82,6 +83,45 @@ def test_no_key_is_asked_for_and_a_wrong_one_not_told(server: Llm, monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"choices": [{"message": {"content": [{"type": "text", "text": "So "}, {"text": "it is"}]}}]}, "So it is"),
+        ({"choices": [{"message": {"content": None, "refusal": "no"}}]}, ""),
+        ({"choices": [{"message": {"content": "  so  "}}], "usage": None}, "so"),
+        ({"choices": [{"message": None}]}, None),
+        ({"choices": [None]}, None),
+        ({"choices": []}, None),
+        ({"choices": None}, None),
+        ({}, None),
+        (b"<html>welcome</html>", None),
+        (b'{"choices": [', None),
+    ],
+)
+def test_answers_of_other_servers_are_read_or_told(server: Llm, body: Any, told: str | None) -> None:
+    server.bodies = [body if isinstance(body, bytes) else json.dumps(body).encode()]
+    if told is not None:
+        assert EndpointChat("some-model").answer("?") == told
+        return
+    with pytest.raises(StageError, match="gave an answer (that is none|without a text)"):
+        EndpointChat("some-model").answer("?")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OPENAI_BASE_URL", "localhost:11434/v1", "OPENAI_BASE_URL names no server"),
+        ("OPENAI_API_KEY", "sk-\u00e9", "OPENAI_API_KEY holds letters that no key has"),
+    ],
+)
+def test_settings_that_reach_no_server_are_refused(
+    server: Llm, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        EndpointChat("some-model")
+
+
+@pytest.mark.parametrize(
     ("text", "verdicts"),
     [
         ("[1, 0, 1]", [True, False, True]),
@@ -89,6 +129,8 @@ def test_no_key_is_asked_for_and_a_wrong_one_not_told(server: Llm, monkeypatch: 
         ("[true, false, True]", [True, False, True]),
         ("[1, 0, 1] or rather [0, 0, 0]", [False, False, False]),
         ("<think>[1, 1, 1]</think>\n[0, 1, 0]", [False, True, False]),
+        ("\\[1, 0, 1,\\]", [True, False, True]),
+        ("<think>hm [1, 1, 1]", [None] * 3),
         ("[1, 0]", [None] * 3),
         ("[1, 0, 2]", [None] * 3),
         ("[1, 0, [1]]", [None] * 3),

@@ -17,6 +17,7 @@ from midiscover.config import ResourcesConfig
 from midiscover.launch import Prepared, TargetArgs
 from midiscover.saes import harvest_lineage, read_from
 from midiscover.store import layout
+from midiscover.store.local import LocalStorage
 from tests.runs import prepared_sweep, write_run
 
 
@@ -78,3 +79,14 @@ def test_who_reads_for_days_says_so_again(monkeypatch: pytest.MonkeyPatch) -> No
     for now[0] in range(0, 3 * ANNOUNCE_SECONDS, 600):
         rows.on_event(Event("tokens", "actor", 10))
     assert said == [ANNOUNCE_SECONDS + 600, 2 * (ANNOUNCE_SECONDS + 600)]
+
+
+def test_what_was_said_of_features_outlives_force(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    run = FeaturesRun.__new__(FeaturesRun)
+    run.storage, run.target, run.run = storage, SimpleNamespace(saes=["sae"]), SimpleNamespace(features_id="f.a")  # type: ignore[assignment]
+    said = layout.explanations("sae", "f.a", "some-model", 0)
+    for key in (layout.features_manifest("sae", "f.a"), layout.features_file("sae", "f.a", "features.parquet"), said):
+        storage.write(key, b"x")
+    run._forget()
+    assert storage.list("saes") == [said]

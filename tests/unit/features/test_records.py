@@ -372,10 +372,10 @@ def test_rows_have_what_was_said_of_them(world: World, records: FeatureRecords) 
         assert row["explanation"] == rows[fired]["explanation"] == label(row) == "words about rain"
         assert {**row, "explanation": None} == records.feature(fired)
         assert peaks(row) == label(records.feature(fired)) != "words about rain"
-        assert [row for row in rows if "explanation" in row] == [rows[fired]]
+        assert [row for row in rows if row["explanation"] is not None] == [rows[fired]]
         batches = [features for features, _ in again.batches(7)]
         assert [f["explanation"] for some in batches for f in some] == [
             "words about rain" if f == fired else None for f in range(D_SAE)
         ]
     finally:
-        world.storage.delete(said.key)
+        world.storage.delete(said.key(0))

@@ -12,6 +12,7 @@ from midiscover.features.collect import collect_chunk
 from midiscover.features.explanations import Explanations
 from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords
+from midiscover.store.local import LocalStorage
 from serve.catalog import ROW_BYTES, Catalog
 from tests.unit.features.naive import D_SAE, make_world, strings
 from tests.unit.serve.test_catalog import PLACES, looked, write_record
@@ -94,12 +95,16 @@ def test_what_is_said_of_features_later_is_seen(described: Catalog, monkeypatch:
     assert described.features("b") is before
     said = Explanations(described.storage, "b", before.features_id, "some-model", {})
     said.add({fired: {"text": "Words about Rain", "made": "2026"}})
+    opened: list[str] = []
+    read = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda self, key, *given: opened.append(key) or read(self, key, *given))
     described.renew_features()
     listing = described.listing("b")
     assert listing.labels[fired] == "words about rain"
     assert listing.rows[fired]["explanation"] == "Words about Rain"
     assert described.features("b").feature(fired)["explanation"] == "Words about Rain"
     assert "explanation" not in described.rows("a")[fired]
+    assert not [key for key in opened if key.endswith("b/features.parquet")], "what was read is read no second time"
 
 
 def test_damaged_features_are_told_of_until_they_are_whole(described: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
