@@ -15,7 +15,7 @@ import requests
 
 from midiscover.store.storage import open_store
 from tests.clusters import LocalCluster, local_cluster
-from tests.jobs_cli import Done, command, environment, midiscover
+from tests.jobs_cli import ROOT, Done, command, environment, midiscover
 from tests.postgres import fresh_database
 from tests.processes import TRIAL, frozen, is_called
 from tests.runs import weights, write_run
@@ -83,7 +83,9 @@ def test_the_saes_are_those_of_a_run_here_bit_for_bit(world: World, submitted: D
 def test_what_was_uploaded_is_code_and_one_yaml(world: World, submitted: Done) -> None:
     (line,) = [line for line in submitted.err.splitlines() if line.startswith("uploading ")]
     assert line.endswith("MB: midiscover, jobs, serve, run.yaml")
-    assert float(line.split()[1]) < 2
+    code = [path for name in ("midiscover", "jobs", "serve") for path in (ROOT / name).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in code if "__pycache__" not in path.parts)
+    assert float(line.split()[1]) == pytest.approx(size / 1e6, abs=0.1)
     packages = world.cluster.temp.glob("head/session_*/runtime_resources/working_dir_files/_ray_pkg_*")
     unpacked = next(path for path in packages if path.is_dir())
     assert {path.name for path in unpacked.iterdir()} >= {"midiscover", "jobs", "serve", "run.yaml"}

@@ -88,7 +88,7 @@ def test_what_ends_a_run_keeps_what_was_done(store: Path, one_sae: str, server: 
     assert "refused a question to 'stand-in': your credit is used up." in done.err
     assert "reading held-out text" not in done.err, "nothing is judged"
     kept = open_features(open_store(str(store)), one_sae).explanations
-    assert len(kept) == 3
+    assert 3 <= len(kept) == len(server.questions), "with what was under way when it was refused"
     asked = len(server.questions)
     done = run(store, one_sae, server, "--features", ",".join(map(str, kept)), "--no-scores")
     assert (done.code, len(server.questions)) == (0, asked)
