@@ -175,7 +175,7 @@ def run_crew_tries(job: PackJob, crew: Crew) -> None:
     def on_halving(part: Crew) -> None:
         halved.append(part)
         count = sum(len(pack.saes) for pack in part)
-        job.board.post("retry", part[0].id, f"{count} SAEs are too many for this card; half of them at a time")
+        job.board.post("retry", part[0].id, f"{count} SAEs are too many for the memory here; half of them at a time")
 
     in_parts(parts, partial(_try, job), on_halving, halves)
     for pack in crew if len(parts) > 1 or halved else ():

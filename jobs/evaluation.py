@@ -97,7 +97,7 @@ def measure_site(
             board.reach(work, sae, 0)
 
     def say(part: Sequence[PlannedSae]) -> None:
-        board.post("retry", site.hook, f"{len(part)} SAEs are too many for this card; half of them at a time")
+        board.post("retry", site.hook, f"{len(part)} SAEs are too many for the memory here; half of them at a time")
 
     todo = [p for p in planned if not storage.exists(layout.evaluation(p.id, resolved.evaluation_id))]
     in_parts(_parts(todo, resolved, slots), measure_part, say)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from midiscover.cards import is_out_of_memory
+from midiscover.errors import ModelError
 from midiscover.memory import USABLE
 from midiscover.sae.replay import end_pools
 
@@ -54,8 +55,9 @@ def in_parts(
         try:
             work(part)
             continue
-        except RuntimeError as error:
-            two = halves(part) if is_out_of_memory(error) else None
+        except (RuntimeError, ModelError) as error:
+            # A language model that finds no room beside the part says so by a ModelError.
+            two = halves(part) if is_out_of_memory(error) or is_out_of_memory(error.__cause__) else None
             if two is None:
                 raise
         # Outside the handler, so that what the error's traceback held is free by now.

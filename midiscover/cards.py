@@ -8,7 +8,7 @@ _NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
 """As the CUDA runtime and Triton say it, NVIDIA's libraries (cuBLAS, cuDNN, cuSPARSE), and PyTorch of main memory."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether less at once would do: PyTorch's own error, or that of what allocates beside it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True

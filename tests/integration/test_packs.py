@@ -98,7 +98,7 @@ def test_halves_go_on_from_the_checkpoint_of_the_whole(
     monkeypatch.setattr(PackWorker, "is_saving", lambda _: False)  # waits for each write, however slow the disk
     prepared, board = trained(config, "halves")
     assert small.sizes == [4, 2, 2]
-    assert board.data("retry") == ["4 SAEs are too many for this card; half of them at a time"]
+    assert board.data("retry") == ["4 SAEs are too many for the memory here; half of them at a time"]
     resumed = board.data("resumed")
     assert len(resumed) == 2
     assert min(resumed) >= 10, "both halves went on where the whole was"

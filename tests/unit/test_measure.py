@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from jobs import evaluation, features
 from jobs.board import MAX_DEATHS, Event
@@ -24,13 +26,14 @@ from jobs.runtime import Slots
 from midiscover.config import FeaturesConfig
 from midiscover.configio import load_config
 from midiscover.corpus import Corpus, CorpusManifest, build_corpus
-from midiscover.errors import CorpusError, CorruptError, StageError
+from midiscover.errors import CorpusError, CorruptError, ModelError, StageError
 from midiscover.foreign import foreign_rows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.lm import LanguageModel, load_tokenizer
 from midiscover.memory import MEASURED_ROWS
 from midiscover.reading import Reader
 from midiscover.resolve import PlannedSae, Resolved, Site, by_site, resolve
+from midiscover.sae.base import Sae
 from midiscover.saes import SPARSITY, WEIGHTS, load_trained, write_trained
 from midiscover.source import harvested, open_source
 from midiscover.store import layout
@@ -225,11 +228,48 @@ def test_saes_that_a_card_does_not_hold_together_are_measured_in_parts(
         measure_site._function(SLOTS, resolved, storage, site, planned, windows, board)
     assert together == [4, 2, 1, 1, 2, 1]
     assert len(loaded) == 1, "one language model for all parts"
-    assert board.data("retry") == [f"{n} SAEs are too many for this card; half of them at a time" for n in (4, 2, 2)]
+    assert board.data("retry") == [
+        f"{n} SAEs are too many for the memory here; half of them at a time" for n in (4, 2, 2)
+    ]
     together.clear()
     measure_site._function(SLOTS, resolved, storage, site, planned, windows, board)
     assert together == [2, 1, 1], "those that were measured are not measured again"
     assert documents(resolved, storage) == whole
+
+
+def test_saes_that_leave_a_language_model_no_room_are_measured_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card, pretended here, that holds it beside two SAEs and not beside three."""
+    resolved, storage = made(tmp_path, EVALUATE, {"sae.l1_coefficient": [0.5, 1, 2, 4]})
+    ((site, planned),) = by_site(resolved.saes).items()
+    load, to = evaluation.load_trained, transformers.PreTrainedModel.to
+    held: list[weakref.ref[Sae]] = []
+    beside: list[int] = []
+
+    def load_trained(*args: Any, **given: Any) -> Sae:
+        sae = load(*args, **given)
+        held.append(weakref.ref(sae))
+        return sae
+
+    def moved(model: Any, *args: Any, **given: Any) -> Any:
+        beside.append(sum(sae() is not None for sae in held))
+        if beside[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return to(model, *args, **given)
+
+    monkeypatch.setattr(evaluation, "load_trained", load_trained)
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", moved)
+    most, board = 0, LocalBoard()
+    with pytest.raises(ModelError, match="does not fit into the memory"):
+        measure_site._function(SLOTS, resolved, storage, site, planned, None, board)
+    assert beside == [4, 2, 1], "one that it does not fit beside is the end"
+    beside.clear()
+    most, board = 2, LocalBoard()
+    measure_site._function(SLOTS, resolved, storage, site, planned, None, board)
+    assert beside == [4, 2]
+    assert board.data("retry") == ["4 SAEs are too many for the memory here; half of them at a time"]
+    assert len(documents(resolved, storage)) == 8
 
 
 def test_parts_that_fit_a_card_are_reckoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

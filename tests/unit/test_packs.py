@@ -300,7 +300,9 @@ def test_memory_that_another_allocator_lacks_halves_a_pack(tmp_path: Path, monke
     sizes = on_a_card(given, monkeypatch, [cublas, torch.AcceleratorError("CUDA error: out of memory")], lost=False)
     crews.run_crew_tries(given, (wide,))
     assert sizes == [4, 2, 1, 1, 2]
-    assert given.board.data("retry") == [f"{n} SAEs are too many for this card; half of them at a time" for n in (4, 2)]
+    assert given.board.data("retry") == [
+        f"{n} SAEs are too many for the memory here; half of them at a time" for n in (4, 2)
+    ]
 
 
 def test_a_language_model_that_no_card_holds_is_loaded_once_and_no_pack_is_halved(
