@@ -138,9 +138,9 @@ class HubSilentError(Exception):
 
 
 def hub_commit(hub_id: str, revision: str | None) -> str:
-    """The commit that a hub id and revision mean now. ModelError: not on the hub, or not for this token.
+    """The commit that a hub id and revision mean now. ModelError: not on the hub, or only for those it lets in.
 
-    HubSilentError: no answer in time, or a refusal that passes.
+    HubSilentError: no answer in time, or a refusal that says nothing of the model.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -166,10 +166,10 @@ def hub_commit(hub_id: str, revision: str | None) -> str:
     if isinstance(answer, RepositoryNotFoundError):
         raise ModelError(f"Hub model {hub_id!r} does not exist, or needs an access token (HF_TOKEN) that may read it.")
     if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
-        raise ModelError(
-            f"The hub does not take the access token for model {hub_id!r} ({answer.response.status_code}): it is "
-            "wrong, has expired or may not read it. Set HF_TOKEN to another, or to none where the model is public."
-        )
+        raise HubSilentError(
+            f"refuses ({answer.response.status_code}: the access token, HF_TOKEN, is wrong, has expired or may not "
+            "read it, or a proxy stands between)"
+        ) from answer
     if isinstance(answer, Exception):
         said = str(answer).partition("\n")[0] or type(answer).__name__
         raise HubSilentError(

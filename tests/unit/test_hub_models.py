@@ -123,6 +123,17 @@ def test_a_hub_model_is_its_commit_also_without_the_hub(hub: Hub, folder: Path, 
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("status", [401, 403, 429])
+def test_a_hub_that_refuses_takes_no_cached_model_away(hub: Hub, tmp_path: Path, status: int) -> None:
+    """As where a token has expired, or a proxy lets nobody through."""
+    program = "i = resolve_model(M(id='org/tiny')); print(json.dumps([i.digest, os.path.isdir(model_folder(i))]))"
+    assert ask(program, hub.url, tmp_path / "hf") == [COMMIT, True]
+    hub.refusals["/"] = status, {"X-Error-Message": "Invalid credentials in Authorization header"}
+    assert ask(program, hub.url, tmp_path / "hf") == [COMMIT, True]
+    with pytest.raises(AssertionError, match="the hub refuses"):
+        ask(program, hub.url, tmp_path / "another")
+
+
 def test_what_the_hub_does_not_know_is_named(hub: Hub, tmp_path: Path) -> None:
     program = (
         "errors = []\n"
@@ -146,9 +157,9 @@ def test_what_the_hub_does_not_know_is_named(hub: Hub, tmp_path: Path) -> None:
             "/api/models",
             401,
             {"X-Error-Message": "Invalid credentials in Authorization header"},
-            "has expired or may not read it",
+            "the hub refuses (401: the access token, HF_TOKEN, is wrong, has expired or may not read it",
         ),
-        ("/api/models", 403, {}, "it is wrong, has expired"),
+        ("/api/models", 403, {}, "the hub refuses (403: the access token, HF_TOKEN, is wrong, has expired"),
         ("/api/models", 429, {}, "the hub refuses (429 Too Many Requests"),
     ],
 )
