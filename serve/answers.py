@@ -32,6 +32,16 @@ def answer_query(query: Query, sae: LoadedSae | None, x: Tensor) -> Found:
     return _found(*entries, _strongest(codes, query) if query.per_text else nobody, codes)
 
 
+def nearest_rows(rows: Tensor, direction: Tensor, top: int, besides: int | None) -> list[tuple[int, float]]:
+    """The `top` of rows [n, d] that are nearest to a direction [d] by cosine, with it; `besides` is left out."""
+    found = torch.nn.functional.cosine_similarity(rows.float(), direction[None].float(), dim=1)
+    if besides is not None:
+        found[besides] = -2
+    best = found.topk(min(top, len(found)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(row, cosine) for row, cosine in pairs if cosine > -2]
+
+
 def _codes(query: Query, sae: LoadedSae | None, x: Tensor) -> Tensor:
     """[t, d_sae] float32, a tensor of its own."""
     if sae is None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from midiscover.cards import is_out_of_memory
 from midiscover.cores import compute_on, cores
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import MiDiscoverError, UserError
@@ -40,7 +41,7 @@ from midiscover.serving import ServeConfig
 from midiscover.steer import Change, Piece, Sampling, chat_text, generate
 from midiscover.store.storage import open_store
 from midiscover.tokens import PIECE, TokenStrings
-from serve.answers import answer_query
+from serve.answers import answer_query, nearest_rows
 from serve.batching import TokenBatcher
 from serve.exchange import Found, Front, Problem, Query, SteerPiece, SteerRequest, TextAnswer
 from serve.problems import answers_problems, problem_of
@@ -129,7 +130,8 @@ class Interpreter:
         texts = [*concept.texts, *concept.controls]
 
         def cut() -> tuple[list[_Item], list[list[str]]]:
-            items = [_Item(ids, front, asked) for ids, front in self._tokens(texts, "corpus", list(loaded.values()))]
+            tokens = self._tokens(texts, "corpus", list(loaded.values()), ours=True)
+            items = [_Item(ids, front, asked) for ids, front in tokens]
             return items, [self.strings(item.ids[item.front :]) for item in items]
 
         items, strings = await self._in_tokenising(cut)
@@ -164,15 +166,8 @@ class Interpreter:
             if direction.shape != module.W_dec.shape[1:]:
                 raise UserError(f"The vector has {len(vector)} numbers; {sae} writes {module.W_dec.shape[1]}.")
 
-        def cosines() -> list[tuple[int, float]]:
-            found = torch.nn.functional.cosine_similarity(module.W_dec.float(), direction[None].float(), dim=1)
-            if isinstance(vector, int):
-                found[vector] = -2
-            best = found.topk(min(top, len(found)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            return [(feature, cosine) for feature, cosine in pairs if cosine > -2]
-
-        return await self._in_compute(cosines)
+        besides = vector if isinstance(vector, int) else None
+        return await self._in_compute(partial(nearest_rows, module.W_dec, direction, top, besides))
 
     async def steer(self, request: SteerRequest) -> AsyncIterator[SteerPiece | Problem]:
         """Generate, token by token."""
@@ -245,12 +240,16 @@ class Interpreter:
                 raise UserError(f"{name} reads {made_on}, and this interpreter runs {self.lm.identity.name}.")
 
     def _tokens(
-        self, texts: Sequence[str], front: Front, saes: Sequence[LoadedSae], new_tokens: int = 0
+        self, texts: Sequence[str], front: Front, saes: Sequence[LoadedSae], new_tokens: int = 0, *, ours: bool = False
     ) -> list[tuple[list[int], int]]:
-        """Of each text its ids with what stands before them, and how many of those rows are left out."""
+        """Of each text its ids with what stands before them, and how many of those rows are left out.
+
+        ours: texts of the deployment itself, for which `limits.tokens` is not meant.
+        """
         found = tokenised(self.lm, texts)
         start = start_token(self.lm, saes) if front == "corpus" else self._bos() if front == "bos" else None
-        refuse_too_long(self.lm, texts, found, (start is not None) + new_tokens, self.config.limits.tokens)
+        most = None if ours else self.config.limits.tokens
+        refuse_too_long(self.lm, texts, found, (start is not None) + new_tokens, most)
         if start is None:
             return [(ids, 0) for ids in found]
         if front == "corpus":
@@ -291,7 +290,7 @@ class Interpreter:
 
     def _refuse_wide(self, saes: Mapping[str, LoadedSae]) -> None:
         count, most = sum(sae.module.d_sae for sae in saes.values()), self.config.limits.judged
-        if count > most:
+        if len(saes) > 1 and count > most:
             raise UserError(
                 f"These {len(saes)} SAEs have {count:,} features, and at most {most:,} are judged at once; ask fewer."
             )
@@ -300,13 +299,19 @@ class Interpreter:
         return await asyncio.get_running_loop().run_in_executor(self._compute, self._noted, work)
 
     def _noted(self, work: Callable[[], Result]) -> Result:
-        """What `work` with the model gives; its failure is kept for `check_health`."""
+        """What `work` with the model gives; its failure is kept for `check_health`, unless only memory ran out."""
         try:
             return work()
-        except RuntimeError as error:  # of torch: out of memory, a card that fell off
-            self._broken = f"The language model failed: {str(error).splitlines()[0]}"
-            log.error("model_failed", extra={"fields": {"reason": self._broken}})
-            raise
+        except RuntimeError as error:  # of torch, as of a card that fell off
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if not is_out_of_memory(error):
+                self._broken = f"The language model failed: {reason}"
+                log.error("model_failed", extra={"fields": {"reason": self._broken}})
+                raise
+        # Outside the handler, so that what the error's traceback held is free by now.
+        torch.cuda.empty_cache()
+        log.warning("out_of_memory", extra={"fields": {"reason": reason}})
+        raise SaeUnavailableError("There is no memory left for this now; ask for less.")
 
     async def _in_tokenising(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)

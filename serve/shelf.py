@@ -26,7 +26,7 @@ log = logging.getLogger("midiscover.serve")
 
 
 class SaeUnavailableError(MiDiscoverError):
-    """An SAE that is hosted can't be loaded now; says why. The others are not harmed."""
+    """An SAE that is hosted can't be loaded or asked this now; says why. The others are not harmed."""
 
 
 class SaeShelf:

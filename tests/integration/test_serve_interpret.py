@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from starlette.responses import JSONResponse
 
 from midiscover import steer
@@ -17,8 +19,9 @@ from midiscover.features.concepts import Judge
 from midiscover.interpret import encode_texts, load_language_model, summarise, tokenised
 from midiscover.saes import load_sae
 from midiscover.serving import LimitsConfig
-from serve import neuronpedia
+from serve import interpreter, neuronpedia
 from serve.api import InterpretAnswer, reading
+from serve.exchange import Problem
 from tests.served import Served, api, served, store, store_to_serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -188,6 +191,88 @@ def test_so_many_features_are_judged_at_once(store: Path) -> None:
         )
         assert one.post("/interpret", {"concept": "numbers", "saes": one.saes[:2]}).status_code == 200
         assert one.interpreter._broken is None
+    with served(store, limits={"judged": 95}) as one:
+        assert one.post("/interpret", {"concept": "numbers", "saes": one.saes[:1]}).status_code == 200, (
+            "one has no less"
+        )
+        assert one.post("/interpret", {"concept": "numbers", "saes": one.saes[:2]}).status_code == 422
+
+
+def test_a_concept_is_judged_however_short_texts_must_be(store: Path) -> None:
+    with served(store, limits={"tokens": 3}) as one:
+        assert one.post("/interpret", {"concept": "numbers", "saes": one.saes[:1]}).status_code == 200
+        assert "at most 3 here" in one.post("/interpret", {"text": TEXTS[0]}).json()["detail"]
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of it")
+
+
+@pytest.mark.parametrize("by", ["a text", "steering", "a concept", "neighbours"])
+def test_memory_that_runs_out_refuses_one_request(
+    store: Path, by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("midiscover.serve"), "propagate", True)
+    emptied: list[int] = []
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise FULL
+
+    with served(store) as one:
+        asked = {
+            "a text": ("/interpret", {"text": TEXTS[0]}),
+            "steering": ("/steer", {"prompt": "The river", "features": [{"feature": 1, "value": 1}]}),
+            "a concept": ("/interpret", {"concept": "numbers"}),
+        }
+
+        def status() -> tuple[int, str]:
+            if by == "neighbours":
+                found = asyncio.run(one.interpreter.nearest(one.saes[0], 1, 3))
+                return (found.status, found.detail) if isinstance(found, Problem) else (200, "")
+            answer = one.post(*asked[by], "steer")
+            return answer.status_code, answer.json().get("detail", "")
+
+        with monkeypatch.context() as patched:
+            for name in ("midiscover.steer._next", "serve.interpreter.activations_of"):
+                patched.setattr(name, full)
+            patched.setattr("torch.nn.functional.cosine_similarity", full)
+            patched.setattr("torch.cuda.empty_cache", lambda: emptied.append(1))
+            assert status() == (503, "There is no memory left for this now; ask for less.")
+        one.interpreter.check_health()
+        assert emptied == [1]
+        assert status()[0] == 200, "the replica goes on"
+    (logged,) = [record for record in caplog.records if record.getMessage() == "out_of_memory"]
+    assert logged.fields["reason"] == "CUDA out of memory. Tried to allocate 2.00 GiB."  # type: ignore[attr-defined]
+
+
+def test_texts_that_do_not_fit_together_are_read_one_by_one(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, sizes = interpreter.activations_of, list[int]()
+
+    def small(lm: Any, token_ids: Any, *given: Any) -> Any:
+        sizes.append(len(token_ids))
+        if len(token_ids) > 1:
+            raise FULL
+        return read(lm, token_ids, *given)
+
+    with served(store, cache_bytes=0) as one:
+        whole = one.post("/interpret", {"texts": TEXTS}).json()
+        monkeypatch.setattr(interpreter, "activations_of", small)
+        answer = one.post("/interpret", {"texts": TEXTS})
+        assert (answer.status_code, sizes) == (200, [2, 1, 1])
+        one.interpreter.check_health()
+    for got, text in zip(answer.json()["texts"], whole["texts"], strict=True):
+        ((found, expected),) = ((got["saes"][sae]["features"], text["saes"][sae]["features"]) for sae in text["saes"])
+        assert [one["feature"] for one in found] == [one["feature"] for one in expected]
+
+
+def test_a_failure_without_a_word_is_told_of(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(interpreter, "activations_of", failing)
+    with served(store) as one:
+        assert one.post("/interpret", {"text": TEXTS[0]}).status_code == 500
+        with pytest.raises(RuntimeError, match="The language model failed: RuntimeError"):
+            one.interpreter.check_health()
 
 
 def test_an_sae_that_is_named_twice_is_one(store: Path) -> None:
