@@ -208,7 +208,7 @@ def _try(job: PackJob, crew: Crew) -> None:
                 raise failed.error from None
             reason, is_input = why(failed.error), is_wrong_input(failed.error)
             failures = failed.packs
-            lost = job.slots.gpus > 0 and not is_input and lost_its_card(failed.error)
+            lost = job.slots.gpus > 0 and not is_input and lost_its_card()
         if lost:
             _end_process(job, failures[0], reason)
         for pack in failures:

@@ -15,14 +15,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
-def lost_its_card(error: Exception) -> bool:
+def lost_its_card() -> bool:
     """Whether this process, which computes on a card, can use it no more after an error.
 
     After an illegal access or an uncorrectable ECC error all that it asks of CUDA fails, in whatever words, until it
-    ends.
+    ends; after others, such as a kernel that is not built for this card, nothing else does.
     """
-    if isinstance(error, torch.AcceleratorError):
-        return not is_out_of_memory(error)
     try:
         torch.cuda.synchronize()
     except RuntimeError:

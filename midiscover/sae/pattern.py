@@ -45,7 +45,7 @@ def _usable(device: torch.device) -> bool:
     try:
         try_kernel(device)
     except Exception as error:  # of Triton, of the C compiler, or of the loader of what it made
-        if is_out_of_memory(error) or lost_its_card(error):
+        if is_out_of_memory(error) or lost_its_card():
             raise
         log.warning("steps are taken by PyTorch's operators, for no kernel can be built: %s", error)
         return False

@@ -270,14 +270,19 @@ def test_a_process_that_lost_its_card_ends_and_burns_no_tries(
     assert failed(given) == {}
 
 
+NO_IMAGE = "CUDA error: no kernel image is available for execution on the device"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), torch.AcceleratorError(NO_IMAGE)], ids=["any", "torch"])
 def test_an_error_that_leaves_the_card_is_tried_again_in_the_same_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     given = job(tmp_path, "inline", 1)
-    tries = on_a_card(given, monkeypatch, [RuntimeError("a bug"), OSError("a disk")], lost=False)
+    tries = on_a_card(given, monkeypatch, [error, OSError("a disk")], lost=False)
     crews.run_crew_tries(given, (PACK, OTHER))
     assert tries == [2, 2, 2]
     assert failed(given) == {}
+    assert str(error) in given.board.data("retry")[0], "in its own words"
 
 
 def test_a_process_that_loses_its_card_each_time_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,8 +175,16 @@ def asked_anew() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("kernel_device", "asked_anew")
-def test_without_a_compiler_pytorchs_operators_take_the_steps(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler."),
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    ],
+    ids=["compiler", "image"],
+)
+def test_where_no_kernel_runs_pytorchs_operators_take_the_steps(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     pattern = midiscover.sae.pattern
     assert pattern.kernels_of(torch.device(DEVICE)) is kernels
@@ -185,23 +193,24 @@ def test_without_a_compiler_pytorchs_operators_take_the_steps(
 
     def fails(device: torch.device) -> None:
         tried.append(device)
-        raise RuntimeError("Failed to find C compiler.")
+        raise error
 
     monkeypatch.setattr(pattern, "try_kernel", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert [pattern.kernels_of(torch.device(DEVICE)) for _ in range(3)] == [None] * 3
     assert len(tried) == 1
     (told,) = caplog.messages
-    assert told.endswith("no kernel can be built: Failed to find C compiler.")
+    assert told.endswith(f"no kernel can be built: {error}")
 
 
 @pytest.mark.usefixtures("kernel_device", "asked_anew")
 @pytest.mark.parametrize("message", ["out of memory", "an illegal memory access was encountered"])
 def test_a_card_that_fails_is_no_lack_of_a_compiler(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
-    def fails(_: torch.device) -> None:
+    def fails(_: torch.device | None = None) -> None:
         raise torch.AcceleratorError(f"CUDA error: {message}")
 
     monkeypatch.setattr(midiscover.sae.pattern, "try_kernel", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails if "illegal" in message else lambda: None)
     with pytest.raises(torch.AcceleratorError, match=message):
         midiscover.sae.pattern.kernels_of(torch.device(DEVICE))
 
