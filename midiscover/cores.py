@@ -26,6 +26,8 @@ CARDS_SECONDS = 20.0
 """How long the driver of NVIDIA's cards may take to name them; it wakes each one up."""
 
 _DRIVER, _CPUS = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
+# Of control groups, version 1 and 2.
+_MEMORY_LIMITS = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory.max")
 _BFLOAT16_FROM = 8.0  # Ampere's compute capability
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25  # more than 32 MiB glibc does not allow for the second
@@ -37,8 +39,10 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Bytes of RAM of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of RAM of this machine, or of the container that this process runs in, as Ray counts them."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = next((file.read_text().strip() for file in _MEMORY_LIMITS if file.exists()), "")
+    return min(total, int(limit)) if limit.isdecimal() else total  # "max": no limit
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from midiscover import lineage, tables
 from midiscover.config import RunConfig
+from midiscover.cores import memory
 from midiscover.errors import MiDiscoverError, StoreError
 from midiscover.models import hook_table, resolve_model
 from midiscover.store.local import lock_of
@@ -100,15 +101,18 @@ def _gpus() -> str:
 def _kernels() -> str:
     import torch
 
+    from midiscover.cards import is_out_of_memory, lost_its_card
     from midiscover.sae.pattern import suits_kernels, try_kernel
 
     if not torch.cuda.is_available() or not suits_kernels(torch.device("cuda")):
         raise Absent("no GPU from Ampere on with Triton: PyTorch's operators take the steps")
     try:
         try_kernel(torch.device("cuda"))
-    except Exception as error:  # whatever it is, steps do without kernels
+    except Exception as error:  # whatever it is, steps do without kernels, unless it is the card
+        if is_out_of_memory(error) or lost_its_card():
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MiDiscoverError(
+        raise Absent(
             f"Triton can't build kernels here ({reason}), so that steps are slower: install a C compiler and the "
             "headers of this Python (gcc and python3-dev, say)."
         ) from error
@@ -116,9 +120,9 @@ def _kernels() -> str:
 
 
 def _memory() -> str:
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = (os.sysconf(name) * page / 2**30 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    return f"{os.cpu_count()} cores, {free:.0f} of {total:.0f} GiB free"
+    total = memory()
+    free = min(total, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return f"{os.cpu_count()} cores, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
 
 
 def _store(uri: str | None) -> str:

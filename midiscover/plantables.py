@@ -51,8 +51,8 @@ def _stages(plan: Plan, *, times: bool = False, amounts: bool = False) -> Table:
 def totals(plan: Plan) -> Stage:
     """All stages as one: sums, and of memory the most."""
     flops, written, read = (sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "written", "read"))
-    card, host = (max(getattr(stage, name) for stage in plan.stages) for name in ("card", "host"))
-    return Stage("in all", plan.seconds, flops, written, read, card, host, plan.bottleneck.name)
+    card = max(stage.card for stage in plan.stages)
+    return Stage("in all", plan.seconds, flops, written, read, card, plan.host, plan.bottleneck.name)
 
 
 def _amount_titles(plan: Plan) -> list[str]:

@@ -71,19 +71,18 @@ def _plan(argv: Sequence[str]) -> None:
     bandwidth = None if known.bandwidth is None else 1e9 * known.bandwidth
     ways: dict[int, dict[str, Plan]] = {}
     refused: dict[int, ConfigError] = {}
+    # What RAM the nodes of cards have, which may be others than this one, nobody knows here.
+    ram = math.inf if known.gpus else memory()
     for count in known.gpus or (0,):
         try:
-            ways[count] = plan_ways(
-                resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth, memory=memory()
-            )
+            ways[count] = plan_ways(resolved, work, rates, gpus=count, cores=cores(), bandwidth=bandwidth, memory=ram)
         except ConfigError as error:
             refused[count] = error
     if not ways:
         raise next(iter(refused.values()))
     for count, error in refused.items():
         print(f"midiscover: no plan on {_gpus(count)}: {error}", file=sys.stderr)
-    # What RAM the nodes of cards have, which may be others than this one, nobody knows here.
-    chosen = {count: chosen_way(resolved, plans, math.inf if count else memory()) for count, plans in ways.items()}
+    chosen = {count: chosen_way(resolved, plans, ram) for count, plans in ways.items()}
     first = next(iter(ways))
     if known.out is not None:
         _draw(resolved, ways[first][chosen[first]], known.out)

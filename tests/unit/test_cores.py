@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from midiscover import cores
@@ -95,3 +96,18 @@ def test_a_driver_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeyp
     finally:
         native_bfloat16.cache_clear()
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({}, None), ({0: "5000\n"}, 5000), ({1: "6000\n"}, 6000), ({1: "max\n"}, None), ({0: "9" * 18}, None)],
+)
+def test_the_memory_of_a_container_is_what_it_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[int, str], expected: int | None
+) -> None:
+    files = tmp_path / "memory.limit_in_bytes", tmp_path / "memory.max"
+    for place, text in limits.items():
+        files[place].write_text(text)
+    monkeypatch.setattr(cores, "_MEMORY_LIMITS", files)
+    whole = psutil.virtual_memory().total
+    assert cores.memory() == (whole if expected is None else expected)

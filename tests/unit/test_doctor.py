@@ -85,10 +85,26 @@ def test_a_gpu_on_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
     monkeypatch.setattr(pattern, "try_kernel", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     status, told = found(store)["kernels"]
-    assert status == "fails"
+    assert status == "none", "steps are only slower"
     assert "(Failed to find C compiler. Please specify via CC environment variable.)" in told
     assert "install a C compiler and the headers of this Python" in told
+
+
+@pytest.mark.parametrize("message", ["out of memory", "an illegal memory access was encountered"])
+def test_a_gpu_that_is_full_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """Pretended; no compiler would help."""
+
+    def fails(_: torch.device | None = None) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {message}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails if "illegal" in message else lambda: None)
+    monkeypatch.setattr(pattern, "suits_kernels", lambda _: True)
+    monkeypatch.setattr(pattern, "try_kernel", fails)
+    assert found(str(tmp_path / "none"))["kernels"] == ("fails", f"AcceleratorError: CUDA error: {message}")
 
 
 class IgnoresConditions(LocalStorage):
