@@ -108,7 +108,7 @@ class LanguageModel:
             placed = model if device_map else model.to(device)
         except RuntimeError as error:
             if is_out_of_memory(error):
-                raise _too_large(identity) from error
+                raise _too_large(identity, device) from error
             raise
         return cls(identity, placed, load_tokenizer(identity))
 
@@ -231,10 +231,18 @@ def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _too_large(identity: ModelIdentity) -> ModelError:
+def _too_large(identity: ModelIdentity, device: torch.device | None = None) -> ModelError:
+    """device: what it was moved to; None: memory ended where its files were read, in RAM or on several cards."""
+    room = ""
+    if device is not None and device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # of a card with no room for CUDA itself
+            free, total = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device)  # most of it for what is loaded of the model by now
+            room = f" ({free / 2**30:.1f} of {total / 2**30:.1f} GiB of the card are not held by other processes)"
     return ModelError(
-        f"Model {identity.name} does not fit into the memory there is; spread it over several cards with "
-        "resources.gpus_per_model, or give model.dtype bfloat16, which takes half of float32's."
+        f"Model {identity.name} does not fit into the memory there is{room}; free {'the card' if device else 'some'}, "
+        "or, in the settings of a run, spread it over several cards with resources.gpus_per_model, or give model.dtype "
+        "bfloat16, which takes half of float32's."
     )
 
 

@@ -336,12 +336,14 @@ def test_a_language_model_that_no_card_holds_is_loaded_once_and_no_pack_is_halve
     )
     monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
     monkeypatch.setattr(crews, "give_back", lambda: steps.append("what was left is given back"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 10_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10_000, 3 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
     crews.run_crew_tries(given, crew)
     assert len(crew) == 2
     assert steps == ["what was left is given back", "load"]
     assert {data.partition(";")[0] for data in failed(given).values()} == {
-        "Model model-llama does not fit into the memory there is"
+        "Model model-llama does not fit into the memory there is "
+        "(0.5 of 3.0 GiB of the card are not held by other processes)"
     }
     assert set(failed(given)) == {sae.id for sae in saes}
     assert not [data for data in given.board.data("retry") if "half of them" in data]
