@@ -329,53 +329,6 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
         load(folder)
 
 
-SETTINGS = r"in the settings of a run, .*resources\.gpus_per_model, or give model\.dtype"
-
-
-@pytest.mark.parametrize(
-    ("where", "way"),
-    [
-        ("read", r" there is; free some, or, "),
-        ("moved", r" there is \(1\.5 of 3\.0 GiB of the card are not held by other processes\); free the card, or, "),
-        ("nowhere", r" there is; free the card, or, "),
-    ],
-)
-def test_a_model_that_is_too_large_is_wrong_input(
-    phi: Path, monkeypatch: pytest.MonkeyPatch, where: str, way: str
-) -> None:
-    """No error that another try would mend; on a card, pretended here, that others may hold whole."""
-    full = torch.AcceleratorError("CUDA error: out of memory") if where == "read" else torch.OutOfMemoryError("CUDA")
-
-    def fails(*_: Any, **__: Any) -> None:
-        raise full
-
-    if where == "read":
-        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
-    else:
-        monkeypatch.setattr(transformers.PreTrainedModel, "to", fails)
-
-    def asked(_: torch.device) -> tuple[int, int]:
-        if where == "nowhere":
-            raise full
-        return 2**30, 3 * 2**30
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
-    with pytest.raises(ModelError, match="does not fit into the memory" + way + SETTINGS):
-        LanguageModel.load(resolve_model(ModelConfig(id=str(phi))), dtype="float32", device="cuda")
-
-
-def test_a_card_that_fails_while_a_model_is_loaded_is_no_wrong_input(
-    phi: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: Any) -> None:
-        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "to", fails)
-    with pytest.raises(torch.AcceleratorError, match="ECC"):
-        LanguageModel.load(resolve_model(ModelConfig(id=str(phi))), dtype="float32")
-
-
 def test_code_in_a_model_folder_never_runs(tmp_path: Path) -> None:
     folder, ran = make_tiny_model("llama", tmp_path / "llama"), tmp_path / "ran"
     config = json.loads((folder / "config.json").read_text())

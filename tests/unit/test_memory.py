@@ -1,4 +1,4 @@
-"""A pack is cut into as few parts as fit, in order; the reckoning against sums written out."""
+"""A pack is cut into as few parts as fit, in order; the reckoning against sums written out; memory that ends anyway."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from jobs.halving import in_parts, room_of_card
+from midiscover.config import ModelConfig
 from midiscover.configio import load_config
+from midiscover.errors import ModelError
+from midiscover.lm import LanguageModel
 from midiscover.memory import FIXED_BYTES, Sizes, fit_together, measuring_bytes, training_bytes
+from midiscover.models import resolve_model
 from midiscover.resolve import resolve
 from midiscover.sae import replay
 from tests.runs import write_run
+from tests.tiny import make_tiny_model
 
 
 def test_the_reckoning_written_out() -> None:
@@ -147,3 +153,53 @@ def test_halves_have_the_room_of_what_was_too_much(monkeypatch: pytest.MonkeyPat
 
     in_parts([[1, 2]], work)
     assert found == [80, 100, 100]
+
+
+SETTINGS = r"in the settings of a run, .*resources\.gpus_per_model, or give model\.dtype"
+
+
+@pytest.mark.parametrize(
+    ("where", "way"),
+    [
+        ("read", r" there is; free some, or, "),
+        ("moved", r" there is \(1\.5 of 3\.0 GiB of the card are not held by other processes\); free the card, or, "),
+        ("nowhere", r" there is; free the card, or, "),
+    ],
+)
+def test_a_model_that_is_too_large_is_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, way: str
+) -> None:
+    """No error that another try would mend; on a card, pretended here, that others may hold whole."""
+    config = ModelConfig(id=str(make_tiny_model("phi", tmp_path / "phi")))
+    full = torch.AcceleratorError("CUDA error: out of memory") if where == "read" else torch.OutOfMemoryError("CUDA")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise full
+
+    if where == "read":
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    else:
+        monkeypatch.setattr(transformers.PreTrainedModel, "to", fails)
+
+    def asked(_: torch.device) -> tuple[int, int]:
+        if where == "nowhere":
+            raise full
+        return 2**30, 3 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
+    with pytest.raises(ModelError, match="does not fit into the memory" + way + SETTINGS):
+        LanguageModel.load(resolve_model(config), dtype="float32", device="cuda")
+
+
+def test_a_card_that_fails_while_a_model_is_loaded_is_no_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(id=str(make_tiny_model("phi", tmp_path / "phi")))
+
+    def fails(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", fails)
+    with pytest.raises(torch.AcceleratorError, match="ECC"):
+        LanguageModel.load(resolve_model(config), dtype="float32")
