@@ -33,7 +33,7 @@ def answer_query(query: Query, sae: LoadedSae | None, x: Tensor) -> Found:
 
 
 def nearest_rows(rows: Tensor, direction: Tensor, top: int, besides: int | None) -> list[tuple[int, float]]:
-    """The `top` of rows [n, d] that are nearest to a direction [d] by cosine, with it; `besides` is left out."""
+    """The `top` of rows [n, d] that are nearest to a direction [d], each with its cosine; row `besides` is left out."""
     found = torch.nn.functional.cosine_similarity(rows.float(), direction[None].float(), dim=1)
     if besides is not None:
         found[besides] = -2
