@@ -31,7 +31,7 @@ from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
 from midiscover.errors import ConfigError, CorpusError, CorruptError, MiDiscoverError, StoreError
 from midiscover.launch import Prepared
-from midiscover.plannotes import idle_resampling
+from midiscover.plannotes import idle_resampling, long_warmup
 from midiscover.resolve import Crew, PlannedSae, auto_pack_size, by_site, make_crews, make_packs
 from midiscover.results import Results, sae_results, sae_stability
 from midiscover.saes import WEIGHTS, commit_record, harvest_lineage, has_ended
@@ -54,6 +54,7 @@ class SweepRun:
 
     def run(self) -> Results:
         """Do what is missing; returns what the sweep found."""
+        self._check_warmup()
         self._start()
         try:
             corpus = ensure_corpus(self.prepared, self.bars)
@@ -151,9 +152,18 @@ class SweepRun:
     def _end_forgetting(self) -> None:
         """Forget what a --force that was ended began to: trained anew, it would keep what was measured before."""
         for sae in self.resolved.saes:
-            is_open = self.storage.exists(layout.training(sae.id)) and not self.storage.exists(layout.record(sae.id))
+            is_open = not self.storage.exists(layout.record(sae.id)) and self.storage.exists(layout.training(sae.id))
             if is_open and not self.storage.exists(layout.sae_file(sae.id, WEIGHTS)):
                 self._forget_sae(sae)
+
+    def _check_warmup(self) -> None:
+        """Before anything is written, or forgotten. What has been trained so stands."""
+        saes = [sae for sae in self.resolved.saes if long_warmup([sae]) is not None]
+        if not self.prepared.args.force:
+            saes = [sae for sae in saes if not has_ended(self.storage, self.id, sae)]
+        wrong = long_warmup(saes)
+        if wrong is not None:
+            raise ConfigError(f"{wrong}.")
 
     def _check_held_out(self, corpus: CorpusManifest) -> None:
         if corpus.windows["held_out"] == 0:

@@ -8,7 +8,7 @@ from midiscover.memory import USABLE, fit_together, training_bytes
 from midiscover.plancosts import Costs, Places
 from midiscover.resolve import Crew, Pack, PlannedSae, cut_crew, is_spliced, make_crews
 from midiscover.sae.schedule import resampling_steps
-from midiscover.saeconfig import UNSTEPPED_CONTROLS
+from midiscover.saeconfig import LONGEST_WARMUP, UNSTEPPED_CONTROLS, PenaltyConfig
 
 CHECKPOINT_BYTES = 12
 """Of a parameter: itself and Adam's two moments."""
@@ -39,9 +39,9 @@ def _errors(costs: Costs) -> list[str]:
                 f"of {sae.point.hook} give in {epochs} epochs: lower it, or give more text"
             )
             break
-    idle = idle_resampling(costs.resolved.saes, work.train)
-    if idle is not None:
-        found.append(f"the sweep will end in an error: {idle}")
+    for wrong in (idle_resampling(costs.resolved.saes, work.train), long_warmup(costs.resolved.saes)):
+        if wrong is not None:
+            found.append(f"the sweep will end in an error where such SAEs are yet to be trained: {wrong}")
     if work.held_out == 0:
         found.append(
             "the sweep will end in an error: the corpus has no held-out window, so nothing can be measured; raise "
@@ -65,6 +65,19 @@ def idle_resampling(saes: Iterable[PlannedSae], rows: int) -> str | None:
             return (
                 f"train.dead_window is {train.dead_window}, more than the {before} rows before the last of "
                 "train.resample_at, so that no feature could be resampled: lower it, or leave one of the two out"
+            )
+    return None
+
+
+def long_warmup(saes: Iterable[PlannedSae]) -> str | None:
+    """Why `train.l1_warmup` leaves one of some SAEs too few steps for its `sae.target_l0`; None where it leaves all
+    enough."""
+    for sae in saes:
+        settings, warmup = sae.point.sae, sae.point.train.l1_warmup
+        if isinstance(settings, PenaltyConfig) and settings.target_l0 is not None and warmup > LONGEST_WARMUP:
+            return (
+                f"train.l1_warmup is {warmup:g}, which leaves too few steps for sae.target_l0, steered to after it: "
+                f"take {LONGEST_WARMUP:g} at most, or leave one of the two out"
             )
     return None
 

@@ -18,7 +18,6 @@ from midiscover.errors import ConfigError
 from midiscover.memory import Sizes, fit_together
 from midiscover.models import HookTable, ModelIdentity, hook_table, resolve_model
 from midiscover.saeconfig import (
-    LONGEST_WARMUP,
     SHARES_NO_BATCH,
     UNSTEPPED_CONTROLS,
     PenaltyConfig,
@@ -365,11 +364,6 @@ def _planned(point: SaePoint, harvest: str, hooks: Mapping[str, int], output_hoo
     if isinstance(sae, PenaltyConfig) and sae.target_l0 is not None and sae.target_l0 > d_sae / 2:
         raise ConfigError(
             f"sae.target_l0 is {sae.target_l0:g}, more than half of the {d_sae} features of the SAE; lower it."
-        )
-    if isinstance(sae, PenaltyConfig) and sae.target_l0 is not None and point.train.l1_warmup > LONGEST_WARMUP:
-        raise ConfigError(
-            f"train.l1_warmup is {point.train.l1_warmup:g}, which leaves too few steps for sae.target_l0, steered to "
-            f"after it; take {LONGEST_WARMUP:g} at most, or leave one of the two out."
         )
     if sae.control == "neurons" and isinstance(sae, TranscoderConfig):
         raise ConfigError(

@@ -264,8 +264,9 @@ def test_a_window_in_which_nothing_can_be_dead_before_a_resampling_is_said(tmp_p
 
     (note,) = notes(9 * 128 + 1)
     assert note == (
-        "the sweep will end in an error: train.dead_window is 1153, more than the 1152 rows before the last of "
-        "train.resample_at, so that no feature could be resampled: lower it, or leave one of the two out"
+        "the sweep will end in an error where such SAEs are yet to be trained: train.dead_window is 1153, more than "
+        "the 1152 rows before the last of train.resample_at, so that no feature could be resampled: lower it, or leave "
+        "one of the two out"
     )
     assert notes(9 * 128) == notes(None) == notes(10**6, "untrained") == ()
 
@@ -378,3 +379,17 @@ def test_saes_are_measured_in_parts_that_fit_a_card(tmp_path: Path, streamed: bo
     assert stage(plan_sweep(half, WORK, doubled, gpus=1, streamed=streamed), "evaluate").flops == parts.flops
     on_cpu = stage(plan_sweep(run, WORK, tight, streamed=streamed), "evaluate")
     assert on_cpu.flops == whole.flops
+
+
+def test_a_warm_up_that_leaves_no_time_for_an_l0_is_said(tmp_path: Path) -> None:
+    def notes(warmup: float, target: float | None) -> tuple[str, ...]:
+        train = ONE_EPOCH | {"l1_warmup": warmup}
+        run = resolved(tmp_path, sae={"d_sae": 96, "target_l0": target}, train=train, grid={})
+        return plan_sweep(run, Work(1_000, 300, exact=True), RATES).notes
+
+    (note,) = notes(0.5, 9)
+    assert note == (
+        "the sweep will end in an error where such SAEs are yet to be trained: train.l1_warmup is 0.5, which leaves "
+        "too few steps for sae.target_l0, steered to after it: take 0.4 at most, or leave one of the two out"
+    )
+    assert notes(0.4, 9) == notes(0.5, None) == ()

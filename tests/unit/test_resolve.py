@@ -10,8 +10,6 @@ import pytest
 from midiscover.configio import load_config
 from midiscover.errors import ConfigError, ModelError
 from midiscover.resolve import Pack, Resolved, auto_pack_size, make_crews, make_packs, pool_tokens, resolve
-from midiscover.sae.l0control import APPROACH
-from midiscover.saeconfig import LONGEST_WARMUP
 from tests.runs import write_run
 
 
@@ -54,20 +52,6 @@ def test_what_cannot_be_trained_is_refused(
     width = {} if "d_sae" in sae else {"d_sae": 96}
     with pytest.raises(error, match=sentence):
         resolved(tmp_path, harvest={"hooks": HOOK}, sae=width | sae, grid={})
-
-
-def test_a_warm_up_leaves_time_for_the_l0_that_is_asked_for(tmp_path: Path) -> None:
-    """And where none is asked for it may be as long as the run."""
-    assert LONGEST_WARMUP + APPROACH < 1
-
-    def planned(warmup: float, **sae: object) -> int:
-        return len(resolved(tmp_path, sae={"d_sae": 96} | sae, train={"l1_warmup": warmup}, grid={}).saes)
-
-    sentence = r"train.l1_warmup is 0.5, .* for sae.target_l0, steered to after it; take 0.4 at most"
-    for kind in ("standard", "gated", "jumprelu"):
-        with pytest.raises(ConfigError, match=sentence):
-            planned(0.5, kind=kind, target_l0=9)
-    assert planned(LONGEST_WARMUP, target_l0=9) == planned(1.0) == planned(1.0, kind="topk", k=9) == 2
 
 
 def test_a_random_model_has_a_harvest_of_its_own(tmp_path: Path) -> None:

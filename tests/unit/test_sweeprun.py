@@ -15,6 +15,8 @@ from midiscover.corpus import find_corpus
 from midiscover.errors import ConfigError, CorruptError, StoreFailedError
 from midiscover.launch import parse_job, prepare
 from midiscover.results import Results
+from midiscover.sae.l0control import APPROACH
+from midiscover.saeconfig import LONGEST_WARMUP
 from midiscover.store import layout
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import open_store
@@ -57,6 +59,48 @@ def test_a_resampling_before_which_nothing_can_be_dead_is_refused_before_a_harve
     for sae in run.resolved.saes:
         run.storage.write(layout.training(sae.id), b"{}")
     run._check_resampling(run._untrained(), corpus)  # what has been trained so stands
+
+
+def test_a_warm_up_leaves_time_for_the_l0_that_is_asked_for(tmp_path: Path) -> None:
+    """And where none is asked for it may be as long as the run. What has been trained so stands, unless by --force."""
+    assert LONGEST_WARMUP + APPROACH < 1
+    place = tmp_path / "store"
+
+    def sweep(warmup: float, *flags: str, **sae: object) -> SweepRun:
+        config = write_run(tmp_path, sae={"d_sae": 96} | sae, train={"l1_warmup": warmup}, grid={})
+        with prepare(parse_job("sweep", [str(config), "--store", str(place), *flags])) as prepared:
+            return SweepRun(prepared, Silent(), None)  # type: ignore[arg-type]
+
+    sentence = r"^train.l1_warmup is 0.5, .* for sae.target_l0, steered to after it: take 0.4 at most"
+    for kind in ("standard", "gated", "jumprelu"):
+        run = sweep(0.5, kind=kind, target_l0=9)
+        before = run.storage.list("")
+        with pytest.raises(ConfigError, match=sentence):
+            run.run()
+        assert run.storage.list("") == before
+        for sae in run.resolved.saes:
+            run.storage.write(layout.training(sae.id), b"{}")
+        run._check_warmup()
+        with pytest.raises(ConfigError, match=sentence):
+            sweep(0.5, "--force", kind=kind, target_l0=9).run()
+        assert all(run.storage.exists(layout.training(sae.id)) for sae in run.resolved.saes)
+    sweep(LONGEST_WARMUP, target_l0=9)._check_warmup()
+    sweep(1.0)._check_warmup()
+    sweep(1.0, kind="topk", k=9)._check_warmup()
+
+
+def test_a_finished_sae_is_asked_for_once_by_what_a_force_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(write_run(tmp_path), tmp_path / "store")
+    for sae in run.resolved.saes:
+        run.storage.write(layout.training(sae.id), b"{}")
+        run.storage.write(layout.record(sae.id), b"{}")
+    asked: list[str] = []
+    real = LocalStorage.exists
+    monkeypatch.setattr(LocalStorage, "exists", lambda self, key: asked.append(key) or real(self, key))
+    run._end_forgetting()
+    assert asked == [layout.record(sae.id) for sae in run.resolved.saes]
 
 
 def test_the_harvests_of_a_running_sweep_are_kept_from_others(tmp_path: Path) -> None:
