@@ -222,7 +222,8 @@ def sae_id(point: SaePoint, *, harvest: str, d_in: int) -> str:
         given["recipe"] = RECIPE_VERSION
     if getattr(point.sae, "target_l0", None) is not None:
         given["steering"] = STEERING_VERSION
-    if point.train.resample_at and point.sae.kind in RESAMPLING_VERSIONS:
+    is_stepped = point.sae.control not in UNSTEPPED_CONTROLS
+    if is_stepped and point.train.resample_at and point.sae.kind in RESAMPLING_VERSIONS:
         given["resampling"] = RESAMPLING_VERSIONS[point.sae.kind]
     parts = [hook_label(point.hook), f"{point.sae.kind}-{d_sae}", sparsity_label(point.sae).replace(" ", "-").lower()]
     if point.sae.control != "none":

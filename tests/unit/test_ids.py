@@ -11,7 +11,7 @@ import pytest
 from midiscover import ids
 from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig, ModelConfig, RunConfig, SaePoint, TrainConfig
 from midiscover.configio import expand_grid, to_tree
-from midiscover.saeconfig import SAE_KINDS, StandardConfig, TopKConfig
+from midiscover.saeconfig import SAE_KINDS, UNSTEPPED_CONTROLS, StandardConfig, TopKConfig
 
 FIRST = StandardConfig(l1_coefficient=3.0, initial_density=None)
 POINT = SaePoint(hook="model.layers.16.mlp.fc2", sae=FIRST, train=TrainConfig(lr=3e-4, l1_warmup=0.05))
@@ -98,8 +98,15 @@ def test_where_resampled_features_begin_counts_where_some_are_asked_for(monkeypa
     assert [name.rpartition(".")[2] for name in before] == [
         "bcb7385b54", "3ee0035c89", "8b8a846c50", "ac2a58a919", "98b5ad2925", "6639aeb7ea",
     ]  # fmt: skip
+    controls = [
+        dataclasses.replace(POINT, sae=SAE_KINDS["jumprelu"](control=control), train=resampled)
+        for control in UNSTEPPED_CONTROLS
+    ]
+    unstepped = [sae(point) for point in controls]
+    assert [name.rpartition(".")[2] for name in unstepped] == ["0306be394a", "c2e21ee00b"]
     monkeypatch.setattr(ids, "RESAMPLING_VERSIONS", {"jumprelu": 10**6})
     assert [sae(point) != name for point, name in zip(points, before, strict=True)] == [False] * 5 + [True]
+    assert [sae(point) for point in controls] == unstepped
 
 
 def test_equal_widths_are_one_sae_however_they_are_written() -> None:
