@@ -34,6 +34,8 @@ PARAGRAPH_CHARACTERS = 2000
 CONTENTS = "_contents.json"
 """Beside files that we put into a store: the sha256 of each, which stands for it as if it were read here."""
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
 OBJECT_BYTES = 1 << 23
 """Bytes of one request to a bucket."""
 
@@ -204,7 +206,7 @@ def _in_store(source: str) -> list[TextFile]:
     there = {name: storage.version(name)} if is_object else {one.key: one.version for one in storage.entries("")}
     keys = list(there)
     texts = [key for key in keys if is_object or (key.endswith(SUFFIXES) and not re.search(r"(^|/)[._]", key))]
-    contents = (read_json(storage, CONTENTS) or {}) if is_object or CONTENTS in there else {}
+    contents = _contents(storage) if is_object or CONTENTS in there else {}
     lost = contents.keys() - there.keys()
     if lost and not is_object:
         raise CorpusError(f"{source} has lost {min(lost)}; submit again from the machine where the text lies.")
@@ -219,6 +221,13 @@ def _in_store(source: str) -> list[TextFile]:
         )
         for key in texts
     ]
+
+
+def _contents(storage: Storage) -> dict[str, str]:
+    """The sha256 of each file of a text that was put there. Somebody's own file of that name says none."""
+    said = read_json(storage, CONTENTS)
+    given = said.items() if isinstance(said, dict) else ()
+    return {name: sha256 for name, sha256 in given if isinstance(sha256, str) and _SHA256.fullmatch(sha256)}
 
 
 class _ObjectStream(io.RawIOBase):

@@ -193,6 +193,18 @@ def test_a_text_in_a_bucket_that_has_lost_a_file_is_no_other_text(
         resolve_all("s3://bucket/texts/some")
 
 
+@pytest.mark.parametrize("own", ['{"about": "my articles", "b.txt": "the second"}', '["a.txt"]'])
+def test_contents_that_somebody_wrote_of_a_text_lose_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    (tmp_path / "a.txt").write_text("some")
+    (tmp_path / "_contents.json").write_text(own)
+    monkeypatch.setattr(text_files, "open_store", lambda *_, **__: LocalStorage(tmp_path))
+    assert resolve_all("s3://bucket/texts") == resolve_all("s3://bucket/texts/a.txt") == ["some"]
+    (file,) = text_files.find("s3://bucket/texts") or ()
+    assert file.version == LocalStorage(tmp_path).version("a.txt")
+
+
 def test_an_object_that_is_named_is_read_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file of this machine is; among others such names are left out."""
     (tmp_path / "_train.jsonl").write_text('{"text": "some"}')
