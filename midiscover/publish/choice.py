@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from midiscover.errors import NotFoundError
+from midiscover.errors import CorruptError, NotFoundError
 from midiscover.frontier import frontier_of_hooks, place
 from midiscover.ids import variants
 from midiscover.results import FOREIGN_METRICS, ROW_METRICS
@@ -17,12 +17,15 @@ from midiscover.summary import Row
 
 def sweep_rows(storage: Storage, sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The finished SAEs of a sweep.json as plain rows with their metrics, in the order of its grid; `variant` of each
-    as `ids.variants` has it.
+    as `ids.variants` has it, `""` where its record can't be read.
     """
     rows, records = [], []
     for row in sweep["saes"]:
         found = read_json(storage, layout.evaluation(row["sae_id"], sweep["evaluation_id"]))
-        record = read_json(storage, layout.record(row["sae_id"]))
+        try:
+            record = read_json(storage, layout.record(row["sae_id"]))
+        except CorruptError:  # told where this SAE is what is asked for
+            record = {}
         if found is not None and record is not None:
             rows.append(row | {name: found["metrics"].get(name) for name in (*ROW_METRICS, *FOREIGN_METRICS)})
             records.append(record)

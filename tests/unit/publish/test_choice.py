@@ -88,3 +88,13 @@ def test_rows_tell_learning_rates_apart(tmp_path: Path) -> None:
     assert [row["variant"] for row in rows] == ["lr 0.001", "lr 0.01"] * 2
     points = figures.frontier_chart([row | {"kind": "standard"} for row in rows]).to_dict()["data"]["values"]
     assert len({point["line"] for point in points}) == 2
+
+
+def test_a_record_that_cannot_be_read_ends_no_other_sae_s_export(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    sweep(storage, "s.1", "2026-11-01T00:00:00+00:00", ["a", "b"])
+    for name, text in (("a", b"{}"), ("b", b"{broken")):
+        storage.write(layout.record(name), text)
+        storage.write(layout.evaluation(name, "e.1"), json.dumps({"metrics": {"l0": 7.0, "fvu": 0.3}}).encode())
+    rows = sweep_rows(storage, sweep_of(storage, "a") or {})
+    assert [(row["sae_id"], row["variant"]) for row in rows] == [("a", ""), ("b", "")]
