@@ -191,7 +191,9 @@ def _show_promoted(storage: Storage, *, as_json: bool) -> None:
         return
     rows = []
     for entry in entries:
-        measured = entry.get("metrics") or {}
+        given = entry.get("metrics")  # the file may have been written by hand
+        found = given.items() if isinstance(given, dict) else ()
+        measured = {name: value for name, value in found if isinstance(value, (int, float))}
         numbers = {"L0": fixed(measured.get("l0"), 1), "FVU": fixed(measured.get("fvu"), 3)}
         when = str(entry.get("promoted") or "-")[:16].replace("T", " ")
         rows.append({"id": entry["id"], "hook": entry.get("hook"), **numbers, "promoted": when, "by": entry.get("by")})

@@ -307,3 +307,13 @@ def test_what_does_not_go_together(
     code, out = run(capsys, "promote", *words, "--store", str(tmp_path))
     assert code == 2
     assert told in out
+
+
+def test_what_was_written_by_hand_ends_no_listing(storage: LocalStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[Any] = [{"l0": "12", "fvu": 0.25}, ["l0"], None, "l0", {"l0": None, "fvu": [1]}]
+    saes = [{"id": f"a{number}", "metrics": metrics} for number, metrics in enumerate(given)]
+    storage.write(layout.PROMOTED, json.dumps({"v": 1, "saes": saes}).encode())
+    code, out = run(capsys, "promote", "--list", "--store", str(storage.root))
+    assert code == 0
+    found = {line.split()[0]: line.split()[2:4] for line in out.splitlines() if line.startswith("a")}
+    assert found == {"a0": ["-", "0.250"]} | {f"a{number}": ["-", "-"] for number in range(1, 5)}
