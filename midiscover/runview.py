@@ -64,9 +64,15 @@ def _saes(saes: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _saes_table(
     title: str, saes: Sequence[Mapping[str, Any]], less: int, *, wraps: bool = False, folds: bool = False
 ) -> Table:
-    """less: how many of SPARED are left out; wraps: reasons to REASON_WIDTH; folds: ids may break as well."""
+    """less: how many of SPARED are left out; wraps: reasons to REASON_WIDTH; folds: ids may break as well.
+
+    title: may tell what the hooks have in common, where they stand.
+    """
     gone = SPARED[:less] if any(sae.get("reason") for sae in saes) else (*SPARED[:less], "reason")
-    table = _table(title, [{key: value for key, value in sae.items() if key not in gone} for sae in saes])
+    table = _table(
+        "saes" if "hook" in gone else title,
+        [{key: value for key, value in sae.items() if key not in gone} for sae in saes],
+    )
     for column in table.columns:
         if column.header == "reason" and wraps:
             column.max_width = REASON_WIDTH

@@ -66,6 +66,14 @@ def test_at_any_width_it_is_told_which_sae_failed_and_why(width: int, monkeypatc
     assert " ".join(cell for cell in columns(lines, "reason") if cell not in ("", "-")) == REASON
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_what_hooks_have_in_common_is_told_where_they_stand(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = printed({"saes": [sae(IDS[0]), sae(IDS[1], status="failed", reason=REASON)]})
+    assert lines[0].strip() == ("saes, hooks model.layers.*.mlp.down_proj" if "hook" in lines[1].split() else "saes")
+    assert ("hook" in lines[1].split()) == (width == 120)
+
+
 def test_a_narrow_table_leaves_out_what_tells_least(monkeypatch: pytest.MonkeyPatch) -> None:
     headings = {}
     for width in (80, 120, 200):
