@@ -11,6 +11,7 @@ from typing import Any
 from midiscover import runview, tables
 from midiscover.config import ModelConfig
 from midiscover.configio import find_config, load_config, to_yaml
+from midiscover.errors import MiDiscoverError, StoreFailedError
 from midiscover.launch import Parser, parse_doctor, parse_job
 from midiscover.models import STORED, HookInfo, HookTable, hook_table, push_model, resolve_model
 from midiscover.resolve import Resolved, make_packs, resolve
@@ -106,7 +107,15 @@ def _model(argv: Sequence[str]) -> None:
 
 
 def _list_models(storage: Storage, *, as_json: bool) -> None:
-    models = [read_stored(name, storage) for name in stored_names(storage)]
+    models = []
+    for name in stored_names(storage):
+        try:
+            models.append(read_stored(name, storage))
+        except StoreFailedError:
+            raise
+        except MiDiscoverError:
+            why = "its manifest is damaged, of another version or not ours"
+            print(f"midiscover: models/{name} in {storage.uri} is left out: {why}.", file=sys.stderr)
     if as_json:
         rows = [{"id": f"{STORED}{m.key}", "name": m.name, "digest": m.digest, "bytes": m.size} for m in models]
         print(json.dumps(rows, indent=1))
