@@ -159,9 +159,12 @@ def put_stored(model: StoredModel, folder: Path, storage: Storage) -> bool:
 def _begin(model: StoredModel, storage: Storage) -> None:
     """Say that the folder is being filled, anew where a push was ended, and what stood there before the first."""
     key, folder = layout.model_file(model.key, layout.STARTED), layout.model_folder(model.key)
-    said = read_json(storage, key)
-    others = said.get("others", []) if said else [name.removeprefix(f"{folder}/") for name in storage.list(folder)]
-    storage.write(key, dump({"v": VERSION, "began": lineage.now(), "others": others}))
+    there = [name.removeprefix(f"{folder}/") for name in storage.list(folder) if name != key]
+    fresh = {"v": VERSION, "began": lineage.now(), "others": there}
+    if not storage.create(key, dump(fresh)):  # what another push has put there is no less ours
+        said = read_json(storage, key)
+        others = said.get("others") if isinstance(said, dict) else None
+        storage.write(key, dump(fresh | ({"others": others} if isinstance(others, list) else {})))
 
 
 def _put(key: str, path: Path, file: StoredFile, storage: Storage) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 
 import midiscover.lm  # noqa: F401  so that hook tables are made in this process
+from midiscover import storedmodels
 from midiscover.cli import main
+from midiscover.config import ModelConfig
 from midiscover.errors import ModelError, StoreError, UserError
-from midiscover.models import model_folder
+from midiscover.models import model_folder, push_model
 from midiscover.store.local import LocalStorage
 from midiscover.store.storage import Bytes
 from midiscover.texts import push_text
+from midiscover.upkeep import garbage, survey
 from tests.tiny import make_tiny_model
 from tests.unit.test_storedmodels import folder, home, push, resolve, store
 
@@ -100,3 +104,56 @@ def test_the_models_of_a_store_are_listed(folder: Path, store: Path, capsys: pyt
     assert main([*at]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["store:second", rows[0]["name"], f"{size / 1e6:.1f}"] in lines
+
+
+def test_a_manifest_of_somebody_else_ends_no_listing(
+    folder: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(folder, store)
+    manifests = {"aa": "{", "bb": '{"name": "theirs"}', "zz": '{"v": 99, "files": {}}'}
+    for name, text in manifests.items():
+        (store / "models" / name).mkdir()
+        (store / "models" / name / "manifest.json").write_text(text)
+    assert main(["model", "list", "--json", "--store", str(store)]) == 0
+    out, told = capsys.readouterr()
+    assert [row["id"] for row in json.loads(out)] == ["store:tiny-phi"]
+    assert [line.split()[1] for line in told.splitlines()] == [f"models/{name}" for name in manifests]
+    assert "emove" not in told, "of what may be somebody's"
+
+
+def test_a_push_that_begins_beside_another_takes_what_it_has_put_there_for_no_stranger_s(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lists the folder when the other's word and first file stand, after it looked for that word."""
+    word = store / "models" / "phi" / "unfinished.json"
+    real = LocalStorage.list
+
+    def listed(self: LocalStorage, prefix: str) -> list[str]:
+        if prefix == "models/phi" and not word.exists():
+            word.parent.mkdir(parents=True)
+            word.write_text('{"v": 1, "others": ["notes.md"]}')
+            (word.parent / "config.json").write_bytes((folder / "config.json").read_bytes())
+        return real(self, prefix)
+
+    def ended(*_: object) -> bool:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "list", listed)
+        patch.setattr(storedmodels, "_put", ended)
+        with pytest.raises(OSError, match="killed"):
+            push(folder, store, "phi")
+    assert json.loads(word.read_text())["others"] == ["notes.md"]
+    waste = {one.key for one in garbage(survey(LocalStorage(store)), grace=0)}
+    assert waste == {"models/phi/config.json", "models/phi/unfinished.json"}
+
+
+@pytest.mark.parametrize("word", ["[]", "5", '{"others": 5}'])
+def test_a_word_that_says_nothing_takes_nobody_s_files(folder: Path, store: Path, word: str) -> None:
+    place = store / "models" / "phi"
+    place.mkdir(parents=True)
+    (place / "notes.md").write_text("mine")
+    (place / "unfinished.json").write_text(word)
+    model = push_model(ModelConfig(id=str(folder)), str(store), "other")[0]
+    storedmodels._begin(dataclasses.replace(model, key="phi"), LocalStorage(store))
+    assert json.loads((place / "unfinished.json").read_text())["others"] == ["notes.md"]
