@@ -316,7 +316,8 @@ def _reasons(found: Survey) -> Iterator[tuple[str, str]]:
 def _unfinished(found: Survey) -> Iterator[tuple[str, str]]:
     words = [key for key in found.entries if key == f"{_unit(key)}/{layout.STARTED}"]
     read = {_unit(key): word for key, word in _read(found.storage, words)}
-    foreign = {unit: set(word.get("others") or ()) for unit, word in read.items() if isinstance(word, dict)}
+    said = {unit: word.get("others") for unit, word in read.items() if isinstance(word, dict)}
+    foreign = {unit: set(map(str, others)) for unit, others in said.items() if isinstance(others, list)}
     for key in found.entries:
         unit = _unit(key)
         kind, _, name = unit.partition("/")

@@ -70,3 +70,11 @@ def test_what_somebody_goes_on_with_while_it_is_removed_stays(
     remove(found, garbage(found, grace=0, now=time.time() + 60))
     models = [key for key in deleted if key.startswith("models")]
     assert models == ["models/half/model.safetensors", "models/half/unfinished.json"], "the word goes last"
+
+
+@pytest.mark.parametrize("word", [b'{"others": 5}', b'{"others": [{}]}', b"[]", b"null", b"{"])
+def test_a_word_that_is_none_of_ours_ends_nothing(storage: LocalStorage, word: bytes) -> None:
+    keys = {one.key for one in garbage(survey(storage), grace=0, now=time.time() + 60)}
+    storage.write("models/odd/unfinished.json", word)
+    waste = {one.key for one in garbage(survey(storage), grace=0, now=time.time() + 60)}
+    assert {key for key in waste if not key.startswith("models/odd/")} == keys
