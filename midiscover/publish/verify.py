@@ -121,7 +121,7 @@ def subject_of_folder(address: str) -> Subject:
         root, _, above = parent.rpartition("/")
     else:
         folder = Path(address).resolve()
-        files, prefix, name = LocalStorage(folder), "", folder.name
+        files, prefix, name = LocalStorage(folder, is_store=False), "", folder.name
         root, above = str(folder.parent.parent), folder.parent.name
     subject = Subject(kind="sae", files=files, prefix=prefix, name=name)
     subject.kind = _kind(subject, address)

@@ -30,6 +30,8 @@ class LocalStorage:
     """Objects as files below `root`, an absolute folder. Names that start with a dot are files being written."""
 
     root: Path
+    is_store: bool = True
+    """False of a folder that is one SAE or export, in which no folder is somebody else's."""
 
     @property
     def uri(self) -> str:
@@ -202,10 +204,10 @@ class LocalStorage:
             raise StoreFailedError(f"The store {self.uri} is not there any more.")
 
     def _refuse(self, error: OSError) -> None:
-        """A folder that can't be listed is no empty one: its work would be done again. One at the top of the store that
+        """A folder that can't be listed is no empty one: its work would be done again. One at the top of a store that
         is none of ours, as a disk's `lost+found`, holds nothing of it."""
         place = Path(error.filename or self.root)
-        is_foreign = place.parent == self.root and place.name not in FOLDERS
+        is_foreign = self.is_store and place.parent == self.root and place.name not in FOLDERS
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)) and not is_foreign:
             raise error
 

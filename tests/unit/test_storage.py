@@ -196,6 +196,8 @@ def test_folders_at_the_top_that_are_not_ours_need_not_be_readable(
     denied.clear()
     assert storage.list("") == ["saes/a/record.json"] == [entry.key for entry in storage.entries("")]
     assert denied == ["lost+found"] * 2
+    with pytest.raises(StoreError, match=r"Can't list what is in the store .*: Permission denied"):
+        LocalStorage(storage.root, is_store=False).list("")
     closed = {"saes"}
     with pytest.raises(StoreError, match=r"Can't list what is in the store .*: Permission denied"):
         storage.list("")

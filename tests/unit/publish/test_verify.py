@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from midiscover.errors import StoreError
 from midiscover.publish.checks import REGISTRY
 from midiscover.publish.verify import Report, subject_of_folder, verify
 from tests.unit.publish import folders
@@ -184,3 +186,20 @@ def test_a_damaged_folder_never_ends_the_others(originals: dict[str, Path], tmp_
                 )
                 assert report.count("pass") > 10
         (folder / name).write_text(json.dumps(whole))
+
+
+def test_a_part_of_a_folder_that_may_not_be_read_is_not_missing(
+    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "alone" / "sae"
+    shutil.copytree(originals["full"] / "saes" / folders.SAE, folder)
+    real = os.scandir
+
+    def scandir(path: str | Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == folder / "features":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[return-value]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StoreError, match=f"in the store {folder}: Permission denied"):
+        checked(folder)
