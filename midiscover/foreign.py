@@ -16,7 +16,7 @@ from midiscover.live import usable_rows
 from midiscover.mixing import Mixed, mix
 from midiscover.packing import Layout, Packer, Windows
 from midiscover.reading import Reader
-from midiscover.texts import SourceIdentity, documents
+from midiscover.texts import SourceIdentity, documents, refuse_changed
 from midiscover.train import Pair
 
 EXCERPTS = 16
@@ -30,7 +30,7 @@ def foreign_windows(cfg: CorpusConfig, source: SourceIdentity, tokenizer: object
     """Windows, shaped as those of the corpus `like`, of `cfg.max_tokens` tokens of a text, or of less where it ends.
 
     cfg: of `texts.foreign_config`. The middle of each long document is taken: beginnings are licences and imports.
-    CorpusError where there is no token.
+    CorpusError where there is no token, and where the text changed while it was read.
     """
     assert cfg.max_tokens is not None
     limit = max(MIN_EXCERPT, cfg.max_tokens * CHARACTERS_PER_TOKEN // EXCERPTS)
@@ -38,6 +38,7 @@ def foreign_windows(cfg: CorpusConfig, source: SourceIdentity, tokenizer: object
     packer = Packer(Layout(context_size=like.context_size, bos_id=like.bos_id, eos_id=like.eos_id, pad_id=like.pad_id))
     for number, document in enumerate(mix(parts, cfg, tokenizer, Mixed())):  # type: ignore[arg-type]
         packer.add(number, document.ids)
+    refuse_changed(cfg, source)
     windows = packer.take(rest=True)
     if windows is None:
         raise CorpusError(f"{source.name}, the evaluate.foreign_source, holds no text.")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from midiscover import foreign
 from midiscover.config import CorpusConfig, EvaluateConfig, HarvestConfig
 from midiscover.corpus import Corpus
 from midiscover.errors import CorpusError
@@ -16,6 +19,7 @@ from midiscover.foreign import foreign_rows, foreign_windows
 from midiscover.harvest import Harvester, HarvestJob
 from midiscover.ids import evaluation_id
 from midiscover.lm import LanguageModel
+from midiscover.mixing import mix
 from midiscover.packing import Windows
 from midiscover.reading import Reader
 from midiscover.store.blocks import Mask, block_plan, read_block
@@ -93,6 +97,21 @@ def test_a_text_that_ends_before_its_tokens(model: LanguageModel, corpus: Corpus
     windows = windows_of(folder, model, corpus, 10**6, ["One short text.", "And another, not a copy of it."])
     text = model.tokenizer.decode(windows.ids[windows.doc >= 0])
     assert text == f"One short text.{model.tokenizer.eos_token}And another, not a copy of it."
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(
+    model: LanguageModel, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+
+    def mixed(*given: Any) -> Iterator[Any]:
+        yield from mix(*given)
+        (folder / "000.txt").write_text("Another text.")
+
+    monkeypatch.setattr(foreign, "mix", mixed)
+    with pytest.raises(CorpusError, match="has changed since it was looked at; run the same command again"):
+        windows_of(folder, model, corpus, 10**6, ["One short text.", "And another, not a copy of it."])
 
 
 def test_an_unknown_foreign_source_is_named_by_its_setting() -> None:
