@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType, ModuleType
@@ -96,12 +96,7 @@ def ray_session(nodes: int | None = None, say: Callable[[str], None] = print) ->
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-    try:
-        with _silent_start():
-            ray.init(**options, **quiet)
-    except Exception as error:  # Ray raises its own and plain ones
-        ray.shutdown()
-        raise StageError(f"Ray did not start: {last_line(error)} Run the same command again; it continues.") from error
+    _start(options | quiet, tries=1 if address else 2)
     # Ray puts its own handler in place, which aborts the process and leaves the tracker saying "running".
     signal.signal(signal.SIGTERM, terminate)
     asked = nodes if address else None
@@ -211,6 +206,22 @@ def insisting(seconds: float = ASK_AGAIN_SECONDS) -> Iterator[None]:
     finally:
         left.set()
         thread.join()
+
+
+def _start(options: Mapping[str, Any], tries: int) -> None:
+    """Start or join Ray. On a machine that is busy a Ray of our own may come too late for its own clock (30 s), and the
+    next one, for which everything is in memory, does not. StageError where none starts.
+    """
+    for last in [*[False] * (tries - 1), True]:
+        try:
+            with _silent_start():
+                ray.init(**options)
+            return
+        except Exception as error:  # Ray raises its own and plain ones
+            ray.shutdown()
+            if last or "timed out during startup" not in str(error):
+                told = f"Ray did not start: {last_line(error)} Run the same command again; it continues."
+                raise StageError(told) from error
 
 
 @contextmanager

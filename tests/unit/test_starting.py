@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from midiscover.errors import StageError
+
 STEP = """
 import torch
 from midiscover.sae.registry import make_sae
@@ -41,3 +43,34 @@ def test_a_submitted_jobs_processes_give_way() -> None:
         env = os.environ | {"MIDISCOVER_NICENESS": asked}
         done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=env)
         assert int(done.stdout) == least
+
+
+@pytest.mark.parametrize(
+    ("said", "tries", "asked"),
+    [
+        ("The current node timed out during startup. This could happen.", 2, 2),
+        ("The current node timed out during startup. This could happen.", 1, 1),
+        ("no such address", 2, 1),
+    ],
+)
+def test_a_ray_of_our_own_that_comes_too_late_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch, said: str, tries: int, asked: int
+) -> None:
+    """With a real Ray whose first node was kept from being seen for its 30 s the second one came after 36."""
+    from jobs import runtime
+
+    begun: list[int] = []
+
+    def late(**_: object) -> None:
+        begun.append(1)
+        if asked == 1 or len(begun) == 1:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(runtime.ray, "init", late)
+    monkeypatch.setattr(runtime.ray, "shutdown", lambda: None)
+    if asked == 1:
+        with pytest.raises(StageError, match="Ray did not start: .* Run the same command again"):
+            runtime._start({}, tries)
+    else:
+        runtime._start({}, tries)
+    assert len(begun) == asked
