@@ -12,8 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from jobs.board import Event, watched
 from jobs.evaluation import measure
 from jobs.harvest import commit_manifests, ensure_corpus, harvest
@@ -26,6 +24,7 @@ from jobs.runtime import Cluster, RayLater, model_slots, on_cards, pack_slots
 from jobs.stopwatch import Stopwatch
 from jobs.ways import streams_activations
 from midiscover import lineage, upkeep
+from midiscover.cards import default_device
 from midiscover.config import UNTIL_DONE
 from midiscover.configio import to_tree
 from midiscover.corpus import CorpusManifest
@@ -300,9 +299,8 @@ class SweepRun:
         if standing is not None and standing["saes"] == ids:
             return standing["pairs"]
         began = time.monotonic()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            pairs = sae_stability(self.storage, results.rows, device=device)
+            pairs = sae_stability(self.storage, results.rows, device=default_device())
         except MiDiscoverError as error:
             self.bars.say(f"features in common were not measured: {error}")
             return []

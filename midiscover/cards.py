@@ -1,4 +1,4 @@
-"""What an error of a GPU means: memory that ran out, in whatever words, or a card that this process has lost."""
+"""Whether there is a card, and what its errors mean: memory that ran out, in whatever words, or a card that is lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 
 _NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
 """As the CUDA runtime and Triton say it, NVIDIA's libraries (cuBLAS, cuDNN, cuSPARSE), and PyTorch of main memory."""
+
+
+def default_device() -> str:
+    """Where torch computes unless somebody says otherwise: the first GPU, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

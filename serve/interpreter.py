@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from midiscover.cards import is_out_of_memory
+from midiscover.cards import default_device, is_out_of_memory
 from midiscover.cores import compute_on, cores
 from midiscover.cutting import cut_after, holds
 from midiscover.errors import MiDiscoverError, UserError
@@ -395,4 +395,4 @@ def _require_feature(sae: str, feature: int, d_sae: int) -> None:
 def _device(config: ServeConfig) -> str:
     if config.device != "auto":
         return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device()

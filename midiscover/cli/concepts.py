@@ -95,14 +95,13 @@ def _judged(
     storage: Storage, names: Sequence[str], concepts: Sequence[Concept], known: argparse.Namespace
 ) -> tuple[Documents, HeldOut]:
     """A document for each concept and SAE, in this order; each is written as soon as it is there."""
-    import torch
-
+    from midiscover.cards import default_device
     from midiscover.features.concepts import ConceptSettings
     from midiscover.interpret import load_language_model
     from midiscover.saes import LoadedSae, load_sae
 
     settings = ConceptSettings(top_features=known.top_features, seed=known.seed, shuffles=known.shuffles)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     groups: dict[str, dict[str, LoadedSae]] = {}
     for name in names:
         loaded = load_sae(name, store=storage.uri, device=device)

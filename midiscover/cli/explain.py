@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from midiscover import featureview, tables
 from midiscover.cli.features import LISTED, fitting, parse_filter, require_positive
 from midiscover.errors import ConfigError, NotFoundError
+from midiscover.features.explain import FEWEST
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.launch import Parser
 from midiscover.store import layout
@@ -61,10 +62,10 @@ def _parser() -> Parser:
 
 def _explain(argv: Sequence[str]) -> None:
     known = _parser().parse_args(list(argv))
-    require_positive(shown=known.shown, judged=known.judged, at_once=known.at_once)
-    for flag, least in (("shown", 2), ("judged", 2)):
-        if getattr(known, flag) < least:
-            raise ConfigError(f"--{flag} is {getattr(known, flag)}; it must be {least} at least.")
+    require_positive(at_once=known.at_once)
+    for flag, given in (("shown", known.shown), ("judged", known.judged)):
+        if given < FEWEST:
+            raise ConfigError(f"--{flag} is {given}; it must be {FEWEST} at least.")
     storage = open_store(known.store, create=False)
     records = open_features(storage, find_sae(storage, known.sae))
     features = _chosen(records, known)
@@ -108,11 +109,8 @@ def _chosen(records: FeatureRecords, known: argparse.Namespace) -> list[int]:
             raise ConfigError(
                 f"--features {known.features}: '{wrong[0]}' is no number of a feature; give such as 17,42."
             )
-        beyond = [word for word in words if int(word) >= records.d_sae]
-        if beyond:
-            raise NotFoundError(
-                f"{records.sae_id} has no feature {beyond[0]}; its features are 0 to {records.d_sae - 1}."
-            )
+        for word in words:
+            records.require(int(word))
         return sorted({int(word) for word in words})
     count = COUNT if known.count is None else known.count
     require_positive(count=count)
@@ -131,7 +129,9 @@ def _chat(known: argparse.Namespace) -> Chat:
 
     if known.llm is not None:
         return EndpointChat(known.llm, known.at_once)
-    return LocalChat(known.local_llm, known.store, _device())
+    from midiscover.cards import default_device
+
+    return LocalChat(known.local_llm, known.store, default_device())
 
 
 def _asked(settings: ExplainSettings, chat: Chat) -> Mapping[str, Any]:
@@ -140,6 +140,7 @@ def _asked(settings: ExplainSettings, chat: Chat) -> Mapping[str, Any]:
 
 def _held_out(storage: Storage, records: FeatureRecords, known: argparse.Namespace) -> Quiet:
     """Held-out passages, by one forward pass for all features."""
+    from midiscover.cards import default_device
     from midiscover.corpus import Corpus
     from midiscover.features.quiet import held_out_passages
     from midiscover.interpret import load_language_model
@@ -147,16 +148,11 @@ def _held_out(storage: Storage, records: FeatureRecords, known: argparse.Namespa
 
     print("explain: reading held-out text", file=sys.stderr)
     corpus = Corpus.open(storage, records.manifest["corpus"])
-    sae = load_sae(records.sae_id, store=storage.uri, device=_device())
-    lm = load_language_model([sae], storage.uri, model=known.model, device=_device())
+    device = default_device()
+    sae = load_sae(records.sae_id, store=storage.uri, device=device)
+    lm = load_language_model([sae], storage.uri, model=known.model, device=device)
     told = records.manifest["settings"]
     return held_out_passages(lm, records.sae_id, sae, corpus, told["context_before"] + 1 + told["context_after"])
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Teller:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,7 +53,6 @@ class Explainer:
     """Gives what explanations are judged by, where one has to be; None leaves the judging out."""
     baselines: bool = True
     progress: Progress = lambda *_: None
-    _refused: dict[int, str] = field(default_factory=dict, init=False)
 
     def run(self, features: Sequence[int], *, force: bool = False) -> Outcome:
         """Explain what is not explained yet, or all with `force`; then judge what is not judged yet.
@@ -63,7 +62,6 @@ class Explainer:
         """
         stood = self.stored.read()
         known = {f: entry for f, entry in stood.items() if not force or f not in features}
-        self._refused.clear()
         seldom: list[int] = []
         todo = [feature for feature in features if feature not in known]
 
@@ -76,12 +74,13 @@ class Explainer:
                 else:
                     yield feature, lambda chat, shown=shown: _texted(chat, shown)
 
-        made = self._each("explained", unexplained(), len(todo))
+        made, refused = self._each("explained", unexplained(), len(todo))
         known |= {feature: entry for feature, entry in made.items() if entry is not None}
         if self.held_out is not None:
-            self._judge(features, known)
+            known = stood | known
+            refused |= self._judge(features, known)
         silent = sorted(feature for feature, entry in made.items() if entry is None)
-        return Outcome({f: known[f] for f in features if f in known}, sorted(seldom), silent, dict(self._refused))
+        return Outcome({f: known[f] for f in features if f in known}, sorted(seldom), silent, refused)
 
     def _halves(self, feature: int) -> tuple[list[Passage], list[Passage]]:
         return halves(self.records.contexts(feature), self.settings, self.reader)
@@ -91,9 +90,8 @@ class Explainer:
         assert self.held_out is not None
         return self.held_out()
 
-    def _judge(self, features: Sequence[int], known: dict[int, Entry]) -> None:
-        """Put the scores of those that lack them into `known`."""
-        known |= {feature: entry for feature, entry in self.stored.read().items() if feature not in known}
+    def _judge(self, features: Sequence[int], known: dict[int, Entry]) -> dict[int, str]:
+        """Put the scores of those that lack them into `known`; what was refused, and why."""
         order = sorted(known)
         after = dict(zip(order, [*order[1:], *order[:1]], strict=True)) if len(order) > 1 else {}
         todo = [feature for feature in features if feature in known and self._lacks(known[feature], feature in after)]
@@ -110,7 +108,9 @@ class Explainer:
             row = self.records.feature(feature) if self.baselines else None
             return entry | judged(chat, judge, entry["text"], row, said)
 
-        known |= {f: entry for f, entry in self._each("judged", unjudged(), len(todo)).items() if entry is not None}
+        made, refused = self._each("judged", unjudged(), len(todo))
+        known |= {feature: entry for feature, entry in made.items() if entry is not None}
+        return refused
 
     def _lacks(self, entry: Entry, has_other: bool) -> bool:
         """Whether something of it is still to be judged. Of what there is too little text for, nothing is."""
@@ -121,8 +121,10 @@ class Explainer:
             return self.baselines
         return has_other and entry["detection"] is not None and beside["other"] is None
 
-    def _each(self, what: str, jobs: Iterable[Job | None], total: int) -> dict[int, Entry | None]:
-        """What each job made, but of those that were refused; kept every so often, and at the end whatever ends it."""
+    def _each(
+        self, what: str, jobs: Iterable[Job | None], total: int
+    ) -> tuple[dict[int, Entry | None], dict[int, str]]:
+        """What each job made, and which were refused, and why; kept every so often, and at the end whatever ends it."""
         made: dict[int, Entry | None] = {}
         refused: dict[int, str] = {}
         saved: set[int] = set()
@@ -165,8 +167,7 @@ class Explainer:
                 if not future.cancelled() and future.exception() is None:
                     made[feature] = future.result()
             keep()
-            self._refused.update(refused)
-        return made
+        return made, refused
 
 
 def _take(

@@ -118,13 +118,13 @@ class FeatureRecords:
 
     def feature(self, index: int) -> dict[str, Any]:
         """All columns of one feature, and its `explanation`, None without one. NotFoundError out of range."""
-        self._require(index)
+        self.require(index)
         row = self._group(FEATURES, index // GROUP).slice(index % GROUP, 1).to_pylist()[0]
         return self._explained(row)
 
     def contexts(self, index: int) -> list[Context]:
         """The contexts of one feature: top, interval, random, each by rank. NotFoundError out of range."""
-        self._require(index)
+        self.require(index)
         group = self._group(CONTEXTS, index // GROUP)
         features = group["feature"].to_numpy()  # sorted
         start, stop = (int(np.searchsorted(features, index, side)) for side in ("left", "right"))
@@ -176,7 +176,8 @@ class FeatureRecords:
             )
         return pq.ParquetFile(io.BytesIO(data))
 
-    def _require(self, index: int) -> None:
+    def require(self, index: int) -> None:
+        """NotFoundError for a number that no feature has."""
         if not 0 <= index < self.d_sae:
             raise NotFoundError(f"{self.sae_id} has no feature {index}; its features are 0 to {self.d_sae - 1}.")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from midiscover.cards import default_device
 from midiscover.errors import MiDiscoverError
 from midiscover.evaluate import reconstruction_metrics
 from midiscover.origin import run_config
@@ -56,7 +57,7 @@ def _measure(subject: Subject) -> _Again:
         rows = min(limit, inputs.usable["held_out"])
         if 4 * rows * sae.W_enc.numel() > MOST_FLOPS and not torch.cuda.is_available():
             raise Skipped(f"{rows:,} rows through {sae.d_sae:,} features take long without a GPU")
-        sae = sae.to("cuda" if torch.cuda.is_available() else "cpu")
+        sae = sae.to(default_device())
         found = reconstruction_metrics({"": sae}, _rows(subject, inputs, outputs, limit), torch.tensor(outputs.mean))
     except MiDiscoverError as error:  # of the blocks, which are no part of the SAE
         raise Skipped(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from midiscover.config import FeaturesConfig
 from midiscover.corpus import Corpus
+from midiscover.features.collect import Part, collect_chunk
+from midiscover.features.finish import Finisher
 from midiscover.features.plan import Plan, plan_features
 from midiscover.packing import Windows
 from midiscover.sae.base import Sae
@@ -78,6 +81,30 @@ def make_world(folder: Path, settings: FeaturesConfig = SETTINGS, *, d_out: int 
         codes = sae.encode(acts[:rows].float()) * usable[:, None]
     corpus: Corpus | Any = fake_corpus(24)
     return World(storage, plan_features(manifest, settings), sae, corpus, codes, acts[:rows].float(), usable)
+
+
+def whole(world: World) -> Part:
+    """What its features do on all training rows."""
+    return collect_chunk(world.storage, {"sae": world.sae}, world.plan, world.plan.blocks)["sae"]
+
+
+def finish(
+    world: World,
+    part: Part,
+    unembedding: Tensor | None,
+    name: str = "sae",
+    strings: Callable[[list[int]], list[str]] = strings,
+) -> dict[str, Any]:
+    """Feature records of an SAE of this name."""
+    return Finisher(
+        storage=world.storage,
+        sae_id=name,
+        sae=world.sae,
+        plan=world.plan,
+        corpus=world.corpus,
+        strings=strings,
+        unembedding=unembedding,
+    ).finish(part)
 
 
 def top_rows(codes: Tensor, feature: int, count: int) -> list[int]:

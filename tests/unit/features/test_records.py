@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from midiscover.errors import CorruptError, NotFoundError
 from midiscover.features import collect
 from midiscover.features.collect import Part, collect_chunk, merged
 from midiscover.features.explanations import Explanations
-from midiscover.features.finish import Finisher
 from midiscover.features.labels import label, peaks
 from midiscover.features.plan import plan_features
 from midiscover.features.records import Context, FeatureRecords, open_features
@@ -34,10 +32,12 @@ from tests.unit.features.naive import (
     SETTINGS,
     VOCABULARY,
     World,
+    finish,
     hashed,
     make_world,
     strings,
     top_rows,
+    whole,
 )
 
 
@@ -67,22 +67,6 @@ def test_a_task_that_is_tried_again_after_its_last_word_finds_it(world: World, u
     again = jobs.features.finish_sae._function(run, site, "again", 3, None, 1, False)
     assert again == manifest
     assert not any(map(world.storage.exists, parts))
-
-
-def whole(world: World) -> Part:
-    return collect_chunk(world.storage, {"sae": world.sae}, world.plan, world.plan.blocks)["sae"]
-
-
-def finish(world: World, part: Part, unembedding: Tensor | None, name: str = "sae") -> dict[str, Any]:
-    return Finisher(
-        storage=world.storage,
-        sae_id=name,
-        sae=world.sae,
-        plan=world.plan,
-        corpus=world.corpus,
-        strings=strings,
-        unembedding=unembedding,
-    ).finish(part)
 
 
 def test_statistics(world: World, records: FeatureRecords) -> None:

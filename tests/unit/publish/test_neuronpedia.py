@@ -13,13 +13,11 @@ import torch
 
 from midiscover.config import NeuronpediaConfig
 from midiscover.errors import UserError
-from midiscover.features.collect import collect_chunk
-from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords, open_features
 from midiscover.publish.names import checked_model_id, checked_source_set, model_id, neuronpedia_names, source_set
 from midiscover.publish.neuronpedia import ModelFacts, NeuronpediaExport
 from midiscover.publish.neuronpedia_rules import violations
-from tests.unit.features.naive import D_IN, D_SAE, VOCABULARY, make_world, strings
+from tests.unit.features.naive import D_IN, D_SAE, VOCABULARY, finish, make_world, strings, whole
 
 FACTS = ModelFacts(name="microsoft/phi-2", model_type="phi", layers=32, d_model=D_IN, neurons_per_layer=24)
 RECORD: dict[str, Any] = {
@@ -41,21 +39,12 @@ SOURCE = "v1/phi-2/1-mdc-mlp-40-l1-0p5"
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> FeatureRecords:
     world = make_world(tmp_path_factory.mktemp("store"))
-    part = collect_chunk(world.storage, {"sae": world.sae}, world.plan, world.plan.blocks)["sae"]
 
     def odd(ids: list[int]) -> list[str]:
         return [token.replace("<7>", "a\0b").replace("<8>", "\u2028") for token in strings(ids)]
 
     lens = torch.randn(VOCABULARY, D_IN, generator=torch.Generator().manual_seed(1))
-    Finisher(
-        storage=world.storage,
-        sae_id="sae",
-        sae=world.sae,
-        plan=world.plan,
-        corpus=world.corpus,
-        strings=odd,
-        unembedding=lens,
-    ).finish(part)
+    finish(world, whole(world), lens, strings=odd)
     return open_features(world.storage, "sae")
 
 

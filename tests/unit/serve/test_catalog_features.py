@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 from midiscover.errors import CorruptError
-from midiscover.features.collect import collect_chunk
 from midiscover.features.explanations import Explanations
-from midiscover.features.finish import Finisher
 from midiscover.features.records import FeatureRecords
 from midiscover.store.local import LocalStorage
 from serve.catalog import ROW_BYTES, Catalog
-from tests.unit.features.naive import D_SAE, make_world, strings
+from tests.unit.features.naive import D_SAE, finish, make_world, whole
 from tests.unit.serve.test_catalog import PLACES, looked, write_record
 
 
@@ -22,18 +20,10 @@ from tests.unit.serve.test_catalog import PLACES, looked, write_record
 def described(tmp_path: Path) -> Catalog:
     """Three SAEs with feature records."""
     world = make_world(tmp_path)
-    part = collect_chunk(world.storage, {"sae": world.sae}, world.plan, world.plan.blocks)["sae"]
+    part = whole(world)
     for sae, (hook, fvu) in PLACES.items():
         write_record(world.storage, sae, hook, fvu)
-        Finisher(
-            storage=world.storage,
-            sae_id=sae,
-            sae=world.sae,
-            plan=world.plan,
-            corpus=world.corpus,
-            strings=strings,
-            unembedding=None,
-        ).finish(part)
+        finish(world, part, None, sae)
     return looked(world.storage)
 
 
